@@ -1,0 +1,32 @@
+"""MagCache for diffusion transformers: decide ahead which denoising steps compute and which reuse.
+
+The magnitude-ratio rule of MagCache (Ma et al., arXiv 2506.09045), a planner, calibration and hooks. Needs torch; the
+hooks and the strategies work on diffusers' models.
+"""
+
+from magcache_core.config import ConfigError, MagCacheConfig
+from magcache_core.plan import Plan
+from magcache_core.profile_data import BranchCurve, Profile, ProfileError, write_profile
+from magcache_core.profiles import load_profile, pick_profile, profile_names
+from magcache_core.reuse import REUSE_MODES, decisions, reuse_weights
+from magcache_core.state import Decision, MagCacheState, predicted_error, schedule
+
+__all__ = [
+    "REUSE_MODES",
+    "BranchCurve",
+    "ConfigError",
+    "Decision",
+    "MagCacheConfig",
+    "MagCacheState",
+    "Plan",
+    "Profile",
+    "ProfileError",
+    "decisions",
+    "load_profile",
+    "pick_profile",
+    "predicted_error",
+    "profile_names",
+    "reuse_weights",
+    "schedule",
+    "write_profile",
+]

@@ -1,0 +1,146 @@
+"""What reuse costs, as measured on uncached runs: tables over segments, and the residuals' inner products."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+COST_MODES = ("residual", "linear")
+"""Reuse modes that calibration measures a table for."""
+
+
+@dataclass(frozen=True, eq=False)
+class CostTable:
+    """Costs in latent space: the 2-norm over a picture's packed latents, root mean square over calibration runs.
+
+    A segment is one computed step ``a`` with the reused steps after it; ``g`` is the gap to the computed step before
+    ``a`` (0 stands for "none", where an extrapolation falls back to plain reuse).
+
+    Attributes:
+        pairwise: by mode, (steps, gaps + 1, max_skip + 1); entry [a, g, l] is |delta sigma| at step a + l times the
+            velocity error there when it reuses from a (and a - g).
+        segments: by mode, same shape; entry [a, g, l] is how far the latents have moved from the uncached run's after
+            all of a + 1 ... a + l reused: the norm of the summed error vectors, which may cancel.
+        gram: (steps, steps), mean inner product per token of the residuals of two steps.
+
+    Entries that don't exist (past the last step, gaps larger than a) are infinite; l = 0 costs nothing.
+    """
+
+    pairwise: Mapping[str, torch.Tensor]
+    segments: Mapping[str, torch.Tensor]
+    gram: torch.Tensor
+
+    @property
+    def steps(self) -> int:
+        """Steps of the measured runs."""
+        return self.gram.shape[0]
+
+    @property
+    def max_skip(self) -> int:
+        """Longest measured segment, in reused steps."""
+        return self.segments["residual"].shape[2] - 1
+
+    @lru_cache(maxsize=64)  # noqa: B019  profiles live as long as the process
+    def resampled(self, mode: str, steps: int) -> torch.Tensor:
+        """Segment costs of a run of ``steps`` steps, (steps, gaps + 1, lengths + 1), by trilinear interpolation.
+
+        A segment's cost is how far the latents drift over a stretch of noise levels, so it is a function of where the
+        stretch begins and how long it and the gap are, measured in the calibrated run's steps.
+        """
+        table = self.segments[mode]
+        if steps == self.steps:
+            return table
+        scale = (self.steps - 1) / max(steps - 1, 1)
+        lengths = int(self.max_skip / scale)
+        gaps = int((table.shape[1] - 1) / scale)
+        a = (torch.arange(steps) * scale)[:, None, None].expand(steps, gaps + 1, lengths + 1)
+        g = (torch.arange(gaps + 1) * scale).clamp(min=1.0)[None, :, None].expand_as(a).clone()
+        g[:, 0] = 0.0
+        length = (torch.arange(lengths + 1) * scale)[None, None, :].expand_as(a)
+        result = _trilinear(_extended(table), a, g, length)
+        index = torch.arange(steps)[:, None, None]
+        valid = (torch.arange(gaps + 1)[None, :, None] <= index) & (
+            index + torch.arange(lengths + 1)[None, None, :] <= steps - 1
+        )
+        return torch.where(valid, result, torch.inf)
+
+    def to_document(self) -> dict[str, Any]:
+        """Plain lists for JSON: existing entries only, four significant digits."""
+        return {
+            "max_skip": self.max_skip,
+            "pairwise": {mode: _ragged(table) for mode, table in self.pairwise.items()},
+            "segments": {mode: _ragged(table) for mode, table in self.segments.items()},
+            "gram": [[_short(value) for value in row] for row in self.gram.tolist()],
+        }
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any], steps: int) -> CostTable:
+        """Read what `to_document` wrote; ValueError when sizes don't fit ``steps``."""
+        max_skip = int(document["max_skip"])
+        gram = torch.tensor(document["gram"], dtype=torch.float64)
+        if gram.shape != (steps, steps):
+            raise ValueError(f"costs.gram has shape {tuple(gram.shape)}, not {(steps, steps)}")
+        tables = {
+            kind: {mode: _dense(document[kind][mode], steps, max_skip) for mode in COST_MODES}
+            for kind in ("pairwise", "segments")
+        }
+        return cls(tables["pairwise"], tables["segments"], gram)
+
+
+def empty_table(steps: int, max_skip: int) -> torch.Tensor:
+    """A table with every entry infinite but l = 0, which costs nothing; (steps, max_skip + 2, max_skip + 1)."""
+    table = torch.full((steps, max_skip + 2, max_skip + 1), torch.inf)
+    table[:, :, 0] = 0.0
+    return table
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _ragged(table: torch.Tensor) -> list[list[list[float]]]:
+    """[a][g][l - 1] without the infinite entries."""
+    return [
+        [[float(f"{v:.4g}") for v in row[1:] if v != float("inf")] for row in rows[: a + 1]]
+        for a, rows in enumerate(table.tolist())
+    ]
+
+
+def _dense(ragged: list[list[list[float]]], steps: int, max_skip: int) -> torch.Tensor:
+    table = empty_table(steps, max_skip)
+    if len(ragged) != steps:
+        raise ValueError(f"a cost table has {len(ragged)} rows for {steps} steps")
+    for a, rows in enumerate(ragged):
+        for g, row in enumerate(rows):
+            table[a, g, 1 : len(row) + 1] = torch.tensor(row)
+    return table
+
+
+def _extended(table: torch.Tensor) -> torch.Tensor:
+    """Infinite entries replaced by their nearest finite neighbour, so that interpolation near the edge stays finite."""
+    table = table.clone()
+    for axis in (2, 1):
+        for i in range(1, table.shape[axis]):
+            here, before = table.select(axis, i), table.select(axis, i - 1)
+            here[torch.isinf(here)] = before[torch.isinf(here)]
+    return table
+
+
+def _trilinear(table: torch.Tensor, *at: torch.Tensor) -> torch.Tensor:
+    low = [p.floor().long().clamp(max=size - 1) for p, size in zip(at, table.shape, strict=True)]
+    high = [(i + 1).clamp(max=size - 1) for i, size in zip(low, table.shape, strict=True)]
+    part = [p - i for p, i in zip(at, low, strict=True)]
+    total = torch.zeros_like(at[0])
+    for corner in range(8):
+        weight = torch.ones_like(total)
+        index = []
+        for axis in range(3):
+            upper = bool(corner >> axis & 1)
+            index.append(high[axis] if upper else low[axis])
+            weight = weight * (part[axis] if upper else 1 - part[axis])
+        total += weight * table[index[0], index[1], index[2]]
+    return total
