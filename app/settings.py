@@ -1,0 +1,260 @@
+"""Every setting of the service: typed, documented, validated; an unknown key is refused with the nearest valid name.
+
+``python -m app.settings`` prints the table of all settings. The defaults serve the small model that comes with
+the repository.
+"""
+
+import difflib
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Device = Literal["cpu", "cuda"]
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def unknown_name(kind: str, name: str, valid: Iterable[str]) -> str:
+    """The message for a name that does not exist: it offers the nearest valid one, or lists them all."""
+    names = sorted(valid)
+    nearest = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
+    advice = f"did you mean {nearest[0]!r}?" if nearest else f"valid names: {', '.join(names)}"
+    return f"unknown {kind} {name[:80]!r}; {advice}"
+
+
+class _Section(BaseModel):
+    """A group of settings. Strict: ``"2"`` is not ``2``, and ``true`` is no number."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_names(cls, data: Any) -> Any:
+        unknown = [str(key) for key in data if key not in cls.model_fields] if isinstance(data, dict) else []
+        if unknown:
+            raise ValueError("; ".join(unknown_name("setting", key, cls.model_fields) for key in unknown))
+        return data
+
+
+class SamplingSettings(_Section):
+    """What a request gets when it does not say, and what it may ask for at most."""
+
+    default_width: PositiveInt = Field(default=128, description="Width in pixels when a request names no `size`.")
+    default_height: PositiveInt = Field(default=128, description="Height in pixels when a request names no `size`.")
+    num_inference_steps: PositiveInt = Field(default=28, description="Denoising steps when a request does not say.")
+    guidance_scale: float = Field(default=3.5, ge=0.0, description="Distilled guidance when a request does not say.")
+    max_sequence_length: int = Field(
+        default=32,
+        ge=1,
+        le=512,
+        description="T5 tokens per prompt, padding included; the length the model was trained with.",
+    )
+    min_side: PositiveInt = Field(default=64, description="Shortest side in pixels that a request may ask for.")
+    max_side: PositiveInt = Field(default=256, description="Longest side in pixels that a request may ask for.")
+    max_pixels: PositiveInt = Field(
+        default=65536, description="Largest width x height that a request may ask for: bounds a step's time and memory."
+    )
+    side_multiple: PositiveInt = Field(
+        default=16, description="Both sides must be multiples of this: 8 for the VAE times 2 for FLUX's patches."
+    )
+    max_inference_steps: PositiveInt = Field(
+        default=100, description="Most denoising steps that a request may ask for."
+    )
+    max_n: PositiveInt = Field(default=10, description="Most pictures that one request may ask for (`n`).")
+
+    @field_validator("side_multiple")
+    @classmethod
+    def _patches(cls, value: int) -> int:
+        if value % 16:
+            raise ValueError(f"side_multiple is {value}; FLUX's VAE and patches need a multiple of 16")
+        return value
+
+    @model_validator(mode="after")
+    def _defaults_within_limits(self) -> Self:
+        for name in ("min_side", "max_side", "default_width", "default_height"):
+            value = getattr(self, name)
+            if value % self.side_multiple:
+                down = max(value // self.side_multiple, 1) * self.side_multiple
+                raise ValueError(
+                    f"{name} is {value}; it must be a multiple of {self.side_multiple}, for example {down}"
+                )
+        if self.min_side > self.max_side:
+            raise ValueError(f"min_side is {self.min_side}; it must not exceed max_side, {self.max_side}")
+        if self.min_side**2 > self.max_pixels:
+            raise ValueError(
+                f"max_pixels is {self.max_pixels}; raise it to at least min_side squared, {self.min_side**2}"
+            )
+        for name in ("default_width", "default_height"):
+            value = getattr(self, name)
+            if not self.min_side <= value <= self.max_side:
+                raise ValueError(
+                    f"{name} is {value}; choose one between min_side, {self.min_side}, and max_side, {self.max_side}"
+                )
+        pixels = self.default_width * self.default_height
+        if pixels > self.max_pixels:
+            raise ValueError(f"default_width x default_height is {pixels} pixels; raise max_pixels, {self.max_pixels}")
+        if self.num_inference_steps > self.max_inference_steps:
+            raise ValueError(
+                f"num_inference_steps is {self.num_inference_steps}; it must not exceed max_inference_steps, "
+                f"{self.max_inference_steps}"
+            )
+        return self
+
+
+class MagCacheSettings(_Section):
+    """The server's MagCache policy; a request may override each of the last three and `enabled`."""
+
+    enabled: bool = Field(
+        default=True, description="Reuse residuals by default; `false` computes every step unless asked."
+    )
+    profile: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Calibrated profile: a name that ships with magcache_core or a path to its JSON; null takes the "
+        "one named like the model.",
+    )
+    mag_threshold: float | None = Field(
+        default=None, ge=0.0, description="Accumulated error at which a step must compute; null is the profile's."
+    )
+    mag_max_skip_steps: int | None = Field(
+        default=None, ge=0, description="Most steps reused in a row (K); null is the profile's."
+    )
+    mag_retention_ratio: Fraction | None = Field(
+        default=None, description="Leading share of the steps that always computes; null is the profile's."
+    )
+
+
+class HttpSettings(_Section):
+    """Limits on what one HTTP request may carry."""
+
+    max_body_bytes: int = Field(
+        default=1 << 20, ge=1024, description="Largest request body; above it the answer is 413."
+    )
+    max_prompt_chars: PositiveInt = Field(
+        default=32000,
+        description="Longest `prompt` or `negative_prompt` in characters; the encoders truncate far below it.",
+    )
+
+
+class Settings(_Section):
+    """All settings of one application: the `args` of an application in a Serve config file."""
+
+    model: str = Field(
+        default="models/flux-tiny",
+        min_length=1,
+        description="Local folder in diffusers' layout, or a Hugging Face hub id.",
+    )
+    served_model_name: str | None = Field(
+        default=None, min_length=1, description="The model's name over HTTP; null is the last part of `model`."
+    )
+    device: Device = Field(default="cpu", description="Where the transformer's ranks run.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="Precision of weights and activations; bfloat16 for FLUX on GPUs."
+    )
+    encoder_device: Device | None = Field(
+        default=None,
+        description="Where the text encoders run; null is `device`. `cpu` frees GPU memory, at some latency.",
+    )
+    decoder_device: Device | None = Field(default=None, description="Where the VAE decodes; null is `device`.")
+    tensor_parallel_size: PositiveInt = Field(
+        default=1, description="Ranks that share one transformer; must divide its attention heads (FLUX.1: 24)."
+    )
+    num_replicas: PositiveInt = Field(
+        default=1, description="Tensor-parallel groups; each holds a whole copy of the model."
+    )
+    threads_per_rank: int = Field(
+        default=0, ge=0, description="CPU threads of one rank's torch; 0 leaves torch's choice."
+    )
+    cpus_per_rank: float = Field(default=1.0, ge=0.0, description="Logical CPUs that Ray reserves for one rank.")
+    cpus_per_helper: float = Field(
+        default=0.25, ge=0.0, description="Logical CPUs that Ray reserves for each of encoder, decoder and API."
+    )
+    max_batch_rows: PositiveInt = Field(default=8, description="Most pictures that share one forward pass.")
+    plans_in_flight: int = Field(
+        default=3, ge=1, le=64, description="Step plans sent ahead of their results, so that ranks never wait for one."
+    )
+    max_ongoing_requests: PositiveInt = Field(
+        default=64, description="Requests that a replica works on or holds at once."
+    )
+    max_queued_requests: PositiveInt = Field(
+        default=256, description="Requests that wait for a replica before new ones are refused as busy."
+    )
+    rebuild_attempts: int = Field(
+        default=3,
+        ge=0,
+        description="Rebuilds of a tensor-parallel group, one after another, before its replica gives up.",
+    )
+    prompt_cache_entries: int = Field(
+        default=256, ge=0, description="Prompts whose embeddings the encoder keeps (LRU); 0 keeps none."
+    )
+    drain_seconds: float = Field(
+        default=60.0, ge=0.0, description="Time that a stopping replica has for the requests it already took."
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        default="INFO", description="Least severe line to log."
+    )
+    sampling: SamplingSettings = Field(default=SamplingSettings(), description="Request defaults and limits.")
+    magcache: MagCacheSettings = Field(default=MagCacheSettings(), description="The server's MagCache policy.")
+    http: HttpSettings = Field(default=HttpSettings(), description="Limits on one HTTP request.")
+
+    @field_validator("served_model_name")
+    @classmethod
+    def _printable(cls, value: str | None) -> str | None:
+        if value is not None and not value.isprintable():
+            raise ValueError(f"served_model_name is {value!r}; use printable characters only")
+        return value
+
+    @field_validator("model")
+    @classmethod
+    def _has_a_name(cls, value: str) -> str:
+        if not value.strip("/. "):
+            raise ValueError(f"model is {value!r}; name a folder or a hub id, for example 'models/flux-tiny'")
+        return value
+
+    @model_validator(mode="after")
+    def _half_precision_needs_a_gpu(self) -> Self:
+        if self.dtype == "float16" and self.device == "cpu":
+            raise ValueError("dtype is 'float16' on device 'cpu', where it is slow and overflows; choose 'float32'")
+        return self
+
+    @property
+    def model_name(self) -> str:
+        """The model's name over HTTP and in metrics."""
+        return self.served_model_name or self.model.rstrip("/").rpartition("/")[2]
+
+    @property
+    def profile_name(self) -> str:
+        """The MagCache profile's name or path; without one in the settings, the name of the model in lower case."""
+        return self.magcache.profile or self.model.rstrip("/").rpartition("/")[2].lower()
+
+    @property
+    def encoder_runs_on(self) -> Device:
+        """Where the text encoders run."""
+        return self.encoder_device or self.device
+
+    @property
+    def decoder_runs_on(self) -> Device:
+        """Where the VAE decodes."""
+        return self.decoder_device or self.device
+
+
+def describe(section: type[BaseModel] = Settings, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """``(name, default, description)`` of every setting, nested ones with dots, in the order of declaration."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.default, BaseModel):
+            yield from describe(type(field.default), f"{prefix}{name}.")
+        else:
+            default = "null" if field.default is None else str(field.default)
+            default = default.lower() if isinstance(field.default, bool) else default
+            yield prefix + name, default, field.description or ""
+
+
+def table() -> str:
+    """All settings as a Markdown table."""
+    rows = [f"| `{name}` | `{default}` | {description} |" for name, default, description in describe()]
+    return "\n".join(["| setting | default | meaning |", "|---|---|---|", *rows])
+
+
+if __name__ == "__main__":
+    print(table())
