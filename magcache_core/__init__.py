@@ -10,22 +10,36 @@ from magcache_core.profile_data import BranchCurve, Profile, ProfileError, write
 from magcache_core.profiles import load_profile, pick_profile, profile_names
 from magcache_core.reuse import REUSE_MODES, decisions, reuse_weights
 from magcache_core.state import Decision, MagCacheState, predicted_error, schedule
+from magcache_core.strategies import (
+    BlockMetadata,
+    MagCacheStrategy,
+    ResidualError,
+    get_strategy,
+    register_strategy,
+    registered_strategies,
+)
 
 __all__ = [
     "REUSE_MODES",
+    "BlockMetadata",
     "BranchCurve",
     "ConfigError",
     "Decision",
     "MagCacheConfig",
     "MagCacheState",
+    "MagCacheStrategy",
     "Plan",
     "Profile",
     "ProfileError",
+    "ResidualError",
     "decisions",
+    "get_strategy",
     "load_profile",
     "pick_profile",
     "predicted_error",
     "profile_names",
+    "register_strategy",
+    "registered_strategies",
     "reuse_weights",
     "schedule",
     "write_profile",

@@ -1,0 +1,299 @@
+"""What MagCache must know about a model class: where its block stack begins and ends, and what a residual is there.
+
+Diffusers' models are used by attribute only, so this module needs torch alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from magcache_core.profiles import load_profile
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines, each (text_tokens + image_tokens, head_dim)."""
+
+
+class ResidualError(RuntimeError):
+    """A residual doesn't fit the tensor that it belongs to; the message has both shapes, dtypes and devices."""
+
+    def __init__(self, what: str, residual: torch.Tensor, hidden: torch.Tensor) -> None:
+        super().__init__(f"{what}: {_describe(residual)} does not fit {_describe(hidden)}")
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+
+
+@dataclass(frozen=True)
+class BlockMetadata:
+    """How a transformer block takes and returns its streams.
+
+    Attributes:
+        hidden_index: position of the image stream in the returned tuple; None when the block returns one tensor.
+        context_index: position of the text stream, or None when it isn't returned.
+        hidden_name: keyword of the image stream; it may also be passed by position.
+        context_name: keyword of the text stream.
+    """
+
+    hidden_index: int | None = None
+    context_index: int | None = None
+    hidden_name: str = "hidden_states"
+    context_name: str = "encoder_hidden_states"
+
+
+class MagCacheStrategy:
+    """One model class. The defaults suit a stack that maps (rows, image_tokens, dim) to the same shape.
+
+    To add a model, override what differs and `register_strategy` it; a split into ``embed``, ``blocks`` and
+    ``project`` is wanted only by callers that run the parts themselves (the engine, calibration).
+    """
+
+    profile_name: str | None = None
+    """Name of a shipped profile with this class's curve, where there is one."""
+
+    @property
+    def ratios(self) -> tuple[float, ...] | None:
+        """The magnitude-ratio curve of the class's best known model, or None when it must be calibrated."""
+        return None if self.profile_name is None else load_profile(self.profile_name).ratios
+
+    def register_block_metadata(self, block_class: type) -> BlockMetadata | None:
+        """How blocks of ``block_class`` pass their streams; None leaves it to diffusers' own registry."""
+        return None
+
+    def compute_residual(self, output: torch.Tensor, head_input: torch.Tensor) -> torch.Tensor:
+        """What the block stack added to its input.
+
+        Args:
+            output: the last block's image stream, (rows, image_tokens, dim).
+            head_input: the first block's image stream, same shape.
+
+        Raises:
+            ResidualError: the two differ in shape, dtype or device.
+        """
+        _check("the block stack's output", output, head_input)
+        return output - head_input
+
+    def apply_residual(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """``hidden`` with a stored residual added, both (rows, image_tokens, dim).
+
+        Raises:
+            ResidualError: the two differ in shape, dtype or device.
+        """
+        _check("a stored residual", residual, hidden)
+        return hidden + residual
+
+    def apply_residual_tuple(
+        self, hidden: torch.Tensor, context: torch.Tensor, residual: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add a pair of residuals to the image and the text stream, for models whose output reads both.
+
+        Raises:
+            ResidualError: either differs from its stream in shape, dtype or device.
+        """
+        return self.apply_residual(hidden, residual[0]), self.apply_residual(context, residual[1])
+
+    def embed(
+        self,
+        transformer: Any,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        guidance: torch.Tensor | None,
+        pooled: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The part before the block stack, for rows at different steps.
+
+        Args:
+            hidden_states: latents, (rows, image_tokens, in_channels).
+            timestep: noise level of each row, (rows,), in [0, 1].
+            guidance: distilled guidance of each row, (rows,); None for models without.
+            pooled: pooled text embedding, (rows, pooled_dim); None for models without.
+
+        Returns:
+            (hidden, temb): (rows, image_tokens, dim) and (rows, dim).
+
+        Raises:
+            TypeError: the class has no split.
+        """
+        raise self._no_split()
+
+    def context(self, transformer: Any, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+        """Text embeddings as the blocks take them: (rows, text_tokens, joint_dim) -> (rows, text_tokens, dim)."""
+        raise self._no_split()
+
+    def blocks(
+        self, transformer: Any, hidden: torch.Tensor, context: torch.Tensor, temb: torch.Tensor, rotary: Rotary
+    ) -> torch.Tensor:
+        """The block stack, the part that reuse saves: image stream in, image stream out, (rows, image_tokens, dim)."""
+        raise self._no_split()
+
+    def project(self, transformer: Any, hidden: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """The part after the block stack: (rows, image_tokens, dim) -> velocity (rows, image_tokens, channels)."""
+        raise self._no_split()
+
+    def _no_split(self) -> TypeError:
+        return TypeError(f"{type(self).__name__} has no embed/blocks/project split")
+
+
+def _check(what: str, residual: torch.Tensor, hidden: torch.Tensor) -> None:
+    if (residual.shape, residual.dtype, residual.device) != (hidden.shape, hidden.dtype, hidden.device):
+        raise ResidualError(what, residual, hidden)
+
+
+class FluxStrategy(MagCacheStrategy):
+    """``FluxTransformer2DModel``: FLUX.1-dev, schnell and Kontext."""
+
+    profile_name = "flux.1-dev"
+
+    def register_block_metadata(self, block_class: type) -> BlockMetadata | None:
+        """Double- and single-stream blocks both return (context, hidden)."""
+        known = block_class.__name__ in ("FluxTransformerBlock", "FluxSingleTransformerBlock")
+        return BlockMetadata(hidden_index=1, context_index=0) if known else None
+
+    def embed(
+        self,
+        transformer: Any,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        guidance: torch.Tensor | None,
+        pooled: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `MagCacheStrategy.embed`; ``timestep`` is FluxPipeline's, already divided by 1000."""
+        hidden = transformer.x_embedder(hidden_states)
+        thousandths = timestep.to(hidden.dtype) * 1000
+        if guidance is None:
+            return hidden, transformer.time_text_embed(thousandths, pooled)
+        return hidden, transformer.time_text_embed(thousandths, guidance.to(hidden.dtype) * 1000, pooled)
+
+    def context(self, transformer: Any, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+        """See `MagCacheStrategy.context`."""
+        embedded: torch.Tensor = transformer.context_embedder(encoder_hidden_states)
+        return embedded
+
+    def blocks(
+        self, transformer: Any, hidden: torch.Tensor, context: torch.Tensor, temb: torch.Tensor, rotary: Rotary
+    ) -> torch.Tensor:
+        """See `MagCacheStrategy.blocks`."""
+        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+            context, hidden = block(
+                hidden_states=hidden, encoder_hidden_states=context, temb=temb, image_rotary_emb=rotary
+            )
+        return hidden
+
+    def project(self, transformer: Any, hidden: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """See `MagCacheStrategy.project`."""
+        velocity: torch.Tensor = transformer.proj_out(transformer.norm_out(hidden, temb))
+        return velocity
+
+
+class Flux2Strategy(MagCacheStrategy):
+    """``Flux2Transformer2DModel``: FLUX.2-dev and klein. The single-stream tail returns text and image tokens."""
+
+    def register_block_metadata(self, block_class: type) -> BlockMetadata | None:
+        """Double-stream blocks return (context, hidden); single-stream blocks one tensor, text first."""
+        if block_class.__name__ == "Flux2TransformerBlock":
+            return BlockMetadata(hidden_index=1, context_index=0)
+        return BlockMetadata() if block_class.__name__ == "Flux2SingleTransformerBlock" else None
+
+    def compute_residual(self, output: torch.Tensor, head_input: torch.Tensor) -> torch.Tensor:
+        """See `MagCacheStrategy.compute_residual`; ``output`` is (rows, text_tokens + image_tokens, dim)."""
+        return super().compute_residual(output[:, -head_input.shape[1] :], head_input)
+
+    def embed(
+        self,
+        transformer: Any,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        guidance: torch.Tensor | None,
+        pooled: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `MagCacheStrategy.embed`; FLUX.2 has no pooled text."""
+        dtype = hidden_states.dtype
+        scaled = None if guidance is None else guidance.to(dtype) * 1000
+        temb = transformer.time_guidance_embed(timestep.to(dtype) * 1000, scaled)
+        return transformer.x_embedder(hidden_states), temb
+
+    def context(self, transformer: Any, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+        """See `MagCacheStrategy.context`."""
+        embedded: torch.Tensor = transformer.context_embedder(encoder_hidden_states)
+        return embedded
+
+    def blocks(
+        self, transformer: Any, hidden: torch.Tensor, context: torch.Tensor, temb: torch.Tensor, rotary: Rotary
+    ) -> torch.Tensor:
+        """See `MagCacheStrategy.blocks`."""
+        image_tokens = hidden.shape[1]
+        image_modulation = transformer.double_stream_modulation_img(temb)
+        text_modulation = transformer.double_stream_modulation_txt(temb)
+        for block in transformer.transformer_blocks:
+            context, hidden = block(
+                hidden_states=hidden,
+                encoder_hidden_states=context,
+                temb_mod_img=image_modulation,
+                temb_mod_txt=text_modulation,
+                image_rotary_emb=rotary,
+            )
+        joined = torch.cat([context, hidden], dim=1)  # (rows, text_tokens + image_tokens, dim)
+        modulation = transformer.single_stream_modulation(temb)
+        for block in transformer.single_transformer_blocks:
+            joined = block(
+                hidden_states=joined, encoder_hidden_states=None, temb_mod=modulation, image_rotary_emb=rotary
+            )
+        return joined[:, -image_tokens:]
+
+    def project(self, transformer: Any, hidden: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """See `MagCacheStrategy.project`."""
+        velocity: torch.Tensor = transformer.proj_out(transformer.norm_out(hidden, temb))
+        return velocity
+
+
+class QwenImageStrategy(MagCacheStrategy):
+    """``QwenImageTransformer2DModel``: double-stream blocks only, for the hook path."""
+
+    def register_block_metadata(self, block_class: type) -> BlockMetadata | None:
+        """Blocks return (context, hidden)."""
+        known = block_class.__name__ == "QwenImageTransformerBlock"
+        return BlockMetadata(hidden_index=1, context_index=0) if known else None
+
+
+_STRATEGIES: dict[str, MagCacheStrategy] = {
+    "FluxTransformer2DModel": FluxStrategy(),
+    "Flux2Transformer2DModel": Flux2Strategy(),
+    "QwenImageTransformer2DModel": QwenImageStrategy(),
+}
+
+
+def register_strategy(class_name: str, strategy: MagCacheStrategy) -> None:
+    """Make ``strategy`` that of transformers whose class is called ``class_name``; replaces an earlier one."""
+    _STRATEGIES[class_name] = strategy
+
+
+def registered_strategies() -> tuple[str, ...]:
+    """Class names that have a strategy."""
+    return tuple(sorted(_STRATEGIES))
+
+
+def get_strategy(transformer: Any) -> MagCacheStrategy:
+    """The strategy of a transformer.
+
+    Args:
+        transformer: a model, a class or a class name. A model's or class's base classes count too.
+
+    Raises:
+        LookupError: none is registered for it; the message lists those that are.
+    """
+    if isinstance(transformer, str):
+        names = [transformer]
+    else:
+        transformer = getattr(transformer, "_orig_mod", transformer)  # what torch.compile wraps
+        cls = transformer if isinstance(transformer, type) else type(transformer)
+        names = [base.__name__ for base in cls.__mro__]
+    for name in names:
+        if name in _STRATEGIES:
+            return _STRATEGIES[name]
+    raise LookupError(
+        f"no MagCache strategy for {names[0]}; registered are {', '.join(registered_strategies())} "
+        "(add one with register_strategy)"
+    )
