@@ -111,8 +111,8 @@ class MagCacheSettings(_Section):
     profile: str | None = Field(
         default=None,
         min_length=1,
-        description="Calibrated profile: a name that ships with magcache_core or a path to its JSON; null takes the "
-        "one named like the model.",
+        description="Calibrated profile: a name that ships with magcache_core or a path to its JSON; null takes, for "
+        "each request, the shipped one of this model that is nearest in steps and pixels.",
     )
     mag_threshold: float | None = Field(
         default=None, ge=0.0, description="Accumulated error at which a step must compute; null is the profile's."
@@ -222,11 +222,6 @@ class Settings(_Section):
     def model_name(self) -> str:
         """The model's name over HTTP and in metrics."""
         return self.served_model_name or self.model.rstrip("/").rpartition("/")[2]
-
-    @property
-    def profile_name(self) -> str:
-        """The MagCache profile's name or path; without one in the settings, the name of the model in lower case."""
-        return self.magcache.profile or self.model.rstrip("/").rpartition("/")[2].lower()
 
     @property
     def encoder_runs_on(self) -> Device:

@@ -1,0 +1,79 @@
+"""The FastAPI application: routes, middleware, and every error in OpenAI's envelope."""
+
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from app.api.backend import Backend
+from app.api.errors import InvalidRequestError, ServiceError
+from app.api.middleware import RequestMiddleware
+from app.api.replies import error_response
+from app.api.routes import new_service, router
+from app.api.schemas import ImagesRequest
+from app.settings import Settings
+
+
+def create_app(settings: Settings, get_backend: Callable[[], Backend], *, id_added_in_front: bool = False) -> FastAPI:
+    """The service's HTTP side.
+
+    Args:
+        get_backend: called once per request.
+        id_added_in_front: the server in front already adds the request's X-Request-Id to replies (Ray Serve's proxy).
+    """
+    # No redirects: a POST with a stray slash would come back as a GET with some clients.
+    app = FastAPI(
+        title="flux-magcache-serve",
+        summary="FLUX pictures over HTTP in OpenAI's dialect, tensor-parallel, with MagCache per request.",
+        version="1",
+        redirect_slashes=False,
+    )
+    app.state.service = service = new_service(settings, get_backend)
+    app.include_router(router)
+    app.add_middleware(RequestMiddleware, metrics=service.metrics, id_added_in_front=id_added_in_front)
+    app.add_exception_handler(ServiceError, _service_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+async def _service_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ServiceError)
+    return error_response(error)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Starlette's own errors, such as an unknown path or a wrong method."""
+    assert isinstance(error, HTTPException)
+    path = request.url.path[:200]
+    messages = {
+        HTTPStatus.NOT_FOUND: (f"there is no {path!r} here; GET / lists the endpoints", "unknown_url"),
+        HTTPStatus.METHOD_NOT_ALLOWED: (f"{path!r} does not take {request.method}", "method_not_allowed"),
+    }
+    message, code = messages.get(HTTPStatus(error.status_code), (str(error.detail), "invalid_request"))
+    return error_response(
+        InvalidRequestError(message, code=code, status=error.status_code, headers=dict(error.headers or {}))
+    )
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's schema, with the body that the images route reads by hand and without its own kind of error."""
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
+        _, definitions = models_json_schema(
+            [(ImagesRequest, "validation")], ref_template="#/components/schemas/{model}", by_alias=False
+        )
+        components = schema["components"]["schemas"]
+        components.update(definitions["$defs"])
+        for unused in ("HTTPValidationError", "ValidationError"):
+            components.pop(unused, None)
+        for path in schema["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        app.openapi_schema = schema
+    return app.openapi_schema

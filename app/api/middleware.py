@@ -1,0 +1,92 @@
+"""What surrounds every request: its id, its log line, its count, and a clean 500 for what nobody foresaw."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.api.errors import ServiceError
+from app.api.replies import error_response
+from app.metrics import ApiMetrics
+
+logger = logging.getLogger(__name__)
+
+IMAGES_PATH = "/v1/images/generations"
+# nginx's status for a client that left before the answer; no such reply is ever sent.
+CLIENT_CLOSED_REQUEST = 499
+_SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+def sane_request_id(given: str | None) -> str:
+    """The client's id when it is safe to log and to send back, else a new one."""
+    return given if given is not None and _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def outcome(status: int) -> str:
+    """The metric's outcome of a request that ended with ``status``."""
+    special = {CLIENT_CLOSED_REQUEST: "cancelled", 429: "busy", 503: "unavailable"}
+    return special.get(status) or ("ok" if status < 400 else "invalid" if status < 500 else "failed")
+
+
+class RequestMiddleware:
+    """Pure ASGI, so that a cancelled request reaches the handler as a cancellation.
+
+    Args:
+        id_added_in_front: the server in front (Ray Serve's proxy) adds the request's own X-Request-Id to every reply,
+            so it is added here only when it differs.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: ApiMetrics, id_added_in_front: bool) -> None:
+        self.app = app
+        self.metrics = metrics
+        self.id_added_in_front = id_added_in_front
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id")
+        request_id = sane_request_id(given)
+        scope.setdefault("state", {})["request_id"] = request_id
+        started = time.perf_counter()
+        status = 0  # until the reply's start is sent
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if not (self.id_added_in_front and given == request_id):
+                    MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            status = CLIENT_CLOSED_REQUEST
+        except asyncio.CancelledError:
+            status = CLIENT_CLOSED_REQUEST
+            raise
+        except Exception:
+            logger.exception("request %s failed", request_id)
+            if status:
+                raise  # half a reply is out: only breaking the connection tells the client
+            error = ServiceError(f"internal error; quote request id {request_id} to the operator")
+            await error_response(error)(scope, receive, send_with_id)
+        finally:
+            self._record(scope, request_id, status or 500, time.perf_counter() - started)
+
+    def _record(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
+        method, path = scope["method"], scope["path"]
+        # Probes and scrapes come every few seconds for ever: not worth a line each unless they fail.
+        level = logging.DEBUG if method == "GET" and status < 400 else logging.INFO
+        logger.log(level, "request %s: %s %.200r -> %d in %.3f s", request_id, method, path, status, seconds)
+        if path == IMAGES_PATH and method == "POST":
+            self.metrics.observe_request(outcome(status), status, seconds)

@@ -1,0 +1,180 @@
+"""The routes. Each handler is short: read, validate, ask the backend, answer."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import APIRouter, Request
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+from starlette.responses import Response
+
+from app.api.backend import Backend
+from app.api.errors import ModelNotFoundError, ServiceError
+from app.api.jobs import build
+from app.api.middleware import IMAGES_PATH
+from app.api.replies import AsciiJSONResponse, pictures_response, timings
+from app.api.schemas import ErrorReply, HealthReply, ImagesReply, ModelCard, ModelList
+from app.api.validation import parse, read_json
+from app.metrics import ApiMetrics, Families, merge_families
+from app.settings import Settings
+
+logger = logging.getLogger(__name__)
+router = APIRouter()
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the handlers share; the application keeps it as ``app.state.service``."""
+
+    settings: Settings
+    get_backend: Callable[[], Backend]
+    registry: CollectorRegistry
+    metrics: ApiMetrics
+    started: int
+
+    @property
+    def card(self) -> ModelCard:
+        """The served model, as OpenAI's clients list it."""
+        return ModelCard(id=self.settings.model_name, created=self.started, owned_by="flux-magcache-serve")
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+def _errors(**descriptions: str) -> dict[int | str, dict[str, Any]]:
+    return {code.lstrip("s"): {"model": ErrorReply, "description": text} for code, text in descriptions.items()}
+
+
+_IMAGES_RESPONSES: Mapping[int | str, dict[str, Any]] = {
+    200: {
+        "model": ImagesReply,
+        "description": "The pictures; with `response_format: file` or an image type in `Accept` the bare file.",
+        "content": {
+            f"image/{name}": {"schema": {"type": "string", "format": "binary"}} for name in ("png", "jpeg", "webp")
+        },
+    },
+    **_errors(
+        s400="A field is wrong; `param` names it.",
+        s404="No such model.",
+        s406="`Accept` asks for an image type that does not exist here.",
+        s413="The body is too large.",
+        s415="The body is not JSON.",
+        s429="The queue is full; `Retry-After` says when to ask again.",
+        s500="The pictures could not be made.",
+        s503="Not ready; `Retry-After` says when to ask again.",
+    ),
+}
+
+
+@router.post(
+    IMAGES_PATH,
+    summary="Make pictures",
+    tags=["images"],
+    responses=dict(_IMAGES_RESPONSES),
+    # The body is read by hand, for the size limit and for errors that name the field; the schema is declared here.
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ImagesRequest"}}},
+        }
+    },
+)
+async def generate(request: Request) -> Response:
+    """OpenAI's image generation, with FLUX's and MagCache's own settings beside OpenAI's."""
+    service = _service(request)
+    body = parse(await read_json(request, service.settings.http.max_body_bytes))
+    ask = build(body, service.settings, request.state.request_id, request.headers.get("accept", ""))
+    job = ask.job
+    logger.info(
+        "request %s: %d picture(s) of %dx%d, %d steps, seed %d, true CFG %s, MagCache %s",
+        job.request_id, job.n, job.width, job.height, job.num_inference_steps, job.seed,
+        "off" if job.negative_prompt is None else job.true_cfg_scale, "on" if job.magcache.enabled else "off",
+    )  # fmt: skip
+    pictures = await service.get_backend().generate(job)
+    for picture in pictures:
+        service.metrics.observe_phases(**timings(picture).model_dump())
+    return pictures_response(ask, pictures)
+
+
+@router.get(
+    "/health",
+    summary="Is it ready?",
+    tags=["service"],
+    response_model=HealthReply,
+    responses={503: {"model": HealthReply, "description": "Pictures cannot be made right now."}},
+)
+async def health(request: Request) -> Response:
+    """200 when pictures can be made right now, else 503; details for the operator either way."""
+    service = _service(request)
+    report = await service.get_backend().health()
+    reply = HealthReply(
+        status="ok" if report.ready else "unavailable", model=service.settings.model_name, details=report.details
+    )
+    status = HTTPStatus.OK if report.ready else HTTPStatus.SERVICE_UNAVAILABLE
+    return AsciiJSONResponse(reply.model_dump(mode="json"), status_code=status)
+
+
+@router.get("/v1/models", summary="List the served models", tags=["models"])
+async def list_models(request: Request) -> ModelList:
+    """One model is served."""
+    return ModelList(data=[_service(request).card])
+
+
+@router.get(
+    "/v1/models/{model_id:path}", summary="One served model", tags=["models"], responses=_errors(s404="No such model.")
+)
+async def get_model(model_id: str, request: Request) -> ModelCard:
+    """The model named ``model_id``."""
+    card = _service(request).card
+    if model_id != card.id:
+        raise ModelNotFoundError(f"model {model_id[:80]!r} is not served here; there is {card.id!r}", param="model")
+    return card
+
+
+@router.get(
+    "/metrics",
+    summary="Prometheus metrics",
+    tags=["service"],
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
+async def metrics(request: Request) -> Response:
+    """The API's and the coordinators' metrics in Prometheus' text format, or in OpenMetrics if asked for."""
+    service = _service(request)
+    try:
+        families = await service.get_backend().metric_families()
+    except ServiceError as error:
+        # While a group is down its numbers are missing, and those that show it must not be.
+        logger.warning("request %s: no coordinator metrics: %s", request.state.request_id, error.message)
+        families = []
+    encode, content_type = choose_encoder(request.headers.get("accept", ""))
+    body = encode(Families(merge_families(service.registry.collect(), families)))
+    return Response(body, headers={"Content-Type": content_type})
+
+
+@router.get("/", summary="What is here", tags=["service"])
+async def index(request: Request) -> dict[str, Any]:
+    """The endpoints of this service."""
+    return {
+        "service": "flux-magcache-serve",
+        "model": _service(request).settings.model_name,
+        "endpoints": {
+            f"POST {IMAGES_PATH}": "make pictures (OpenAI's dialect)",
+            "GET /v1/models": "the served model",
+            "GET /health": "200 when pictures can be made, else 503",
+            "GET /metrics": "Prometheus metrics",
+            "GET /docs": "every field, to read and to try",
+        },
+    }
+
+
+def new_service(settings: Settings, get_backend: Callable[[], Backend]) -> Service:
+    """The shared state of one application, with a metric registry of its own."""
+    registry = CollectorRegistry()
+    return Service(settings, get_backend, registry, ApiMetrics(registry), int(time.time()))

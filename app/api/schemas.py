@@ -1,0 +1,164 @@
+"""The OpenAI images dialect as pydantic models, with this service's own fields beside OpenAI's.
+
+Strict: ``"28"`` is not ``28``, ``true`` is no number. ``null`` counts as absent everywhere, as OpenAI has it.
+"""
+
+from typing import Any, Literal
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+
+from app.api.backend import OutputFormat
+
+MAX_SEED = 2**63 - 1
+
+
+class MagCacheBody(BaseModel):
+    """A request's MagCache settings; what is left out is the server's, and then the profile's."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    enabled: bool | None = Field(default=None, description="Reuse residuals; `false` computes every step.")
+    mag_threshold: float | None = Field(
+        default=None, ge=0, description="Accumulated error at which a step must compute. Higher is faster and rougher."
+    )
+    mag_max_skip_steps: int | None = Field(default=None, ge=0, le=1000, description="Most steps reused in a row (K).")
+    mag_retention_ratio: float | None = Field(
+        default=None, ge=0, le=1, description="Leading share of the steps that always computes."
+    )
+
+
+class ImagesRequest(BaseModel):
+    """The body of `POST /v1/images/generations`."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        json_schema_extra={"example": {"prompt": "a red circle on a blue background", "seed": 7}},
+    )
+
+    prompt: str = Field(description="What the picture shows.")
+    model: str | None = Field(default=None, description="The served model's name; may be left out.")
+    n: int | None = Field(default=None, ge=1, description="Number of pictures, 1 by default; picture i uses seed + i.")
+    size: str | None = Field(default=None, description="`WIDTHxHEIGHT` in pixels, or `auto` for the server's default.")
+    response_format: Literal["b64_json", "file", "url"] | None = Field(
+        default=None, description="`b64_json` (default), or `file` for the bytes of one picture. `url` is refused."
+    )
+    output_format: OutputFormat | None = Field(default=None, description="File format, `png` by default.")
+    output_compression: int | None = Field(
+        default=None, ge=0, le=100, description="Quality of jpeg and webp, 100 by default; png is lossless."
+    )
+    negative_prompt: str | None = Field(
+        default=None, description="What the picture avoids; runs true CFG at the price of a second forward pass a step."
+    )
+    num_inference_steps: int | None = Field(default=None, ge=1, description="Denoising steps.")
+    guidance_scale: float | None = Field(default=None, ge=0, le=100, description="Distilled guidance of FLUX.")
+    true_cfg_scale: float | None = Field(
+        default=None,
+        ge=0,
+        le=100,
+        validation_alias=AliasChoices("true_cfg_scale", "cfg_scale"),
+        description="Strength of `negative_prompt`: 2 by default, no effect at 1 or below. Alias: `cfg_scale`.",
+    )
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED, description="Drawn and returned when left out.")
+    magcache: MagCacheBody | None = Field(default=None, description="MagCache settings of this request.")
+    quality: Literal["auto", "standard"] | None = Field(default=None, description="Only `auto`: steps set the quality.")
+    background: Literal["auto", "opaque"] | None = Field(default=None, description="FLUX paints opaque pictures only.")
+    moderation: Literal["auto", "low"] | None = Field(default=None, description="Accepted; the service moderates not.")
+    style: None = Field(default=None, description="OpenAI's styles do not exist here; describe one in the prompt.")
+    stream: Literal[False] | None = Field(default=None, description="Only `false`: the reply comes when it is whole.")
+    partial_images: Literal[0] | None = Field(default=None, description="Only 0, see `stream`.")
+    user: str | None = Field(default=None, max_length=256, description="Accepted for OpenAI's clients; not used.")
+    safety_identifier: str | None = Field(
+        default=None, max_length=256, description="Accepted for OpenAI's clients; not used."
+    )
+
+
+# Why a value of an OpenAI field is refused, where the list of valid values does not explain itself.
+REASONS = {
+    "quality": "the steps decide the quality here: set num_inference_steps or magcache",
+    "background": "FLUX paints opaque pictures only",
+    "style": "this model has no style switch: describe the style in the prompt",
+    "stream": "the reply comes when it is whole",
+    "partial_images": "the reply comes when it is whole",
+    "seed": "leave it out for a random one, which the reply names",
+}
+
+
+class MagCacheReply(BaseModel):
+    """What MagCache did for one picture."""
+
+    enabled: bool
+    schedule: str = Field(description="One letter a step: `C` computed, `.` reused.", examples=["CCC..C...C.C"])
+    computed: int = Field(description="Computed steps, both CFG branches counted.")
+    skipped: int = Field(description="Reused steps, both CFG branches counted.")
+    predicted_error: float
+    negative_schedule: str | None = Field(description="The schedule of the negative prompt's branch under true CFG.")
+
+
+class Timings(BaseModel):
+    """Seconds by phase of one picture."""
+
+    queue_s: float
+    encode_s: float
+    denoise_s: float
+    decode_s: float
+    total_s: float
+
+
+class ImageReply(BaseModel):
+    """One picture."""
+
+    b64_json: str = Field(description="The file, base64.")
+    seed: int = Field(description="The seed that makes this very picture again.")
+    magcache: MagCacheReply
+    timings: Timings
+
+
+class ImagesReply(BaseModel):
+    """The reply of `POST /v1/images/generations`."""
+
+    created: int = Field(description="Unix time in seconds.")
+    data: list[ImageReply]
+    output_format: OutputFormat
+    size: str = Field(examples=["1024x1024"])
+    warnings: list[str] = Field(description="What was asked for and had no effect.")
+
+
+class ErrorBody(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str = Field(examples=["invalid_request_error", "rate_limit_error", "server_error"])
+    param: str | None = Field(description="The field at fault.")
+    code: str | None
+
+
+class ErrorReply(BaseModel):
+    """OpenAI's error envelope."""
+
+    error: ErrorBody
+
+
+class ModelCard(BaseModel):
+    """One served model."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+
+
+class ModelList(BaseModel):
+    """The served models."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class HealthReply(BaseModel):
+    """Whether pictures can be made right now."""
+
+    status: Literal["ok", "unavailable"]
+    model: str
+    details: dict[str, Any]

@@ -1,0 +1,103 @@
+"""From the bytes of a request to an ``ImagesRequest``, or to an error that names the field."""
+
+from __future__ import annotations
+
+import json
+from http import HTTPStatus
+from typing import Any, NoReturn
+
+from pydantic import ValidationError
+from starlette.requests import Request
+
+from app.api.errors import InvalidRequestError
+from app.api.schemas import REASONS, ImagesRequest, MagCacheBody
+from app.settings import unknown_name
+
+_REQUEST_NAMES = [*ImagesRequest.model_fields, "cfg_scale"]
+_MAGCACHE_NAMES = [*MagCacheBody.model_fields]
+
+
+async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
+    """The request's JSON object; no more than ``max_bytes`` are ever held."""
+    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise InvalidRequestError(
+            f"the body must be JSON with the header Content-Type: application/json, not {media_type[:80]!r}",
+            param="Content-Type",
+            code="unsupported_media_type",
+            status=HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+        )
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_bytes:
+            raise InvalidRequestError(f"the body is larger than {max_bytes} bytes", code="body_too_large", status=413)
+    try:
+        # json.loads guesses UTF-16 and UTF-32 for bytes; JSON over HTTP is UTF-8.
+        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise InvalidRequestError(f"the body is not valid JSON: {reason[:200]}", code="invalid_json") from error
+    if not isinstance(value, dict):
+        raise InvalidRequestError('the body must be a JSON object, {"prompt": …}', code="invalid_json")
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def parse(body: dict[str, Any]) -> ImagesRequest:
+    """``body`` as an ``ImagesRequest``.
+
+    Raises:
+        InvalidRequestError: with the first bad field as ``param`` and every bad field in the message.
+    """
+    if body.get("cfg_scale") is not None and body.get("true_cfg_scale") is not None:
+        raise InvalidRequestError(
+            "cfg_scale and true_cfg_scale are two names of one setting; give one", param="cfg_scale"
+        )
+    # A null counts as absent; for the two names of one field it must not hide the other.
+    body = {
+        name: value for name, value in body.items() if not (name in ("cfg_scale", "true_cfg_scale") and value is None)
+    }
+    try:
+        return ImagesRequest.model_validate(body)
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_context=False)
+    codes = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
+    raise InvalidRequestError(
+        "; ".join(_explain(detail) for detail in details[:5]),
+        param=_param(details[0]["loc"]),
+        code=codes.get(details[0]["type"], "invalid_value"),
+    )
+
+
+def _param(loc: tuple[int | str, ...]) -> str:
+    return ".".join(str(part)[:80] for part in loc)
+
+
+def _explain(detail: Any) -> str:
+    """One validation error in a sentence: field, what is wrong, what came instead."""
+    name = _param(detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return unknown_name("field", name, _REQUEST_NAMES if len(detail["loc"]) == 1 else _nested_names())
+    if detail["type"] == "missing":
+        return f"{name}: this field is required"
+    message = detail["msg"][0].lower() + detail["msg"][1:]
+    reason = f" ({REASONS[name]})" if name in REASONS else ""
+    return f"{name}: {message}, not {_shown(detail['input'])}{reason}"
+
+
+def _nested_names() -> list[str]:
+    return [f"magcache.{name}" for name in _MAGCACHE_NAMES]
+
+
+def _shown(value: Any) -> str:
+    """A value as the client wrote it, short; a huge number has no short form."""
+    if isinstance(value, (dict, list)):
+        return "an object" if isinstance(value, dict) else "a list"
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**40:
+        return "so large a number"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:80]}…"
