@@ -5,7 +5,8 @@ hooks and the strategies work on diffusers' models.
 """
 
 from magcache_core.config import ConfigError, MagCacheConfig
-from magcache_core.plan import Plan
+from magcache_core.hooks import apply_mag_cache, remove_mag_cache
+from magcache_core.plan_data import Plan
 from magcache_core.profile_data import BranchCurve, Profile, ProfileError, write_profile
 from magcache_core.profiles import load_profile, pick_profile, profile_names
 from magcache_core.reuse import REUSE_MODES, decisions, reuse_weights
@@ -32,6 +33,7 @@ __all__ = [
     "Profile",
     "ProfileError",
     "ResidualError",
+    "apply_mag_cache",
     "decisions",
     "get_strategy",
     "load_profile",
@@ -40,6 +42,7 @@ __all__ = [
     "profile_names",
     "register_strategy",
     "registered_strategies",
+    "remove_mag_cache",
     "reuse_weights",
     "schedule",
     "write_profile",

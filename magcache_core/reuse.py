@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from magcache_core.config import ConfigError, MagCacheConfig
-from magcache_core.plan import COMPUTE, Plan
+from magcache_core.plan_data import COMPUTE, Plan
 from magcache_core.state import Decision, MagCacheState
 
 REUSE_MODES = ("residual", "scaled", "linear", "damped", "quadratic")

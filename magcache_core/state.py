@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from magcache_core.config import MagCacheConfig
-from magcache_core.plan import COMPUTE, REUSE
+from magcache_core.plan_data import COMPUTE, REUSE
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,11 @@ class MagCacheState:
         self.accumulated_steps = 0
         self.accumulated_error = 0.0
 
-    def step(self) -> Decision:
+    def step(self, must_compute: bool = False) -> Decision:
         """Decide the next step and advance.
+
+        Args:
+            must_compute: compute whatever the rule says, because there is nothing that this step could reuse.
 
         Returns:
             The decision; a reused step has the weights of plain residual reuse, ``(1.0,)``.
@@ -72,6 +75,7 @@ class MagCacheState:
             self.accumulated_error += abs(1.0 - self.accumulated_ratio)
             if (
                 self.has_residual
+                and not must_compute
                 and self.accumulated_error <= self.config.threshold
                 and self.accumulated_steps <= self.config.max_skip_steps
                 and step not in self._protected

@@ -1,0 +1,48 @@
+"""How one step's residual compares with the one before: what the reference implementations log when they calibrate."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn import functional as F
+
+
+@dataclass
+class StepStatistics:
+    """One run's statistics, one entry per step; names as the references log them.
+
+    Attributes:
+        norm_ratios: mean over rows and tokens of |R_i| / |R_(i-1)|; the first is 1.
+        norm_stds: standard deviation of the same; the first is 0.
+        cos_dises: mean of 1 - cosine(R_i, R_(i-1)); the first is 0.
+    """
+
+    norm_ratios: list[float] = field(default_factory=list)
+    norm_stds: list[float] = field(default_factory=list)
+    cos_dises: list[float] = field(default_factory=list)
+
+    def add(self, residual: torch.Tensor, previous: torch.Tensor | None) -> None:
+        """Measure one step's residual, (rows, image_tokens, dim), in fp32; ``previous`` is None at the first."""
+        if previous is None:
+            ratio, std, cos = 1.0, 0.0, 0.0
+        else:
+            ratio, std, cos = compare(residual, previous)
+        self.norm_ratios.append(ratio)
+        self.norm_stds.append(std)
+        self.cos_dises.append(cos)
+
+    def log(self, logger: logging.Logger) -> None:
+        """Log the three lists, five decimals."""
+        for name in ("norm_ratios", "norm_stds", "cos_dises"):
+            logger.info("MagCache calibration %s: %s", name, [round(value, 5) for value in getattr(self, name)])
+
+
+def compare(residual: torch.Tensor, previous: torch.Tensor) -> tuple[float, float, float]:
+    """Mean and standard deviation of the norms' ratio, and mean cosine distance, over all tokens, in fp32."""
+    now, before = residual.float(), previous.float()
+    ratios = now.norm(dim=-1) / before.norm(dim=-1).clamp(min=1e-8)
+    cosine = F.cosine_similarity(now, before, dim=-1, eps=1e-8)
+    std = ratios.std().item() if ratios.numel() > 1 else 0.0
+    return ratios.mean().item(), std, (1 - cosine).mean().item()

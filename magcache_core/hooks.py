@@ -1,0 +1,267 @@
+"""MagCache on a plain diffusers transformer: `apply_mag_cache` and `remove_mag_cache`.
+
+One hook on the transformer decides each call (compute or reuse) and, through `BlockTaps`, takes the block stack's input
+at its head and its output at its tail. It is registered with diffusers' own hook registry, under the names that
+diffusers' MagCache uses, so ``cache_context``, ``disable_cache`` and ``reset_stateful_hooks`` work on it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from magcache_core.calibration import StepStatistics
+from magcache_core.config import ConfigError, MagCacheConfig
+from magcache_core.plan_data import COMPUTE, Plan
+from magcache_core.reuse import ORDER, check_reuse, reuse_weights
+from magcache_core.run_position import Position, locate
+from magcache_core.state import MagCacheState
+from magcache_core.strategies import MagCacheStrategy, get_strategy
+from magcache_core.taps import BlockTaps
+
+logger = logging.getLogger(__name__)
+
+HEAD_HOOK = "mag_cache_leader_block_hook"
+TAIL_HOOK = "mag_cache_block_hook"
+
+
+def apply_mag_cache(
+    transformer: nn.Module, config: MagCacheConfig | Plan, reuse: str | None = None, sigmas: Any = None
+) -> None:
+    """Make a diffusers transformer follow MagCache; replaces an earlier application.
+
+    Each ``cache_context`` (``cond``, ``uncond``) has its own state. A run with another step count than the config's
+    follows the same settings at its own count; a run that was aborted leaves nothing to the next one. Calls with
+    ControlNet residuals compute.
+
+    Args:
+        transformer: the model, e.g. ``pipe.transformer``. A class without a registered strategy works as long as
+            its blocks map the image stream to the same shape.
+        config: the threshold rule's settings, or a plan (then runs must have its number of steps).
+        reuse: one of `REUSE_MODES`; by default the plan's, or ``residual``.
+        sigmas: noise levels of a run, for the extrapolating modes outside of a diffusers pipeline; by default the
+            scheduler's, or the ``timestep`` that the transformer gets.
+
+    Raises:
+        ConfigError: ``reuse`` is unknown.
+        ValueError, LookupError: the transformer's blocks aren't found or not understood.
+    """
+    from diffusers.hooks.hooks import HookRegistry, StateManager
+
+    try:
+        strategy = get_strategy(transformer)
+    except LookupError:
+        strategy = MagCacheStrategy()
+    remove_mag_cache(transformer)
+    registry = HookRegistry.check_if_exists_or_initialize(transformer)
+    states = StateManager(BranchRun)
+    run = MagCacheHook(states, BlockTaps(transformer, strategy), config, reuse, sigmas)
+    registry.register_hook(run, HEAD_HOOK)
+    registry.register_hook(_TailMark(states), TAIL_HOOK)
+    registry.invalidate_child_registries_cache()
+
+
+def remove_mag_cache(transformer: nn.Module) -> None:
+    """Take MagCache off a transformer and free what it stored; does nothing where it isn't applied."""
+    registry = getattr(transformer, "_diffusers_hook", None)
+    if registry is None:
+        return
+    for name in (TAIL_HOOK, HEAD_HOOK):
+        if registry.get_hook(name) is not None:
+            registry.get_hook(name).reset_state(transformer)
+            registry.remove_hook(name, recurse=False)
+    registry.invalidate_child_registries_cache()
+
+
+class BranchRun:
+    """One run of one ``cache_context``: the decision machine and the residuals at hand, newest first.
+
+    Attributes:
+        next_step: the step that the next call of this run would be.
+        residuals: (sigma or None, residual (rows, image_tokens, dim)) of the last computed steps, newest first.
+        statistics: what calibration measured so far in this run.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the run and free its residuals."""
+        self.steps = 0  # of the run under way; 0 before its first call
+        self.machine: MagCacheState | None = None
+        self.next_step = 0
+        self.last_timestep: float | None = None
+        self.growth = 1.0
+        self.segment = -1
+        self.residuals: list[tuple[float | None, torch.Tensor]] = []
+        self.statistics = StepStatistics()
+
+    @property
+    def calibration_ratios(self) -> list[float]:
+        """Mean ratios measured so far in this run (the name that diffusers' state has)."""
+        return self.statistics.norm_ratios
+
+
+class _StatefulHook:
+    """What diffusers' registry calls on a hook; it asks for methods, not for a base class."""
+
+    _is_stateful = True
+
+    def __init__(self, state_manager: Any) -> None:
+        self.state_manager = state_manager
+        self.fn_ref: Any = None
+
+    def initialize_hook(self, module: nn.Module) -> nn.Module:
+        return module
+
+    def deinitalize_hook(self, module: nn.Module) -> nn.Module:
+        return module
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        return output
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        self.state_manager.reset()
+        return module
+
+
+class _TailMark(_StatefulHook):
+    """Carries the state under the tail hook's name, where diffusers' tools look for it."""
+
+
+class MagCacheHook(_StatefulHook):
+    """Decides each forward call of the transformer."""
+
+    def __init__(
+        self, state_manager: Any, taps: BlockTaps, config: MagCacheConfig | Plan, reuse: str | None, sigmas: Any
+    ) -> None:
+        super().__init__(state_manager)
+        self.taps = taps
+        self.config = config
+        self.sigmas = None if sigmas is None else [float(sigma) for sigma in sigmas]
+        if reuse is not None:
+            check_reuse(reuse)
+        self.reuse = reuse
+        self._signature: inspect.Signature | None = None
+
+    def initialize_hook(self, module: nn.Module) -> nn.Module:
+        """Remember the transformer's parameters, to find its timestep and ControlNet residuals in a call."""
+        self._signature = inspect.signature(module.forward)
+        return module
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run the transformer's forward with the block stack computed or replaced."""
+        from diffusers.hooks.hooks import CacheContext
+
+        if self.state_manager._context is None:
+            self.state_manager.set_context(CacheContext(name="inference"))
+        run: BranchRun = self.state_manager.get_state()
+        arguments = self._signature.bind(*args, **kwargs).arguments  # type: ignore[union-attr]
+        position = locate(module, self.state_manager.context, arguments, run, self._steps)
+        if run.steps == 0 or position.step != run.next_step or position.restart:
+            self._begin(run, position)
+
+        def forward() -> Any:
+            return self.fn_ref.original_forward(*args, **kwargs)
+
+        sigma = self._sigma(position)
+        external = _has_controlnet(arguments)
+        if external:
+            # They were added between blocks, so the stack's residual would hold them a second time.
+            run.residuals.clear()
+        if self._computes(run, position, must_compute=not run.residuals):
+            output = self.taps.run(forward)
+            if not external and position.step < run.steps:
+                self._store(run, sigma)
+        else:
+            output = self.taps.run(forward, self._replacement(run, position, sigma))
+        run.next_step = position.step + 1
+        if run.next_step >= run.steps:
+            self._end(run, position)
+        return output
+
+    @property
+    def _steps(self) -> int:
+        return len(self.config.schedule) if isinstance(self.config, Plan) else self.config.num_inference_steps
+
+    def _begin(self, run: BranchRun, position: Position) -> None:
+        run.reset()
+        run.last_timestep = position.timestep
+        run.steps = position.steps
+        if isinstance(self.config, MagCacheConfig):
+            run.machine = MagCacheState(self.config.resampled(position.steps))
+            run.machine.next_step = position.step
+        elif position.steps != self._steps:
+            raise ConfigError("plan", f"{self._steps} steps", f"planned for the run's {position.steps} steps")
+
+    def _computes(self, run: BranchRun, position: Position, must_compute: bool) -> bool:
+        if position.step >= run.steps:
+            return True
+        if run.machine is not None:
+            compute = run.machine.step(must_compute).compute
+            ratios = run.machine.config.ratios
+        else:
+            assert isinstance(self.config, Plan)
+            compute = must_compute or self.config.schedule[position.step] == COMPUTE
+            ratios = self.config.ratios
+        if compute:
+            run.growth = 1.0
+            run.segment += 1
+        elif ratios:
+            run.growth *= ratios[position.step]
+        return compute
+
+    def _mode(self, run: BranchRun) -> str:
+        if self.reuse is not None or not isinstance(self.config, Plan):
+            return self.reuse or "residual"
+        return self.config.modes[min(run.segment, self.config.computed - 1)]
+
+    def _store(self, run: BranchRun, sigma: float | None) -> None:
+        residual = self.taps.residual
+        if isinstance(self.config, MagCacheConfig) and self.config.calibrate:
+            run.statistics.add(residual, run.residuals[0][1] if run.residuals else None)
+        modes = (self._mode(run),) if self.reuse or not isinstance(self.config, Plan) else self.config.modes
+        run.residuals.insert(0, (sigma, residual))
+        del run.residuals[1 + max(ORDER[mode] for mode in modes) :]
+
+    def _replacement(self, run: BranchRun, position: Position, sigma: float | None) -> torch.Tensor:
+        """The residual that stands in for the block stack's, (rows, image_tokens, dim)."""
+        mode = self._mode(run)
+        known = [at for at, _ in run.residuals]
+        if ORDER[mode] and (sigma is None or None in known):
+            raise ConfigError("sigmas", None, f"given for reuse={mode!r}: this run's noise levels are not known")
+        levels = [0.0 if at is None else at for at in known]
+        weights = reuse_weights(mode, sigma or 0.0, levels, run.growth)
+        total = run.residuals[0][1]
+        if weights != (1.0,):
+            total = total * weights[0]
+        for weight, (_, residual) in zip(weights[1:], run.residuals[1:], strict=False):
+            total = total.add(residual, alpha=weight)
+        return total
+
+    def _sigma(self, position: Position) -> float | None:
+        if self.sigmas is not None and position.step < len(self.sigmas):
+            return self.sigmas[position.step]
+        return position.sigma
+
+    def _end(self, run: BranchRun, position: Position) -> None:
+        if isinstance(self.config, MagCacheConfig) and self.config.calibrate and run.statistics.norm_ratios:
+            run.statistics.log(logger)
+        if position.timestep is None:
+            run.reset()
+        else:
+            # Only a rising timestep will tell whether the next call begins a run or goes on with a longer one.
+            run.residuals.clear()
+            run.statistics = StepStatistics()
+
+
+def _has_controlnet(arguments: Mapping[str, Any]) -> bool:
+    return any("controlnet" in name and name.endswith("samples") and v is not None for name, v in arguments.items())
