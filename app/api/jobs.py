@@ -91,6 +91,8 @@ def _check_prompt(name: str, text: str, settings: Settings, may_be_empty: bool =
         raise InvalidRequestError(
             f"{name} has {len(text)} characters; at most {settings.http.max_prompt_chars} are allowed", param=name
         )
+    if re.search("[\ud800-\udfff]", text):  # JSON can escape them, no tokenizer takes them
+        raise InvalidRequestError(f"{name} holds half of a surrogate pair, which is not text", param=name)
 
 
 def _size(size: str | None, limits: SamplingSettings) -> tuple[int, int]:
