@@ -170,6 +170,18 @@ class Settings(_Section):
     cpus_per_helper: float = Field(
         default=0.25, ge=0.0, description="Logical CPUs that Ray reserves for each of encoder, decoder and API."
     )
+    gpus_per_rank: float = Field(
+        default=1.0,
+        gt=0.5,
+        le=1.0,
+        description="Share of a GPU that Ray reserves for one rank on `cuda`; above a half, so that no two share one.",
+    )
+    gpus_per_helper: float = Field(
+        default=0.1,
+        ge=0.0,
+        le=1.0,
+        description="Share of a GPU that Ray reserves for the encoder and for the decoder where they run on `cuda`.",
+    )
     max_batch_rows: PositiveInt = Field(default=8, description="Most pictures that share one forward pass.")
     plans_in_flight: int = Field(
         default=3, ge=1, le=64, description="Step plans sent ahead of their results, so that ranks never wait for one."

@@ -1,0 +1,115 @@
+"""The Serve configs say only what Serve and our settings understand."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.warnings import PydanticDeprecatedSince20
+
+from app.settings import Settings
+
+with warnings.catch_warnings():
+    # Ray declares its models with keywords that pydantic 2 deprecates, and warnings are errors here.
+    warnings.simplefilter("ignore", PydanticDeprecatedSince20)
+    from ray.serve.schema import ServeDeploySchema
+
+FOLDER = Path(__file__).parent.parent / "deployments"
+FILES = sorted(FOLDER.glob("*.yaml"))
+
+
+def _load(path: Path) -> dict[str, Any]:
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert isinstance(config, dict)
+    return config
+
+
+def _settings(path: Path) -> Settings:
+    (application,) = _load(path)["applications"]
+    return Settings(**application["args"])
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The pydantic models inside an annotation such as ``Optional[List[Model]]``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models(part)]
+
+
+def _unknown_keys(value: Any, model: type[BaseModel], path: str = "") -> list[str]:
+    """Serve ignores keys that it does not know, so a misspelt one would have no effect and no message."""
+    if isinstance(value, list):
+        return [key for index, item in enumerate(value) for key in _unknown_keys(item, model, f"{path}[{index}]")]
+    found = [f"{path}.{key}" for key in value if key not in model.model_fields]
+    for name, field in model.model_fields.items():
+        for inner in _models(field.annotation):
+            if value.get(name) is not None:
+                found += _unknown_keys(value[name], inner, f"{path}.{name}")
+    return found
+
+
+def test_both_models_have_a_config() -> None:
+    assert {path.name for path in FILES} >= {"flux-tiny.yaml", "flux.yaml"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_it_parses_and_has_no_unknown_key(path: Path) -> None:
+    config = _load(path)
+    schema = ServeDeploySchema.model_validate(config)
+    assert [(app.name, app.import_path) for app in schema.applications] == [("flux", "app.main:build")]
+    assert _unknown_keys(config, ServeDeploySchema) == []
+    assert _settings(path)
+
+
+@pytest.mark.parametrize(
+    ("place", "key"),
+    [
+        ((), "proxy_locations"),
+        (("http_options",), "hots"),
+        (("logging_config",), "levle"),
+        (("applications", 0), "arg"),
+    ],
+)
+def test_the_lint_finds_a_misspelt_key(place: tuple[str | int, ...], key: str) -> None:
+    config: Any = _load(FOLDER / "flux-tiny.yaml")
+    target = config
+    for part in place:
+        target = target[part]
+    target[key] = 1
+    assert [found.rpartition(".")[2] for found in _unknown_keys(config, ServeDeploySchema)] == [key]
+
+
+@pytest.mark.parametrize("section", ["", "sampling", "magcache"])
+def test_a_misspelt_setting_is_refused(section: str) -> None:
+    (application,) = _load(FOLDER / "flux-tiny.yaml")["applications"]
+    args = copy.deepcopy(application["args"])
+    name = next(iter(args[section] if section else args))
+    (args[section] if section else args)[name + "x"] = 1
+    with pytest.raises(ValidationError, match=f"did you mean '{name}'"):
+        Settings(**args)
+
+
+def test_flux_tiny_fits_two_cpus_and_stays_on_this_machine() -> None:
+    path = FOLDER / "flux-tiny.yaml"
+    settings = _settings(path)
+    cpus = settings.num_replicas * settings.tensor_parallel_size * settings.cpus_per_rank + 3 * settings.cpus_per_helper
+    assert cpus <= 2
+    assert (settings.device, settings.tensor_parallel_size) == ("cpu", 2)
+    assert (settings.encoder_runs_on, settings.decoder_runs_on) == ("cpu", "cpu")
+    assert (FOLDER.parent / settings.model).name == settings.model_name == "flux-tiny"
+    assert _load(path)["http_options"] == {"host": "127.0.0.1", "port": 8000, "request_timeout_s": 300}
+
+
+def test_flux_is_flux_dev_on_two_gpus_with_the_authors_magcache() -> None:
+    settings = _settings(FOLDER / "flux.yaml")
+    assert (settings.model, settings.device, settings.dtype) == ("black-forest-labs/FLUX.1-dev", "cuda", "bfloat16")
+    gpus = settings.tensor_parallel_size * settings.gpus_per_rank + 2 * settings.gpus_per_helper
+    assert gpus == pytest.approx(2)
+    magcache, sampling = settings.magcache, settings.sampling
+    assert (magcache.mag_threshold, magcache.mag_max_skip_steps, magcache.mag_retention_ratio) == (0.24, 5, 0.1)
+    assert (sampling.default_width, sampling.default_height, sampling.max_sequence_length) == (1024, 1024, 512)

@@ -1,0 +1,110 @@
+"""Settings: documented, strict, and an error tells the field, the value and the way out."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from app.settings import Settings, describe, table, unknown_name
+
+
+def test_the_defaults_are_valid_and_frozen() -> None:
+    settings = Settings()
+    assert settings.model_name == "flux-tiny"
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.num_replicas = 2  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("model", "served", "name"),
+    [
+        ("models/flux-tiny", None, "flux-tiny"),
+        ("/data/flux/", None, "flux"),
+        ("black-forest-labs/FLUX.1-dev", None, "FLUX.1-dev"),
+        ("models/flux-tiny", "acme/flux", "acme/flux"),
+    ],
+)
+def test_the_models_name(model: str, served: str | None, name: str) -> None:
+    assert Settings(model=model, served_model_name=served).model_name == name
+
+
+def test_helpers_run_where_the_ranks_run_unless_told() -> None:
+    settings = Settings(device="cuda", encoder_device="cpu")
+    assert (settings.encoder_runs_on, settings.decoder_runs_on) == ("cpu", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("values", "place", "words"),
+    [
+        ({"tensor_paralel_size": 2}, (), "unknown setting 'tensor_paralel_size'; did you mean 'tensor_parallel_size'?"),
+        ({"magcache": {"threshold": 1}}, ("magcache",), "did you mean 'mag_threshold'?"),
+        ({"sampling": {"width": 1}}, ("sampling",), "did you mean 'default_width'?"),
+        ({"http": {"zzz": 1}}, ("http",), "valid names: max_body_bytes, max_prompt_chars"),
+        ({1: 2}, (), "unknown setting '1'"),
+        ({"num_replicas": "2"}, ("num_replicas",), "valid integer"),
+        ({"num_replicas": True}, ("num_replicas",), "valid integer"),
+        ({"num_replicas": 0}, ("num_replicas",), "greater than or equal to 1"),
+        ({"device": "gpu"}, ("device",), "'cpu' or 'cuda'"),
+        ({"dtype": "float16"}, (), "choose 'float32'"),
+        ({"model": ""}, ("model",), "at least 1 character"),
+        ({"model": "/"}, ("model",), "name a folder or a hub id"),
+        ({"served_model_name": "a\nb"}, ("served_model_name",), "printable"),
+        ({"gpus_per_rank": 0.5}, ("gpus_per_rank",), "greater than 0.5"),
+        ({"cpus_per_rank": float("nan")}, ("cpus_per_rank",), "finite"),
+        ({"log_level": "info"}, ("log_level",), "'INFO'"),
+        ({"magcache": {"mag_retention_ratio": 2.0}}, ("magcache", "mag_retention_ratio"), "less than or equal to 1"),
+        ({"sampling": {"default_width": 130}}, ("sampling",), "default_width is 130; it must be a multiple of 16"),
+        ({"sampling": {"max_side": 250}}, ("sampling",), "max_side is 250"),
+        ({"sampling": {"side_multiple": 8}}, ("sampling", "side_multiple"), "multiple of 16"),
+        ({"sampling": {"side_multiple": 48}}, ("sampling",), "multiple of 48, for example 48"),
+        ({"sampling": {"min_side": 512}}, ("sampling",), "must not exceed max_side, 256"),
+        ({"sampling": {"max_pixels": 1024}}, ("sampling",), "raise it to at least min_side squared, 4096"),
+        ({"sampling": {"default_width": 512}}, ("sampling",), "between min_side, 64, and max_side, 256"),
+        ({"sampling": {"max_pixels": 8192}}, ("sampling",), "16384 pixels; raise max_pixels, 8192"),
+        ({"sampling": {"num_inference_steps": 200}}, ("sampling",), "must not exceed max_inference_steps, 100"),
+    ],
+)
+def test_a_wrong_setting_is_named(values: dict[str, Any], place: tuple[str, ...], words: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Settings.model_validate(values)
+    (error,) = caught.value.errors()
+    assert error["loc"] == place
+    assert words in error["msg"]
+
+
+def test_every_wrong_setting_of_a_section_is_told_at_once() -> None:
+    with pytest.raises(ValidationError) as caught:
+        Settings.model_validate({"num_replicas": 0, "device": "tpu", "magcache": {"enabled": 1}})
+    assert {error["loc"] for error in caught.value.errors()} == {
+        ("num_replicas",), ("device",), ("magcache", "enabled")
+    }  # fmt: skip
+
+
+def test_every_setting_is_documented_with_its_default() -> None:
+    rows = list(describe())
+    names = [name for name, _, _ in rows]
+    assert len(names) == len(set(names))
+    assert {"tensor_parallel_size", "sampling.max_n", "magcache.profile"} <= set(names)
+    for name, default, description in rows:
+        assert description.endswith("."), name
+        value: Any = Settings()
+        for part in name.split("."):
+            value = getattr(value, part)
+        assert not isinstance(value, BaseModel)
+        assert default == {None: "null", True: "true", False: "false"}.get(value, str(value)) or value in (0, 1)
+        assert f"| `{name}` | `{default}` | {description} |" in table()
+
+
+def test_the_module_prints_the_table() -> None:
+    printed = subprocess.run([sys.executable, "-m", "app.settings"], capture_output=True, text=True, check=True)
+    assert printed.stdout == table() + "\n"
+    assert printed.stderr == ""
+
+
+def test_an_unknown_name_is_answered_with_the_nearest() -> None:
+    assert unknown_name("field", "sede", ["seed", "size"]) == "unknown field 'sede'; did you mean 'seed'?"
+    assert unknown_name("field", "q", ["seed", "size"]) == "unknown field 'q'; valid names: seed, size"
