@@ -16,7 +16,7 @@ def test_the_defaults_are_valid_and_frozen() -> None:
     settings = Settings()
     assert settings.model_name == "flux-tiny"
     with pytest.raises(ValidationError, match="frozen"):
-        settings.num_replicas = 2  # type: ignore[misc]
+        settings.num_replicas = 2
 
 
 @pytest.mark.parametrize(

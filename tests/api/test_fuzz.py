@@ -45,7 +45,7 @@ def _post(body: bytes, accept: bytes = b"*/*") -> httpx.Response:
 
     async def post() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client:
-            headers = {"Content-Type": "application/json", "Accept": accept}
+            headers = [(b"Content-Type", b"application/json"), (b"Accept", accept)]
             return await client.post("/v1/images/generations", content=body, headers=headers)
 
     return asyncio.run(post())

@@ -190,7 +190,7 @@ async def test_a_request_overrides_the_servers_magcache(backend: FakeBackend) ->
     ],
 )
 async def test_file_or_json(client: httpx.AsyncClient, fields: dict[str, Any], accept: str, media_type: str) -> None:
-    response = await client.post(URL, json={**PROMPT, **fields}, headers={"Accept": accept.encode("latin-1")})
+    response = await client.post(URL, json={**PROMPT, **fields}, headers=[(b"Accept", accept.encode("latin-1"))])
     assert response.status_code == 200, response.text
     assert response.headers["content-type"] == media_type
     if media_type != "application/json":

@@ -101,6 +101,7 @@ def test_errors_become_the_clients_exceptions(openai_client: openai.OpenAI, back
     assert busy.value.response.headers["retry-after"] == "2"
     with backend.failing(RuntimeError("secret")), pytest.raises(openai.InternalServerError) as internal:
         openai_client.images.generate(prompt="a")
+    assert internal.value.request_id
     assert internal.value.request_id in str(internal.value)
 
 

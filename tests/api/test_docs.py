@@ -1,0 +1,48 @@
+"""docs/api.md names every field, error code, header and metric that there is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx
+from prometheus_client import CollectorRegistry
+
+from app.api.schemas import ImagesReply, ImagesRequest, MagCacheBody, MagCacheReply, Timings
+from app.metrics import ApiMetrics, CoordinatorMetrics
+from tests.api.fake_backend import FakeBackend
+
+TEXT = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
+
+
+def test_fields() -> None:
+    for name in [*ImagesRequest.model_fields, "cfg_scale", *MagCacheBody.model_fields]:
+        assert f"`{name}`" in TEXT, name
+    for model in (ImagesReply, MagCacheReply, Timings):
+        for name in model.model_fields:
+            assert f'"{name}"' in TEXT, name
+
+
+def test_metrics() -> None:
+    registry = CollectorRegistry()
+    ApiMetrics(registry)
+    CoordinatorMetrics(registry, model="m", replica="r")
+    for family in registry.collect():
+        name = family.name + ("_total" if family.type == "counter" else "")
+        assert f"`{name}`" in TEXT, name
+
+
+def test_codes() -> None:
+    for source in (Path(__file__).parents[2] / "app" / "api").glob("*.py"):
+        for line in source.read_text(encoding="utf-8").splitlines():
+            if 'code="' in line or line.strip().startswith('code = "'):
+                code = line.split('"')[1] if "code = " in line else line.split('code="')[1].split('"')[0]
+                assert f"`{code}`" in TEXT, code
+
+
+async def test_headers_of_a_bare_file(client: httpx.AsyncClient, backend: FakeBackend) -> None:
+    body = {"prompt": "a", "response_format": "file", "negative_prompt": "b", "output_compression": 3}
+    response = await client.post("/v1/images/generations", json=body)
+    ours = [name for name in response.headers if name.startswith(("x-", "server-"))]
+    assert len(ours) == 11
+    for name in ours:
+        assert f"`{name}`" in TEXT.lower(), name
