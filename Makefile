@@ -1,0 +1,47 @@
+# Everything runs in .venv, which `make setup` fills with the releases in constraints.txt.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CHECKED := $(wildcard app magcache_core models/recipe benchmarks scripts tests)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve test lint format train clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Make .venv with the pinned dependencies (instant when nothing changed)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13) and "Python 3.11 or 3.12 is needed, this is " + sys.version.split()[0] + " (make PYTHON=python3.11 ...)")'
+	@# A broken .venv (moved, or its Python gone) is made anew; a whole one is updated in place.
+	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup ## Serve flux-tiny, ask for a picture, write out/demo.png, keep serving (ONCE=1: then stop)
+	@$(BIN)/python scripts/demo.py $(if $(ONCE),--once) $(ARGS)
+
+serve: setup ## Serve deployments/flux-tiny.yaml (another: CONFIG=deployments/flux.yaml)
+	@RAY_USAGE_STATS_ENABLED=0 $(BIN)/serve run $(or $(CONFIG),deployments/flux-tiny.yaml)
+
+test: setup ## Run all tests (some of them: ARGS="tests/engine -k tp2")
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/mypy
+
+format: setup ## Let ruff format and fix
+	$(BIN)/ruff check --fix $(CHECKED)
+	$(BIN)/ruff format $(CHECKED)
+
+train: setup ## Train models/flux-tiny from scratch (hours; resumes where it stopped)
+	$(BIN)/python -m models.recipe $(ARGS)
+
+clean: ## Remove the environment, the caches and out/
+	rm -rf $(VENV) out build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
