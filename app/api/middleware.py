@@ -84,7 +84,8 @@ class RequestMiddleware:
             self._record(scope, request_id, status or 500, time.perf_counter() - started)
 
     def _record(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
-        method, path = scope["method"], scope["path"]
+        # Under a route prefix the path begins with it.
+        method, path = scope["method"], scope["path"].removeprefix(scope.get("root_path", ""))
         # Probes and scrapes come every few seconds for ever: not worth a line each unless they fail.
         level = logging.DEBUG if method == "GET" and status < 400 else logging.INFO
         logger.log(level, "request %s: %s %.200r -> %d in %.3f s", request_id, method, path, status, seconds)

@@ -168,6 +168,13 @@ async def test_a_cancelled_request_cancels_the_backend_and_is_counted(
     assert (await _samples(client))[_requests("cancelled", "4xx")] == 1
 
 
+async def test_under_a_route_prefix_the_requests_are_counted_too(app: FastAPI) -> None:
+    transport = httpx.ASGITransport(app, root_path="/prefix")
+    async with httpx.AsyncClient(transport=transport, base_url="http://service/prefix") as prefixed:
+        assert (await prefixed.post(URL, json=PROMPT)).status_code == 200
+        assert (await _samples(prefixed))[_requests("ok", "2xx")] == 1
+
+
 async def test_the_openapi_document_is_whole(client: httpx.AsyncClient, app: FastAPI) -> None:
     document = (await client.get("/openapi.json")).json()
     schemas = document["components"]["schemas"]
