@@ -7,6 +7,7 @@ hooks and the strategies work on diffusers' models.
 from magcache_core.config import ConfigError, MagCacheConfig
 from magcache_core.hooks import apply_mag_cache, remove_mag_cache
 from magcache_core.plan_data import Plan
+from magcache_core.planner import plan
 from magcache_core.profile_data import BranchCurve, Profile, ProfileError, write_profile
 from magcache_core.profiles import load_profile, pick_profile, profile_names
 from magcache_core.reuse import REUSE_MODES, decisions, reuse_weights
@@ -38,6 +39,7 @@ __all__ = [
     "get_strategy",
     "load_profile",
     "pick_profile",
+    "plan",
     "predicted_error",
     "profile_names",
     "register_strategy",

@@ -40,9 +40,12 @@ class StepStatistics:
 
 
 def compare(residual: torch.Tensor, previous: torch.Tensor) -> tuple[float, float, float]:
-    """Mean and standard deviation of the norms' ratio, and mean cosine distance, over all tokens, in fp32."""
+    """Ratio of the tokens' norms (mean, standard deviation) and their mean cosine distance, in fp32.
+
+    Both residuals are (rows, image_tokens, dim); each row is measured by itself and the rows are averaged.
+    """
     now, before = residual.float(), previous.float()
-    ratios = now.norm(dim=-1) / before.norm(dim=-1).clamp(min=1e-8)
+    ratios = now.norm(dim=-1) / before.norm(dim=-1).clamp(min=1e-8)  # (rows, image_tokens)
     cosine = F.cosine_similarity(now, before, dim=-1, eps=1e-8)
-    std = ratios.std().item() if ratios.numel() > 1 else 0.0
+    std = ratios.std(dim=1).mean().item() if ratios.shape[1] > 1 else 0.0
     return ratios.mean().item(), std, (1 - cosine).mean().item()

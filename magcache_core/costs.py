@@ -44,36 +44,33 @@ class CostTable:
         """Longest measured segment, in reused steps."""
         return self.segments["residual"].shape[2] - 1
 
+    def nearest_mode(self, mode: str) -> str:
+        """The measured mode that stands for ``mode``: itself, or plain reuse."""
+        return mode if mode in self.segments else "residual"
+
     @lru_cache(maxsize=64)  # noqa: B019  profiles live as long as the process
-    def resampled(self, mode: str, steps: int) -> torch.Tensor:
-        """Segment costs of a run of ``steps`` steps, (steps, gaps + 1, lengths + 1), by trilinear interpolation.
+    def resampled(self, mode: str, steps: int, lengths: int) -> torch.Tensor:
+        """Segment costs of a run of ``steps`` steps, (steps, lengths + 1, lengths), by trilinear interpolation.
 
         A segment's cost is how far the latents drift over a stretch of noise levels, so it is a function of where the
-        stretch begins and how long it and the gap are, measured in the calibrated run's steps.
+        stretch begins and how long it and the gap are, measured in the calibrated run's steps. Segments longer than
+        the measured ones are infinite.
         """
-        table = self.segments[mode]
-        if steps == self.steps:
-            return table
         scale = (self.steps - 1) / max(steps - 1, 1)
-        lengths = int(self.max_skip / scale)
-        gaps = int((table.shape[1] - 1) / scale)
-        a = (torch.arange(steps) * scale)[:, None, None].expand(steps, gaps + 1, lengths + 1)
-        g = (torch.arange(gaps + 1) * scale).clamp(min=1.0)[None, :, None].expand_as(a).clone()
-        g[:, 0] = 0.0
-        length = (torch.arange(lengths + 1) * scale)[None, None, :].expand_as(a)
-        result = _trilinear(_extended(table), a, g, length)
-        index = torch.arange(steps)[:, None, None]
-        valid = (torch.arange(gaps + 1)[None, :, None] <= index) & (
-            index + torch.arange(lengths + 1)[None, None, :] <= steps - 1
-        )
-        return torch.where(valid, result, torch.inf)
+        shape = (steps, lengths + 1, lengths)
+        a, g, length = (torch.arange(size).view([-1 if i == axis else 1 for i in range(3)]).expand(shape)
+                        for axis, size in enumerate(shape))  # fmt: skip
+        gap = torch.where(g == 0, 0.0, (g * scale).clamp(min=1.0, max=self.max_skip + 1))
+        result = _trilinear(_extended(self.segments[mode]), a * scale, gap, length * scale)
+        exists = (g <= a) & ((g > 0) | (a == 0)) & (a + length <= steps - 1) & (length * scale <= self.max_skip)
+        return torch.where(exists, result, torch.inf)
 
     def to_document(self) -> dict[str, Any]:
         """Plain lists for JSON: existing entries only, four significant digits."""
         return {
             "max_skip": self.max_skip,
-            "pairwise": {mode: _ragged(table) for mode, table in self.pairwise.items()},
-            "segments": {mode: _ragged(table) for mode, table in self.segments.items()},
+            "pairwise": {mode: _ragged(mode, table) for mode, table in self.pairwise.items()},
+            "segments": {mode: _ragged(mode, table) for mode, table in self.segments.items()},
             "gram": [[_short(value) for value in row] for row in self.gram.tolist()],
         }
 
@@ -85,7 +82,7 @@ class CostTable:
         if gram.shape != (steps, steps):
             raise ValueError(f"costs.gram has shape {tuple(gram.shape)}, not {(steps, steps)}")
         tables = {
-            kind: {mode: _dense(document[kind][mode], steps, max_skip) for mode in COST_MODES}
+            kind: {mode: _dense(mode, document[kind][mode], steps, max_skip) for mode in COST_MODES}
             for kind in ("pairwise", "segments")
         }
         return cls(tables["pairwise"], tables["segments"], gram)
@@ -102,21 +99,24 @@ def _short(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _ragged(table: torch.Tensor) -> list[list[list[float]]]:
-    """[a][g][l - 1] without the infinite entries."""
+def _ragged(mode: str, table: torch.Tensor) -> list[list[list[float]]]:
+    """[a][g][l - 1] without the infinite entries; plain reuse doesn't depend on g and is written for g = 0 only."""
     return [
-        [[float(f"{v:.4g}") for v in row[1:] if v != float("inf")] for row in rows[: a + 1]]
+        [
+            [float(f"{v:.4g}") for v in row[1:] if v != float("inf")]
+            for row in rows[: 1 if mode == "residual" else a + 1]
+        ]
         for a, rows in enumerate(table.tolist())
     ]
 
 
-def _dense(ragged: list[list[list[float]]], steps: int, max_skip: int) -> torch.Tensor:
+def _dense(mode: str, ragged: list[list[list[float]]], steps: int, max_skip: int) -> torch.Tensor:
     table = empty_table(steps, max_skip)
     if len(ragged) != steps:
         raise ValueError(f"a cost table has {len(ragged)} rows for {steps} steps")
     for a, rows in enumerate(ragged):
         for g, row in enumerate(rows):
-            table[a, g, 1 : len(row) + 1] = torch.tensor(row)
+            table[a, slice(None) if mode == "residual" else g, 1 : len(row) + 1] = torch.tensor(row)
     return table
 
 

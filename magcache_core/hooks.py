@@ -107,7 +107,7 @@ class BranchRun:
         return self.statistics.norm_ratios
 
 
-class _StatefulHook:
+class StatefulHook:
     """What diffusers' registry calls on a hook; it asks for methods, not for a base class."""
 
     _is_stateful = True
@@ -133,11 +133,11 @@ class _StatefulHook:
         return module
 
 
-class _TailMark(_StatefulHook):
+class _TailMark(StatefulHook):
     """Carries the state under the tail hook's name, where diffusers' tools look for it."""
 
 
-class MagCacheHook(_StatefulHook):
+class MagCacheHook(StatefulHook):
     """Decides each forward call of the transformer."""
 
     def __init__(

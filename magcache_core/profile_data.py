@@ -174,7 +174,8 @@ def to_json(profile: Profile) -> str:
         },
         "provenance": dict(profile.provenance),
     }
-    return json.dumps(document, indent=1) + "\n"
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in document.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def parse(text: str, source: str) -> Profile:

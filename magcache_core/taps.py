@@ -125,9 +125,9 @@ class _Tap(nn.Module):
 
 def _passing(block: nn.Module, strategy: MagCacheStrategy) -> tuple[BlockMetadata, dict[str, int]]:
     """A block's metadata and the positions of its parameters: from the strategy, else from diffusers' registry."""
-    cls: type[nn.Module] = type(getattr(block, "_orig_mod", block))
-    metadata = strategy.register_block_metadata(cls) or _from_diffusers(cls)
-    return metadata, {name: i - 1 for i, name in enumerate(inspect.signature(cls.forward).parameters)}
+    inner = getattr(block, "_orig_mod", block)
+    metadata = strategy.register_block_metadata(type(inner)) or _from_diffusers(type(inner))
+    return metadata, {name: i for i, name in enumerate(inspect.signature(inner.forward).parameters)}
 
 
 def _from_diffusers(cls: type) -> BlockMetadata:

@@ -1,0 +1,211 @@
+"""Calibrate a model: ``python -m magcache_core.calibrate --model PATH --steps 28 --size 1024x1024 --out profile.json``.
+
+Runs the pipeline uncached over several prompts and seeds, measures the residuals and what reuse would have cost, and
+writes a versioned profile. Works with diffusers pipelines whose transformer has a registered strategy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import inspect
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from magcache_core.measure import BranchMeasurement, recording
+from magcache_core.profile_data import BranchCurve, Profile, write_profile
+
+LONGEST_SEGMENT = 12
+"""Reused steps in a row to measure costs for; beyond it a schedule isn't planned."""
+
+
+@dataclass(frozen=True)
+class CalibrationJob:
+    """What to run.
+
+    Attributes:
+        prompts: one run each, times ``seeds``.
+        steps: denoising steps.
+        width, height: pixels.
+        guidance_scale: distilled guidance.
+        negative_prompt: with it true CFG runs, and the unconditional branch is measured apart.
+        true_cfg_scale: scale of true CFG.
+        seeds: runs of each prompt, seeded 0, 1, ...
+        batch: runs at once.
+        max_sequence_length: text tokens; None takes the pipeline's default.
+    """
+
+    prompts: tuple[str, ...]
+    steps: int = 28
+    width: int = 1024
+    height: int = 1024
+    guidance_scale: float = 3.5
+    negative_prompt: str | None = None
+    true_cfg_scale: float = 4.0
+    seeds: int = 1
+    batch: int = 1
+    max_sequence_length: int | None = None
+
+    @property
+    def runs(self) -> list[tuple[str, int]]:
+        """(prompt, seed) of each run."""
+        return [(prompt, seed) for seed in range(self.seeds) for prompt in self.prompts]
+
+
+def packaged_prompts() -> tuple[str, ...]:
+    """The prompts that are used when none are given: everyday subjects and styles."""
+    return read_prompts((resources.files("magcache_core") / "prompts.txt").read_text(encoding="utf-8"))
+
+
+def read_prompts(text: str) -> tuple[str, ...]:
+    """One prompt a line; blank lines don't count. ValueError when there are none."""
+    prompts = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not prompts:
+        raise ValueError("the prompt list is empty")
+    return prompts
+
+
+def calibrate(pipe: Any, job: CalibrationJob, name: str, model: str, progress: bool = True) -> Profile:
+    """Measure a loaded pipeline.
+
+    Args:
+        pipe: a diffusers pipeline with ``transformer`` and ``scheduler``.
+        job: what to run.
+        name: the profile's name.
+        model: the model's id, kept in the profile.
+        progress: show a progress bar.
+    """
+    from tqdm import tqdm
+
+    pipe.set_progress_bar_config(disable=True)
+    measurements: dict[str, BranchMeasurement] = {}
+    runs = job.runs
+    bar = tqdm(total=len(runs) * job.steps, unit="step", disable=not progress, desc=f"calibrating {name}")
+    for start in range(0, len(runs), job.batch):
+        batch = runs[start : start + job.batch]
+        with recording(pipe.transformer) as traces:
+            pipe(**_call_arguments(pipe, job, batch))
+        sigmas = pipe.scheduler.sigmas.tolist()
+        for branch, trace in traces.items():
+            measurement = measurements.setdefault(branch, BranchMeasurement(sigmas, LONGEST_SEGMENT))
+            measurement.add(trace, lambda: bar.update(len(batch) / len(traces)))  # noqa: B023  called at once
+    bar.close()
+    return Profile(
+        name=name,
+        model=model,
+        transformer=type(pipe.transformer).__name__,
+        steps=job.steps,
+        width=job.width,
+        height=job.height,
+        guidance_scale=job.guidance_scale,
+        sigmas=tuple(round(sigma, 6) for sigma in sigmas[: job.steps]),
+        branches={branch: _curve(measurement) for branch, measurement in measurements.items()},
+        provenance=_provenance(pipe, job),
+    )
+
+
+def _call_arguments(pipe: Any, job: CalibrationJob, batch: Sequence[tuple[str, int]]) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "prompt": [prompt for prompt, _ in batch],
+        "num_inference_steps": job.steps,
+        "width": job.width,
+        "height": job.height,
+        "guidance_scale": job.guidance_scale,
+        "generator": [torch.Generator("cpu").manual_seed(seed) for _, seed in batch],
+        "output_type": "latent",
+    }
+    if job.negative_prompt is not None:
+        arguments["negative_prompt"] = [job.negative_prompt] * len(batch)
+        arguments["true_cfg_scale"] = job.true_cfg_scale
+    if job.max_sequence_length is not None:
+        arguments["max_sequence_length"] = job.max_sequence_length
+    accepted = inspect.signature(pipe.__call__).parameters
+    unknown = set(arguments) - set(accepted) - {"guidance_scale"}
+    if unknown:
+        raise ValueError(f"{type(pipe).__name__} does not take {', '.join(sorted(unknown))}")
+    return {key: value for key, value in arguments.items() if key in accepted}
+
+
+def _curve(measurement: BranchMeasurement) -> BranchCurve:
+    ratios, stds, cosines = (tuple(round(v, 5) for v in values) for values in measurement.statistics())
+    return BranchCurve(ratios, stds, cosines, measurement.costs())
+
+
+def _provenance(pipe: Any, job: CalibrationJob) -> dict[str, Any]:
+    config = pipe.scheduler.config
+    shift = {key: config[key] for key in sorted(config) if "shift" in key}
+    text = "\n".join(f"{seed} {prompt}" for prompt, seed in job.runs)
+    return {
+        "source": "measured by magcache_core.calibrate",
+        "scheduler": type(pipe.scheduler).__name__,
+        "shift": shift,
+        "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
+        "device": str(pipe.transformer.device.type),
+        "runs": len(job.runs),
+        "prompts_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "negative_prompt": job.negative_prompt,
+        "true_cfg_scale": job.true_cfg_scale if job.negative_prompt is not None else None,
+        "versions": {package: metadata.version(package) for package in ("torch", "diffusers", "transformers")}
+        | {"python": platform.python_version()},
+    }
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, separator, height = text.lower().partition("x")
+    if not separator or not width.isdigit() or not height.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, e.g. 1024x1024")
+    return int(width), int(height)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m magcache_core.calibrate", description=__doc__)
+    parser.add_argument("--model", required=True, help="model id or folder in diffusers layout")
+    parser.add_argument("--out", required=True, type=Path, help="profile to write (JSON)")
+    parser.add_argument("--name", help="the profile's name; by default that of the file")
+    parser.add_argument("--model-id", help="model id to keep in the profile; by default --model")
+    parser.add_argument("--prompts", type=Path, help="text file, one prompt a line; by default a packaged list")
+    parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--size", type=_size, default=(1024, 1024), metavar="WxH", help="pixels, 1024x1024 by default")
+    parser.add_argument("--guidance", type=float, default=3.5, help="distilled guidance scale")
+    parser.add_argument("--negative-prompt", help="run true CFG with it and measure its branch apart")
+    parser.add_argument("--true-cfg-scale", type=float, default=4.0)
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each prompt")
+    parser.add_argument("--batch", type=int, default=1, help="runs at once")
+    parser.add_argument("--max-sequence-length", type=int, help="text tokens; the pipeline's default otherwise")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    from diffusers import DiffusionPipeline
+
+    args = _arguments(argv)
+    prompts = packaged_prompts() if args.prompts is None else read_prompts(args.prompts.read_text(encoding="utf-8"))
+    job = CalibrationJob(
+        prompts=prompts,
+        steps=args.steps,
+        width=args.size[0],
+        height=args.size[1],
+        guidance_scale=args.guidance,
+        negative_prompt=args.negative_prompt,
+        true_cfg_scale=args.true_cfg_scale,
+        seeds=args.seeds,
+        batch=args.batch,
+        max_sequence_length=args.max_sequence_length,
+    )
+    pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype)).to(args.device)
+    profile = calibrate(pipe, job, args.name or args.out.stem, args.model_id or args.model)
+    write_profile(profile, args.out)
+    print(f"wrote {args.out}: {len(job.runs)} runs, branches {', '.join(profile.branches)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Measure uncached runs of a pipeline: residual statistics per step, and what reuse would have cost.
+
+The runs themselves are not disturbed. Afterwards each recorded call is replayed with a reused residual in the place of
+the block stack, which needs only the cheap parts of the transformer, and compared with the velocity that was computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from magcache_core.calibration import StepStatistics
+from magcache_core.costs import COST_MODES, CostTable, empty_table
+from magcache_core.hooks import StatefulHook
+from magcache_core.reuse import reuse_weights
+from magcache_core.strategies import get_strategy
+from magcache_core.taps import BlockTaps
+
+RECORD_HOOK = "mag_cache_record_hook"
+
+
+@dataclass
+class BranchTrace:
+    """One uncached run of one CFG branch, one entry per step.
+
+    Attributes:
+        replays: by step, the velocity (rows, image_tokens, channels) with a given residual in the stack's place.
+        residuals: (rows, image_tokens, dim).
+        velocities: (rows, image_tokens, channels).
+    """
+
+    replays: list[Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=list)
+    residuals: list[torch.Tensor] = field(default_factory=list)
+    velocities: list[torch.Tensor] = field(default_factory=list)
+
+    def reset(self) -> None:
+        """Diffusers' registry calls this when it resets stateful hooks."""
+
+
+class _Recorder(StatefulHook):
+    """Lets every call compute and keeps what it saw."""
+
+    def __init__(self, state_manager: Any, taps: BlockTaps, traces: dict[str, BranchTrace]) -> None:
+        super().__init__(state_manager)
+        self._taps = taps
+        self._traces = traces
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward; note its residual and velocity, and how to replay it."""
+        context = self.state_manager._context
+        trace = self._traces.setdefault(context.name if context is not None else "cond", BranchTrace())
+        original = self.fn_ref.original_forward
+
+        def replay(residual: torch.Tensor) -> torch.Tensor:
+            return _sample(self._taps.run(lambda: original(*args, **kwargs), residual))
+
+        output = self._taps.run(lambda: original(*args, **kwargs))
+        trace.replays.append(replay)
+        trace.residuals.append(self._taps.residual)
+        trace.velocities.append(_sample(output))
+        return output
+
+
+def _sample(output: Any) -> torch.Tensor:
+    sample: torch.Tensor = output[0] if isinstance(output, tuple) else output.sample
+    return sample
+
+
+@contextmanager
+def recording(transformer: nn.Module) -> Iterator[dict[str, BranchTrace]]:
+    """Record every call of ``transformer`` in the block: traces by branch (the ``cache_context``'s name)."""
+    from diffusers.hooks.hooks import HookRegistry, StateManager
+
+    traces: dict[str, BranchTrace] = {}
+    registry = HookRegistry.check_if_exists_or_initialize(transformer)
+    taps = BlockTaps(transformer, get_strategy(transformer))
+    registry.register_hook(_Recorder(StateManager(BranchTrace), taps, traces), RECORD_HOOK)
+    registry.invalidate_child_registries_cache()
+    try:
+        yield traces
+    finally:
+        registry.remove_hook(RECORD_HOOK, recurse=False)
+        registry.invalidate_child_registries_cache()
+
+
+class BranchMeasurement:
+    """Sums over runs of one CFG branch: statistics, inner products and squared costs, in fp32 or better."""
+
+    def __init__(self, sigmas: Sequence[float], max_skip: int) -> None:
+        """
+        Args:
+            sigmas: noise level of each step and the final one, falling, steps + 1 values.
+            max_skip: longest segment to measure, in reused steps.
+        """
+        self._sigmas = list(sigmas)
+        self.steps = len(self._sigmas) - 1
+        self.max_skip = min(max_skip, self.steps - 1)
+        self._rows = 0
+        self._statistics = torch.zeros(3, self.steps, dtype=torch.float64)
+        self._gram = torch.zeros(self.steps, self.steps, dtype=torch.float64)
+        self._pairwise = {mode: empty_table(self.steps, self.max_skip) for mode in COST_MODES}
+        self._segments = {mode: empty_table(self.steps, self.max_skip) for mode in COST_MODES}
+
+    @torch.no_grad()
+    def add(self, trace: BranchTrace, progress: Callable[[], object] = lambda: None) -> None:
+        """Add one recorded run of some rows; ``progress`` is called once per step."""
+        rows = trace.residuals[0].shape[0]
+        statistics = StepStatistics()
+        for i, residual in enumerate(trace.residuals):
+            statistics.add(residual, trace.residuals[i - 1] if i else None)
+        self._statistics += rows * torch.tensor(
+            [statistics.norm_ratios, statistics.norm_stds, statistics.cos_dises], dtype=torch.float64
+        )
+        for row in range(rows):
+            flat = torch.stack([residual[row].float().flatten() for residual in trace.residuals])
+            self._gram += (flat @ flat.T).double().cpu() / trace.residuals[0].shape[1]
+        for a in range(self.steps):
+            for mode in COST_MODES:
+                gaps = range(1, min(a, self.max_skip + 1) + 1) if mode != "residual" and a else range(1)
+                for gap in gaps:
+                    self._add_segment(trace, mode, a, gap)
+            progress()
+        self._rows += rows
+
+    def _add_segment(self, trace: BranchTrace, mode: str, a: int, gap: int) -> None:
+        """Costs of the segments that begin at computed step ``a``, each one step longer than the one before."""
+        drift = torch.zeros_like(trace.velocities[a], dtype=torch.float32)
+        levels = [self._sigmas[a]] + ([self._sigmas[a - gap]] if gap else [])
+        for length in range(1, min(self.max_skip, self.steps - 1 - a) + 1):
+            i = a + length
+            weights = reuse_weights(mode, self._sigmas[i], levels)
+            residual = trace.residuals[a]
+            if len(weights) > 1:
+                residual = residual * weights[0] + trace.residuals[a - gap] * weights[1]
+            error = trace.replays[i](residual).float() - trace.velocities[i].float()
+            moved = error * (self._sigmas[i + 1] - self._sigmas[i])  # (rows, image_tokens, channels)
+            drift += moved
+            # Plain reuse costs the same whatever came before, so its one row fills all gaps.
+            where = slice(0, self.max_skip + 2) if mode == "residual" else slice(gap, gap + 1)
+            for table, vector in ((self._pairwise[mode], moved), (self._segments[mode], drift)):
+                entry = table[a, where, length]
+                table[a, where, length] = torch.where(torch.isinf(entry), 0.0, entry) + vector.square().sum().cpu()
+
+    def statistics(self) -> tuple[list[float], list[float], list[float]]:
+        """Mean norm ratios, stds and cosine distances over all rows, one value per step each."""
+        ratios, stds, cosines = (self._statistics / self._rows).tolist()
+        return ratios, stds, cosines
+
+    def costs(self) -> CostTable:
+        """Root mean square over all rows of each cost."""
+
+        def table(sums: torch.Tensor) -> torch.Tensor:
+            return (sums / self._rows).sqrt()
+
+        return CostTable(
+            {mode: table(sums) for mode, sums in self._pairwise.items()},
+            {mode: table(sums) for mode, sums in self._segments.items()},
+            self._gram / self._rows,
+        )

@@ -1,0 +1,197 @@
+"""The best schedule for a budget: dynamic programming over a profile's segment costs.
+
+A segment is one computed step and the reused ones after it. Its cost depends on where it begins, on its length and,
+when the reuse extrapolates, on the gap to the computed step before, so the state of the recursion is the pair (newest
+computed step, gap). Planning ahead is possible because a cache decision never looks at the data. Choosing a whole
+trajectory at once is the idea of LeMiCa and DPCache (arXiv 2602.22654); the costs here are measured in latent space.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from magcache_core.config import ConfigError, MagCacheConfig
+from magcache_core.plan_data import COMPUTE, REUSE, Plan
+from magcache_core.profile_data import Profile
+from magcache_core.reuse import check_reuse
+
+AUTO = "auto"
+"""Reuse mode that takes, for each segment, the cheapest of the measured modes."""
+
+
+def plan(
+    profile: Profile,
+    steps: int | None = None,
+    *,
+    budget: int | None = None,
+    max_error: float | None = None,
+    reuse: str | None = None,
+    retention_ratio: float | None = None,
+    max_skip_steps: int | None = None,
+    branch: str = "cond",
+) -> Plan:
+    """The schedule with the least predicted error for a budget, or the cheapest within an error.
+
+    Args:
+        profile: costs to plan with. Where it has only ratios, a reused step costs |1 - product of ratios|.
+        steps: denoising steps of the request; the profile's by default.
+        budget: computed steps; the plan has exactly as many.
+        max_error: predicted error that the plan must not exceed, in the unit of its costs; exactly one of the two.
+        reuse: one of `REUSE_MODES`, or ``auto`` to choose per segment; the profile's by default.
+        retention_ratio: fraction of the first steps that always compute; the profile's by default.
+        max_skip_steps: most reused steps in a row; the profile's by default.
+        branch: CFG branch whose costs count.
+
+    Raises:
+        ConfigError: a setting is out of range, or no schedule has this budget (the message gives the range).
+    """
+    reuse = reuse if reuse is not None else profile.reuse
+    if reuse != AUTO:
+        check_reuse(reuse)
+    config = profile.config(steps, branch=branch, retention_ratio=retention_ratio, max_skip_steps=max_skip_steps)
+    if (budget is None) == (max_error is None):
+        raise ConfigError("budget", budget, "given, or max_error, but not both")
+    if max_error is not None and not max_error >= 0:
+        raise ConfigError("max_error", max_error, "a number >= 0")
+    search = _Search(segment_costs(profile, config, reuse, branch), config)
+    if budget is not None:
+        return search.plan(search.check(budget))
+    count = search.fewest
+    while search.error(count) > float(max_error or 0.0):
+        count += 1
+    return search.plan(count)
+
+
+@dataclass(frozen=True)
+class SegmentCosts:
+    """What each segment adds to a schedule's predicted error.
+
+    Attributes:
+        values: (steps, gaps + 1, lengths); [a, g, l] for l reused steps after a computed step a that follows the
+            computed step a - g (0: it is the first).
+        modes: reuse modes by index.
+        chosen: index of each segment's mode, same shape; None when there is one mode.
+        unit: ``latent``: values are squared latent distances, whose sum's root is the error. ``ratio``: they add up.
+    """
+
+    values: torch.Tensor
+    modes: tuple[str, ...]
+    chosen: torch.Tensor | None
+    unit: str
+
+
+def segment_costs(profile: Profile, config: MagCacheConfig, reuse: str, branch: str = "cond") -> SegmentCosts:
+    """The costs to plan with: measured ones where the profile has them, else from its ratios."""
+    lengths = config.max_skip_steps + 1
+    table = profile.branch(branch).costs
+    if table is None:
+        mode = "residual" if reuse == AUTO else reuse
+        return SegmentCosts(_ratio_costs(config), (mode,), None, "ratio")
+    modes = tuple(table.segments) if reuse == AUTO else (reuse,)
+    tables = [table.resampled(table.nearest_mode(mode), config.num_inference_steps, lengths) for mode in modes]
+    values, chosen = torch.stack(tables).min(dim=0)
+    return SegmentCosts(values.square(), modes, chosen if reuse == AUTO else None, "latent")
+
+
+def _ratio_costs(config: MagCacheConfig) -> torch.Tensor:
+    """Sum of |1 - product of ratios since the computed step| over a segment's reused steps, whatever the gap."""
+    steps, lengths = config.num_inference_steps, config.max_skip_steps + 1
+    ahead = torch.tensor([*config.ratios[1:], *[1.0] * lengths], dtype=torch.float32)
+    products = ahead.unfold(0, lengths - 1, 1)[:steps].cumprod(dim=1)  # [a, l - 1]: ratios of a + 1 ... a + l
+    costs = torch.zeros(steps, lengths)
+    costs[:, 1:] = (1 - products).abs().cumsum(dim=1)
+    reach = torch.arange(steps)[:, None] + torch.arange(lengths)[None, :]
+    costs[reach >= steps] = torch.inf
+    return costs[:, None, :].expand(steps, lengths + 1, lengths)
+
+
+class _Search:
+    """Layer c holds, for each newest computed step and gap before it, the least cost of c computed steps so far."""
+
+    def __init__(self, costs: SegmentCosts, config: MagCacheConfig) -> None:
+        self._costs = costs
+        self._ratios = config.ratios
+        self.steps, gaps, self._lengths = costs.values.shape
+        forced = torch.zeros(self.steps + self._lengths, dtype=torch.bool)
+        forced[: max(config.retained_steps, 1)] = True
+        forced[list(config.protected)] = True
+        self.fewest = self._fewest(forced[: self.steps].tolist())
+        # [a, l]: some step of a + 1 ... a + l has to compute, so that no segment may hold it.
+        blocked = forced.unfold(0, self._lengths, 1)[: self.steps].clone()
+        blocked[:, 0] = False
+        blocked = blocked.cummax(dim=1).values
+        self._values = torch.where(blocked[:, None, :], torch.inf, costs.values)
+        # Computed step n with gap g follows n - g, whose segment holds g - 1 reused steps.
+        step, gap = torch.arange(self.steps)[:, None], torch.arange(gaps)[None, :]
+        nowhere = self.steps * self._lengths
+        self._source = torch.where((gap > 0) & (step >= gap), (step - gap) * self._lengths + gap - 1, nowhere)
+        tail = torch.arange(min(self._lengths, self.steps))
+        self._ends = (self.steps - 1 - tail) * self._lengths + tail
+        # By layer: least cost up to a computed step with its own segment, [a, l] flat and an infinite entry for
+        # "nowhere"; and the gap that gave it.
+        self._best = torch.full((self.steps, nowhere + 1), torch.inf)
+        self._gaps = torch.zeros((self.steps, self.steps, self._lengths), dtype=torch.long)
+        self._filled = 0
+
+    def _fewest(self, forced: Sequence[bool]) -> int:
+        """Least number of computed steps that retention, protected steps and the longest segment allow."""
+        count, reused = 0, 0
+        for must in forced:
+            if must or reused == self._lengths - 1:
+                count, reused = count + 1, 0
+            else:
+                reused += 1
+        return count
+
+    def check(self, budget: int) -> int:
+        """``budget``, if a schedule can have it."""
+        if isinstance(budget, bool) or not isinstance(budget, int) or not self.fewest <= budget <= self.steps:
+            allowed = f"an integer from {self.fewest} to {self.steps} for these steps, retention and max_skip_steps"
+            raise ConfigError("budget", budget, allowed)
+        return budget
+
+    def _fill(self, count: int) -> None:
+        for layer in range(self._filled, count):
+            if layer == 0:
+                state = torch.full(self._source.shape, torch.inf)
+                state[0, 0] = 0.0
+            else:
+                state = self._best[layer - 1].take(self._source)  # (steps, gaps + 1)
+            best = self._best[layer, :-1].view(self.steps, self._lengths)
+            torch.min(state[:, :, None] + self._values, dim=1, out=(best, self._gaps[layer]))
+        self._filled = max(self._filled, count)
+
+    def _last(self, count: int) -> tuple[float, int]:
+        """Least total with ``count`` computed steps, and the length of its last segment."""
+        self._fill(count)
+        value, length = self._best[count - 1].take(self._ends).min(dim=0)
+        return float(value), int(length)
+
+    def error(self, count: int) -> float:
+        """Predicted error of the best schedule with ``count`` computed steps."""
+        total = self._last(count)[0]
+        return math.sqrt(total) if self._costs.unit == "latent" else total
+
+    def plan(self, count: int) -> Plan:
+        """The best schedule with ``count`` computed steps."""
+        length = self._last(count)[1]
+        step = self.steps - 1 - length
+        marks, picked = "", []
+        for layer in range(count - 1, -1, -1):
+            gap = int(self._gaps[layer][step, length])
+            marks = COMPUTE + REUSE * length + marks
+            if self._costs.chosen is not None:
+                picked.append(self._costs.modes[int(self._costs.chosen[step, gap, length])])
+            step, length = step - gap, gap - 1
+        return Plan(
+            schedule=marks,
+            reuse=AUTO if picked else self._costs.modes[0],
+            predicted_error=self.error(count),
+            segment_reuse=tuple(reversed(picked)),
+            ratios=self._ratios,
+            unit=self._costs.unit,
+        )
