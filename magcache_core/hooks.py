@@ -17,6 +17,7 @@ from torch import nn
 
 from magcache_core.calibration import StepStatistics
 from magcache_core.config import ConfigError, MagCacheConfig
+from magcache_core.diffusers_bridge import StatefulHook, attach, detach, enter_default_context, new_states
 from magcache_core.plan_data import COMPUTE, Plan
 from magcache_core.reuse import ORDER, check_reuse, reuse_weights
 from magcache_core.run_position import Position, locate
@@ -51,31 +52,18 @@ def apply_mag_cache(
         ConfigError: ``reuse`` is unknown.
         ValueError, LookupError: the transformer's blocks aren't found or not understood.
     """
-    from diffusers.hooks.hooks import HookRegistry, StateManager
-
     try:
         strategy = get_strategy(transformer)
     except LookupError:
         strategy = MagCacheStrategy()
-    remove_mag_cache(transformer)
-    registry = HookRegistry.check_if_exists_or_initialize(transformer)
-    states = StateManager(BranchRun)
-    run = MagCacheHook(states, BlockTaps(transformer, strategy), config, reuse, sigmas)
-    registry.register_hook(run, HEAD_HOOK)
-    registry.register_hook(_TailMark(states), TAIL_HOOK)
-    registry.invalidate_child_registries_cache()
+    states = new_states(BranchRun)
+    hook = MagCacheHook(states, BlockTaps(transformer, strategy), config, reuse, sigmas)
+    attach(transformer, {HEAD_HOOK: hook, TAIL_HOOK: _TailMark(states)})
 
 
 def remove_mag_cache(transformer: nn.Module) -> None:
     """Take MagCache off a transformer and free what it stored; does nothing where it isn't applied."""
-    registry = getattr(transformer, "_diffusers_hook", None)
-    if registry is None:
-        return
-    for name in (TAIL_HOOK, HEAD_HOOK):
-        if registry.get_hook(name) is not None:
-            registry.get_hook(name).reset_state(transformer)
-            registry.remove_hook(name, recurse=False)
-    registry.invalidate_child_registries_cache()
+    detach(transformer, (HEAD_HOOK, TAIL_HOOK))
 
 
 class BranchRun:
@@ -107,32 +95,6 @@ class BranchRun:
         return self.statistics.norm_ratios
 
 
-class StatefulHook:
-    """What diffusers' registry calls on a hook; it asks for methods, not for a base class."""
-
-    _is_stateful = True
-
-    def __init__(self, state_manager: Any) -> None:
-        self.state_manager = state_manager
-        self.fn_ref: Any = None
-
-    def initialize_hook(self, module: nn.Module) -> nn.Module:
-        return module
-
-    def deinitalize_hook(self, module: nn.Module) -> nn.Module:
-        return module
-
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return args, kwargs
-
-    def post_forward(self, module: nn.Module, output: Any) -> Any:
-        return output
-
-    def reset_state(self, module: nn.Module) -> nn.Module:
-        self.state_manager.reset()
-        return module
-
-
 class _TailMark(StatefulHook):
     """Carries the state under the tail hook's name, where diffusers' tools look for it."""
 
@@ -159,10 +121,7 @@ class MagCacheHook(StatefulHook):
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run the transformer's forward with the block stack computed or replaced."""
-        from diffusers.hooks.hooks import CacheContext
-
-        if self.state_manager._context is None:
-            self.state_manager.set_context(CacheContext(name="inference"))
+        enter_default_context(self.state_manager)
         run: BranchRun = self.state_manager.get_state()
         arguments = self._signature.bind(*args, **kwargs).arguments  # type: ignore[union-attr]
         position = locate(module, self.state_manager.context, arguments, run, self._steps)

@@ -16,7 +16,7 @@ from torch import nn
 
 from magcache_core.calibration import StepStatistics
 from magcache_core.costs import COST_MODES, CostTable, empty_table
-from magcache_core.hooks import StatefulHook
+from magcache_core.diffusers_bridge import StatefulHook, attach, detach, new_states
 from magcache_core.reuse import reuse_weights
 from magcache_core.strategies import get_strategy
 from magcache_core.taps import BlockTaps
@@ -52,8 +52,8 @@ class _Recorder(StatefulHook):
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run the forward; note its residual and velocity, and how to replay it."""
-        context = self.state_manager._context
-        trace = self._traces.setdefault(context.name if context is not None else "cond", BranchTrace())
+        name = self.context_name()
+        trace = self._traces.setdefault("cond" if name == "inference" else name, BranchTrace())
         original = self.fn_ref.original_forward
 
         def replay(residual: torch.Tensor) -> torch.Tensor:
@@ -74,18 +74,13 @@ def _sample(output: Any) -> torch.Tensor:
 @contextmanager
 def recording(transformer: nn.Module) -> Iterator[dict[str, BranchTrace]]:
     """Record every call of ``transformer`` in the block: traces by branch (the ``cache_context``'s name)."""
-    from diffusers.hooks.hooks import HookRegistry, StateManager
-
     traces: dict[str, BranchTrace] = {}
-    registry = HookRegistry.check_if_exists_or_initialize(transformer)
     taps = BlockTaps(transformer, get_strategy(transformer))
-    registry.register_hook(_Recorder(StateManager(BranchTrace), taps, traces), RECORD_HOOK)
-    registry.invalidate_child_registries_cache()
+    attach(transformer, {RECORD_HOOK: _Recorder(new_states(BranchTrace), taps, traces)})
     try:
         yield traces
     finally:
-        registry.remove_hook(RECORD_HOOK, recurse=False)
-        registry.invalidate_child_registries_cache()
+        detach(transformer, (RECORD_HOOK,))
 
 
 class BranchMeasurement:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from magcache_core.diffusers_bridge import known_block
 from magcache_core.strategies import BlockMetadata, MagCacheStrategy
 
 T = TypeVar("T")
@@ -126,23 +127,5 @@ class _Tap(nn.Module):
 def _passing(block: nn.Module, strategy: MagCacheStrategy) -> tuple[BlockMetadata, dict[str, int]]:
     """A block's metadata and the positions of its parameters: from the strategy, else from diffusers' registry."""
     inner = getattr(block, "_orig_mod", block)
-    metadata = strategy.register_block_metadata(type(inner)) or _from_diffusers(type(inner))
+    metadata = strategy.register_block_metadata(type(inner)) or known_block(type(inner))
     return metadata, {name: i for i, name in enumerate(inspect.signature(inner.forward).parameters)}
-
-
-def _from_diffusers(cls: type) -> BlockMetadata:
-    from diffusers.hooks._helpers import TransformerBlockRegistry
-
-    try:
-        known = TransformerBlockRegistry.get(cls)
-    except ValueError as error:
-        raise LookupError(
-            f"how {cls.__name__} passes its streams is not known: return it from register_block_metadata of a "
-            "strategy registered for this transformer"
-        ) from error
-    return BlockMetadata(
-        known.return_hidden_states_index,
-        known.return_encoder_hidden_states_index,
-        known.hidden_states_argument_name,
-        known.encoder_hidden_states_argument_name,
-    )
