@@ -216,11 +216,11 @@ class Service:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._child.wait(30)
         self._gone_within(PATIENCE_S, self.processes)  # Ray's workers end with their raylet
-        for number in (signal.SIGTERM, signal.SIGKILL):
+        for number, patience_s in ((signal.SIGTERM, PATIENCE_S), (signal.SIGKILL, 10)):
             for pid in self.processes():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
-            if self._gone_within(PATIENCE_S, self.processes):
+            if self._gone_within(patience_s, self.processes):
                 return
         raise DemoError(f"these processes could not be stopped: {self.processes()}")
 
