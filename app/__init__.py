@@ -1,0 +1,1 @@
+"""The FLUX inference service: engine (tensors), serving (Ray), api (HTTP)."""

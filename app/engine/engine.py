@@ -1,0 +1,198 @@
+"""Execute step plans on one rank: embed all rows, run the blocks on those that compute, add residuals to the others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+from app.engine.loading import load_transformer
+from app.engine.messages import (
+    COND,
+    FIRST_DIGEST,
+    UNCOND,
+    BranchStep,
+    Conditioning,
+    DenoiseJob,
+    PromptEmbeddings,
+    RowStep,
+    StepPlan,
+    StepResult,
+    plan_digest,
+)
+from app.engine.parallel import TensorParallelGroup
+from app.engine.rows import Branch, Row
+from app.engine.sampling import FlowMatchSampler, Geometry, initial_noise, position_ids
+from magcache_core import get_strategy
+
+
+class PlanMismatchError(RuntimeError):
+    """A plan is not the one that must follow: this rank's history differs from the coordinator's."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One CFG branch of one row in a forward pass."""
+
+    row: Row
+    branch: Branch
+    row_step: RowStep
+    step: BranchStep
+
+
+class Engine:
+    """One rank: its shard of the transformer and the rows under way."""
+
+    def __init__(
+        self,
+        model: Path,
+        group: TensorParallelGroup | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Load this rank's shard of ``model`` (a folder in diffusers layout); see `load_transformer` for errors."""
+        self.group = group or TensorParallelGroup()
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.transformer = load_transformer(model, self.group, self.device, dtype)
+        self.strategy = get_strategy(self.transformer)
+        self.sampler = FlowMatchSampler(model)
+        self.rows: dict[str, Row] = {}
+        self._sequence = 0
+        self._digest = FIRST_DIGEST
+        self._rotary = lru_cache(maxsize=64)(self._rotary_embedding)
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan, conditioning: Sequence[Conditioning] = ()) -> StepResult:
+        """Run one plan: drop rows, admit rows, take one step of each planned row.
+
+        Args:
+            plan: the next plan in sequence.
+            conditioning: the tensors of ``plan.admit``, in its order.
+
+        Returns:
+            This rank's result; on rank 0 it holds the latents of rows that took their last step, which are freed.
+
+        Raises:
+            PlanMismatchError: a plan was lost, repeated or altered on its way.
+        """
+        started = time.perf_counter()
+        self._check(plan)
+        for row_id in plan.drop:
+            self.rows.pop(row_id, None)
+        for job, tensors in zip(plan.admit, conditioning, strict=True):
+            self.rows[job.row_id] = self._admit(job, tensors)
+        by_shape = sorted(plan.rows, key=self._batch_order)
+        for _, same_shape in groupby(by_shape, key=self._batch_order):
+            self._step(list(same_shape))
+        latents = {step.row_id: self.rows.pop(step.row_id).latents.cpu() for step in plan.rows if step.last}
+        return StepResult(
+            rank=self.group.rank,
+            sequence=plan.sequence,
+            digest=self._digest,
+            seconds=time.perf_counter() - started,
+            residual_bytes=sum(row.residual_bytes for row in self.rows.values()),
+            latents=latents if self.group.rank == 0 else {},
+        )
+
+    def _check(self, plan: StepPlan) -> None:
+        expected = plan_digest(self._digest, plan)
+        if plan.sequence != self._sequence or plan.digest != expected:
+            raise PlanMismatchError(
+                f"rank {self.group.rank} expected plan {self._sequence} with digest {expected}, "
+                f"got plan {plan.sequence} with digest {plan.digest}"
+            )
+        self._sequence += 1
+        self._digest = expected
+
+    def _batch_order(self, step: RowStep) -> tuple[int, int, int]:
+        geometry, text_tokens = self.rows[step.row_id].batch_key
+        return geometry.rows, geometry.columns, text_tokens
+
+    def _admit(self, job: DenoiseJob, conditioning: Conditioning) -> Row:
+        geometry = Geometry.of(job.width, job.height)
+        sigmas = self.sampler.sigmas(job.num_inference_steps, geometry.tokens)
+        branches = {COND: self._branch(conditioning.prompt)}
+        if conditioning.negative is not None:
+            branches[UNCOND] = self._branch(conditioning.negative)
+        return Row(
+            job=job,
+            geometry=geometry,
+            latents=initial_noise(job.seed, geometry, self.transformer.config.in_channels, self.device, self.dtype),
+            sigmas=sigmas.to(self.device),
+            # FluxPipeline rounds the timestep (0..1000) to the latents' dtype before it divides by 1000.
+            timesteps=((sigmas[:-1] * 1000).to(self.dtype) / 1000).to(self.device),
+            guidance=torch.tensor(job.guidance_scale, dtype=torch.float32, device=self.device),
+            branches=branches,
+        )
+
+    def _branch(self, prompt: PromptEmbeddings) -> Branch:
+        tokens = prompt.tokens.to(self.device, self.dtype)
+        context = self.strategy.context(self.transformer, tokens[None])[0]
+        return Branch(context, prompt.pooled.to(self.device, self.dtype))
+
+    def _step(self, row_steps: Sequence[RowStep]) -> None:
+        """Take one step of rows of equal shapes: forward pass of all branches, true CFG, Euler."""
+        parts = [
+            _Part(row, row.branches[step.branch], row_step, step)
+            for row_step in row_steps
+            for row in [self.rows[row_step.row_id]]
+            for step in row_step.branches
+        ]
+        velocity = self._velocity(parts)  # (parts, image_tokens, channels)
+        first = 0
+        for row_step in row_steps:
+            row = self.rows[row_step.row_id]
+            guided = velocity[first]
+            if len(row_step.branches) == 2:
+                negative = velocity[first + 1]
+                guided = negative + row.job.true_cfg_scale * (guided - negative)
+            delta = row.sigmas[row_step.step + 1] - row.sigmas[row_step.step]
+            row.latents = (row.latents.float() + delta * guided.float()).to(self.dtype)
+            first += len(row_step.branches)
+
+    def _velocity(self, parts: Sequence[_Part]) -> torch.Tensor:
+        """Predicted velocities, (parts, image_tokens, channels), each computed or with a reused residual."""
+        hidden, temb = self.strategy.embed(
+            self.transformer,
+            torch.stack([part.row.latents for part in parts]),
+            torch.stack([part.row.timesteps[part.row_step.step] for part in parts]),
+            torch.stack([part.row.guidance for part in parts]) if self.transformer.config.guidance_embeds else None,
+            torch.stack([part.branch.pooled for part in parts]),
+        )
+        computing = [index for index, part in enumerate(parts) if part.step.compute]
+        if len(computing) == len(parts):
+            output = self._blocks(parts, hidden, temb)
+        else:
+            output = torch.empty_like(hidden)
+            for index, part in enumerate(parts):
+                if not part.step.compute:
+                    torch.add(hidden[index], part.branch.reuse(part.row.job.row_id, part.step), out=output[index])
+            if computing:
+                subset = [parts[index] for index in computing]
+                output[computing] = self._blocks(subset, hidden[computing], temb[computing])
+        velocity: torch.Tensor = self.strategy.project(self.transformer, output, temb)
+        return velocity
+
+    def _blocks(self, parts: Sequence[_Part], hidden: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """Run the block stack on rows that compute and keep their residuals; (parts, image_tokens, inner_dim)."""
+        context = torch.stack([part.branch.context for part in parts])
+        rotary = self._rotary(parts[0].row.geometry, context.shape[1])
+        output: torch.Tensor = self.strategy.blocks(self.transformer, hidden, context, temb, rotary)
+        keepers = [index for index, part in enumerate(parts) if part.step.history > 0]
+        if keepers:
+            residuals = output - hidden
+            for index in keepers:
+                # A copy, so that a kept row does not hold the whole batch's memory.
+                parts[index].branch.store(residuals[index].clone(), parts[index].step.history)
+        return output
+
+    def _rotary_embedding(self, geometry: Geometry, text_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = position_ids(geometry, text_tokens).to(self.device, self.dtype)
+        rotary: tuple[torch.Tensor, torch.Tensor] = self.transformer.pos_embed(ids)
+        return rotary

@@ -1,0 +1,114 @@
+"""Megatron-style tensor parallelism for diffusers transformers, from the plan that diffusers publishes per class.
+
+Column-sharded linears keep their own output features and need no communication; row-sharded linears sum their partial
+outputs with one all-reduce (Shoeybi et al., arXiv 1909.08053). Plain linears and ``all_reduce`` are used instead of
+DTensor, whose dispatch costs more than the small matmuls it wraps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from diffusers.hooks.tensor_parallel import TPShardSpec, resolve_tp_shard_specs
+from torch import nn
+
+
+@dataclass(frozen=True)
+class TensorParallelGroup:
+    """This process's place among the ranks that share one transformer; ``size`` 1 has no process group."""
+
+    rank: int = 0
+    size: int = 1
+    process_group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def join(
+        cls, rank: int, size: int, store: dist.Store, device: torch.device, timeout_seconds: float = 600.0
+    ) -> TensorParallelGroup:
+        """Meet the other ranks through ``store``: NCCL between GPUs, gloo between CPUs."""
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        timeout = timedelta(seconds=timeout_seconds)
+        dist.init_process_group(backend, store=store, timeout=timeout, world_size=size, rank=rank)
+        return cls(rank, size, dist.group.WORLD)
+
+    def leave(self) -> None:
+        """Leave the process group, if there is one."""
+        if self.process_group is not None:
+            dist.destroy_process_group()
+
+    def sum(self, partial: torch.Tensor) -> torch.Tensor:
+        """Sum ``partial`` over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(partial, group=self.process_group)
+        return partial
+
+
+class RowParallelLinear(nn.Linear):
+    """A linear whose input features are split over the ranks: partial product, all-reduce, then the bias once."""
+
+    group: TensorParallelGroup
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(..., in_features / size) -> (..., out_features), equal on all ranks."""
+        output = self.group.sum(F.linear(input, self.weight))
+        return output if self.bias is None else output + self.bias
+
+
+def shard_specs(transformer: nn.Module, size: int) -> dict[str, TPShardSpec]:
+    """How each parameter splits over ``size`` ranks, by name; parameters not named are replicated.
+
+    Raises:
+        ValueError: the class publishes no plan, or ``size`` does not divide the attention heads.
+    """
+    if size == 1:
+        return {}
+    name = type(transformer).__name__
+    plan: Mapping[str, Any] | None = getattr(transformer, "_tp_plan", None)
+    if not plan:
+        raise ValueError(f"{name} has no tensor-parallel plan in diffusers: set tensor_parallel_size to 1")
+    heads = int(transformer.config.num_attention_heads)  # type: ignore[union-attr, arg-type]
+    if heads % size:
+        divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+        raise ValueError(
+            f"tensor_parallel_size {size} does not divide the {heads} attention heads of {name}: use one of {divisors}"
+        )
+    specs: dict[str, TPShardSpec] = resolve_tp_shard_specs(transformer, dict(plan), size)
+    return specs
+
+
+def local_slices(spec: TPShardSpec | None, rank: int, size: int) -> list[tuple[slice, ...]]:
+    """Index tuples of the pieces of a parameter that ``rank`` holds, to be joined along ``spec.dim``.
+
+    A packed projection has one piece per fused block, so that heads and MLP columns of a rank stay together.
+    """
+    if spec is None or spec.dim is None or spec.block_sizes is None:
+        return [()]
+    pieces = []
+    offset = 0
+    for block in spec.block_sizes:
+        width = block // size
+        pieces.append((slice(None),) * spec.dim + (slice(offset + rank * width, offset + (rank + 1) * width),))
+        offset += block
+    return pieces
+
+
+def parallelize(transformer: nn.Module, specs: Mapping[str, TPShardSpec], group: TensorParallelGroup) -> None:
+    """Give every row-sharded linear its all-reduce; the parameters themselves are placed by the loader."""
+    for name, spec in specs.items():
+        if not name.endswith(".weight"):
+            continue
+        linear = transformer.get_submodule(name.removesuffix(".weight"))
+        assert isinstance(linear, nn.Linear)
+        if spec.dim == 1:
+            # The instance keeps its identity (other modules may refer to it); only what forward does changes.
+            linear.__class__ = RowParallelLinear
+            linear.group = group  # type: ignore[assignment]
+            linear.in_features //= group.size
+        else:
+            linear.out_features //= group.size
