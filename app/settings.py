@@ -182,6 +182,12 @@ class Settings(_Section):
         le=1.0,
         description="Share of a GPU that Ray reserves for the encoder and for the decoder where they run on `cuda`.",
     )
+    resources_timeout_s: float = Field(
+        default=5.0,
+        ge=0.0,
+        description="Time that the start waits for the cluster to have the CPUs and GPUs needed before it fails; raise "
+        "it where nodes join late or an autoscaler adds them.",
+    )
     max_batch_rows: PositiveInt = Field(default=8, description="Most pictures that share one forward pass.")
     plans_in_flight: int = Field(
         default=3, ge=1, le=64, description="Step plans sent ahead of their results, so that ranks never wait for one."

@@ -1,0 +1,113 @@
+"""The Serve application: ``serve run deployments/flux-tiny.yaml`` calls `build` with the file's ``args``.
+
+Serve validates the arguments only when the parameter's annotation is a real class, so this module must not postpone
+the evaluation of annotations.
+"""
+
+import time
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve import Application
+
+from app.serving.decoder import ImageDecoder
+from app.serving.encoder import PromptEncoder
+from app.serving.ingress import ImagesApi
+from app.serving.replica import FluxReplica
+from app.settings import Settings
+
+CONSTRUCTOR_ATTEMPTS = 3
+"""A checkpoint that does not load fails the deployment with its reason soon, instead of being tried for long."""
+
+
+def build(settings: Settings) -> Application:
+    """Bind the deployments that ``settings`` ask for.
+
+    Raises:
+        RuntimeError: the cluster lacks the CPUs or GPUs that the deployments reserve.
+    """
+    check_resources(settings)
+    helper = {"num_cpus": settings.cpus_per_helper}
+    common: dict[str, Any] = {
+        "max_constructor_retry_count": CONSTRUCTOR_ATTEMPTS,
+        "graceful_shutdown_timeout_s": settings.drain_seconds,
+    }
+    gpu = settings.gpus_per_helper
+    encoder = serve.deployment(PromptEncoder).options(
+        ray_actor_options={**helper, "num_gpus": gpu if settings.encoder_runs_on == "cuda" else 0},
+        max_ongoing_requests=settings.max_ongoing_requests,
+        **common,
+    )
+    decoder = serve.deployment(ImageDecoder).options(
+        ray_actor_options={**helper, "num_gpus": gpu if settings.decoder_runs_on == "cuda" else 0},
+        max_ongoing_requests=settings.max_ongoing_requests,
+        **common,
+    )
+    replica = serve.deployment(FluxReplica).options(
+        num_replicas=settings.num_replicas,
+        # The replica itself only supervises; its ranks take the bundles.
+        ray_actor_options={"num_cpus": 0},
+        placement_group_bundles=[rank_bundle(settings) for _ in range(settings.tensor_parallel_size)],
+        placement_group_strategy="PACK",
+        max_ongoing_requests=settings.max_ongoing_requests,
+        max_queued_requests=settings.max_queued_requests,
+        **common,
+    )
+    api = serve.deployment(ImagesApi).options(
+        ray_actor_options=helper,
+        # Above what may run and wait behind it, so that a full queue is answered and not left hanging.
+        max_ongoing_requests=2 * (settings.max_ongoing_requests * settings.num_replicas + settings.max_queued_requests),
+        **common,
+    )
+    return api.bind(
+        settings,
+        encoder.bind(settings),
+        replica.bind(settings),
+        decoder.bind(settings),  # type: ignore[arg-type]
+    )
+
+
+def rank_bundle(settings: Settings) -> dict[str, float]:
+    """What one rank reserves."""
+    cpu = {"CPU": settings.cpus_per_rank}
+    return {**cpu, "GPU": settings.gpus_per_rank} if settings.device == "cuda" else cpu
+
+
+def needed_resources(settings: Settings) -> dict[str, float]:
+    """Logical CPUs and GPUs that all deployments together reserve."""
+    ranks = settings.num_replicas * settings.tensor_parallel_size
+    on_gpu = [settings.encoder_runs_on, settings.decoder_runs_on].count("cuda")
+    gpus = ranks * settings.gpus_per_rank if settings.device == "cuda" else 0.0
+    return {
+        "CPU": ranks * settings.cpus_per_rank + 3 * settings.cpus_per_helper,
+        "GPU": gpus + on_gpu * settings.gpus_per_helper,
+    }
+
+
+def check_resources(settings: Settings) -> None:
+    """Fail with what is needed and what is there, where Serve would only wait for ever.
+
+    Raises:
+        RuntimeError: after ``resources_timeout_s`` the cluster still has too little.
+    """
+    if not ray.is_initialized():
+        return
+    needed = needed_resources(settings)
+    until = time.monotonic() + settings.resources_timeout_s
+    while True:
+        has = ray.cluster_resources()
+        missing = [name for name, amount in needed.items() if has.get(name, 0.0) + 1e-6 < amount]
+        if not missing:
+            return
+        if time.monotonic() >= until:
+            break
+        time.sleep(1.0)
+    wants = " and ".join(f"{needed[name]:g} {name}s" for name in missing)
+    holds = " and ".join(f"{has.get(name, 0.0):g}" for name in missing)
+    advice = " For a machine without GPUs there is deployments/flux-tiny.yaml." if "GPU" in missing else ""
+    raise RuntimeError(
+        f"{settings.model_name} at tensor_parallel_size {settings.tensor_parallel_size} with "
+        f"{settings.num_replicas} replica(s) on {settings.device} needs {wants}; the Ray cluster has {holds}. Add "
+        f"nodes, or lower tensor_parallel_size, num_replicas, gpus_per_rank or cpus_per_rank.{advice}"
+    )

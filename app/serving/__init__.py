@@ -1,0 +1,1 @@
+"""The only Ray code: deployments, the coordinator, the ranks and their supervision."""

@@ -1,0 +1,57 @@
+"""The image decoder: finished latents through the VAE into an encoded picture."""
+
+import asyncio
+import io
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.image_processor import VaeImageProcessor
+
+from app.engine.sampling import LATENT_PIXELS, Geometry, unpack
+from app.serving.logs import configure_logging
+from app.serving.model_files import local_model
+from app.settings import Settings
+
+
+class ImageDecoder:
+    """Decodes one picture at a time, off the event loop."""
+
+    def __init__(self, settings: Settings) -> None:
+        configure_logging(settings.log_level)
+        self._device = torch.device(settings.decoder_runs_on)
+        self._vae = (
+            AutoencoderKL.from_pretrained(
+                local_model(settings.model), subfolder="vae", torch_dtype=getattr(torch, settings.dtype)
+            )
+            .to(self._device)
+            .eval()
+        )
+        self._processor = VaeImageProcessor(vae_scale_factor=2 * LATENT_PIXELS)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
+
+    async def decode(
+        self, latents: torch.Tensor, width: int, height: int, output_format: str, compression: int
+    ) -> bytes:
+        """Make a picture file.
+
+        Args:
+            latents: (image_tokens, channels), packed.
+            width, height: pixels.
+            output_format: png, jpeg or webp.
+            compression: quality of jpeg and webp, 0 to 100.
+        """
+        run = asyncio.get_running_loop().run_in_executor
+        return await run(self._thread, self._decode, latents, Geometry.of(width, height), output_format, compression)
+
+    @torch.inference_mode()
+    def _decode(self, latents: torch.Tensor, geometry: Geometry, output_format: str, compression: int) -> bytes:
+        config = self._vae.config
+        unpacked = unpack(latents[None].to(self._device, self._vae.dtype), geometry)
+        scaled = unpacked / config.scaling_factor + config.shift_factor
+        pixels = self._vae.decode(scaled, return_dict=False)[0]
+        (picture,) = self._processor.postprocess(pixels, output_type="pil")
+        file = io.BytesIO()
+        options = {} if output_format == "png" else {"quality": compression}
+        picture.save(file, format=output_format, **options)
+        return file.getvalue()

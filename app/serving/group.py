@@ -1,0 +1,87 @@
+"""One tensor-parallel group: a coordinator and its ranks in the bundles of the replica's placement group."""
+
+import asyncio
+import contextlib
+import logging
+from dataclasses import dataclass
+
+import ray
+from ray.actor import ActorHandle
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from app.serving.coordinator import Coordinator
+from app.serving.rank import Rank
+from app.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+COORDINATOR_NAME = "flux-coordinator"
+NAMESPACE = "flux"
+
+
+@dataclass(frozen=True)
+class RankGroup:
+    """Handles of a running group. A group that broke is killed whole and built again: ranks share collectives."""
+
+    coordinator: ActorHandle
+    ranks: tuple[ActorHandle, ...]
+
+    @classmethod
+    async def build(cls, settings: Settings, bundles: PlacementGroup, replica: str, rebuilds: int) -> "RankGroup":
+        """Start the actors, let the ranks meet and load, then start the coordinator.
+
+        Args:
+            bundles: one bundle per rank.
+            replica: the replica's unique name; metrics carry it.
+            rebuilds: how many groups this replica had before.
+
+        Raises:
+            ray.exceptions.RayError: an actor died, or the checkpoint cannot be loaded (the cause is in the message).
+        """
+        size = settings.tensor_parallel_size
+        gpus = settings.gpus_per_rank if settings.device == "cuda" else 0
+        ranks = tuple(
+            ray.remote(Rank)
+            .options(
+                num_cpus=settings.cpus_per_rank,
+                num_gpus=gpus,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(bundles, placement_group_bundle_index=rank),
+            )
+            .remote(settings, rank)
+            for rank in range(size)
+        )
+        try:
+            meeting_point = await ranks[0].open_store.remote() if size > 1 else None
+            await asyncio.gather(*(rank.load.remote(meeting_point) for rank in ranks))
+            coordinator = (
+                ray.remote(Coordinator)
+                .options(
+                    # The name is how /metrics finds it; the count keeps it apart from a predecessor still ending.
+                    name=f"{COORDINATOR_NAME}:{replica}:{rebuilds}",
+                    namespace=NAMESPACE,
+                    num_cpus=0,
+                    max_concurrency=10_000,
+                    scheduling_strategy=PlacementGroupSchedulingStrategy(bundles, placement_group_bundle_index=0),
+                )
+                .remote(settings, ranks, replica, rebuilds)
+            )
+            await coordinator.ping.remote()
+        except BaseException:
+            _kill(ranks)
+            raise
+        return cls(coordinator, ranks)
+
+    async def check(self) -> None:
+        """Raise what is wrong when an actor is dead or the coordinator failed; waits for plans under way."""
+        await asyncio.gather(self.coordinator.ping.remote(), *(rank.ping.remote() for rank in self.ranks))
+
+    def kill(self) -> None:
+        """End all actors of the group, whatever state they are in (a rank may hang in a collective)."""
+        _kill((self.coordinator, *self.ranks))
+
+
+def _kill(actors: tuple[ActorHandle, ...]) -> None:
+    for actor in actors:
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.kill(actor)

@@ -1,0 +1,65 @@
+"""The rank actor: one process, one shard, one plan after another."""
+
+import logging
+from pathlib import Path
+
+import ray
+import torch
+import torch.distributed as dist
+
+from app.engine.engine import Engine
+from app.engine.messages import Conditioning, StepPlan, StepResult
+from app.engine.parallel import TensorParallelGroup
+from app.serving.logs import configure_logging
+from app.serving.model_files import local_model
+from app.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+class Rank:
+    """One tensor-parallel rank. Its calls run one at a time, in the order in which the coordinator sends them."""
+
+    def __init__(self, settings: Settings, rank: int) -> None:
+        configure_logging(settings.log_level)
+        if settings.threads_per_rank:
+            torch.set_num_threads(settings.threads_per_rank)
+        self._settings = settings
+        self._rank = rank
+        self._store: dist.Store | None = None
+        self._engine: Engine | None = None
+
+    def open_store(self) -> tuple[str, int]:
+        """On rank 0: open the place where the ranks meet; returns its host and port."""
+        host = ray.util.get_node_ip_address()
+        store = dist.TCPStore(host, 0, self._settings.tensor_parallel_size, is_master=True, wait_for_workers=False)
+        self._store = store
+        return host, store.port
+
+    def load(self, meeting_point: tuple[str, int] | None) -> None:
+        """Join the other ranks and load this rank's shard.
+
+        Args:
+            meeting_point: rank 0's store; None for a single rank, which needs no process group.
+        """
+        settings = self._settings
+        model: Path = local_model(settings.model)
+        device = torch.device(settings.device, 0) if settings.device == "cuda" else torch.device("cpu")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        group = TensorParallelGroup()
+        if meeting_point is not None:
+            size = settings.tensor_parallel_size
+            store = self._store or dist.TCPStore(*meeting_point, size, is_master=False)
+            group = TensorParallelGroup.join(self._rank, size, store, device)
+        self._engine = Engine(model, group, device, getattr(torch, settings.dtype))
+        logger.info("rank %d of %d holds its shard of %s", self._rank, settings.tensor_parallel_size, model)
+
+    def execute(self, plan: StepPlan, *conditioning: Conditioning) -> StepResult:
+        """Run one plan; ``conditioning`` holds the tensors of ``plan.admit``."""
+        assert self._engine is not None, "load() comes first"
+        return self._engine.execute(plan, conditioning)
+
+    def ping(self) -> int:
+        """Answer when everything sent before is done; returns this rank's number."""
+        return self._rank

@@ -1,0 +1,89 @@
+"""The replica: supervises one tensor-parallel group, rebuilds it when it breaks, and loses no picture over it."""
+
+import asyncio
+import logging
+
+import ray
+from ray import serve
+
+from app.api.errors import UnavailableError
+from app.engine.messages import Conditioning, DenoiseJob, DenoiseResult
+from app.serving.errors import GroupFailedError
+from app.serving.group import RankGroup
+from app.serving.logs import configure_logging
+from app.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+WATCH_SECONDS = 2.0
+"""How often an idle group is looked at, so that a killed rank is replaced before the next request needs it."""
+
+
+class FluxReplica:
+    """One tensor-parallel group behind Serve's routing, queueing and health checks."""
+
+    async def __init__(self, settings: Settings) -> None:
+        configure_logging(settings.log_level)
+        self._settings = settings
+        self._rebuilds = 0
+        self._failure: Exception | None = None
+        self._rebuilding = asyncio.Lock()
+        self._replica = serve.get_replica_context().replica_id.unique_id
+        self._group = await self._build()
+        self._watch_task = asyncio.create_task(self._watch())
+
+    async def denoise(self, job: DenoiseJob, conditioning: Conditioning) -> DenoiseResult:
+        """Denoise one picture; a group that breaks meanwhile is rebuilt and the picture made again (same seed).
+
+        Raises:
+            UnavailableError: the group broke again and again while it held this picture.
+        """
+        reference = ray.put(conditioning)
+        for _ in range(self._settings.rebuild_attempts + 1):
+            group = self._group
+            try:
+                result: DenoiseResult = await group.coordinator.denoise.remote(job, [reference])
+                return result
+            except asyncio.CancelledError:
+                group.coordinator.cancel.remote(job.row_id)
+                raise
+            except (GroupFailedError, ray.exceptions.RayActorError) as error:
+                logger.warning("request %s: %s is made again: %s", job.request_id, job.row_id, error)
+                await self._rebuild(group, error)
+        raise UnavailableError(
+            f"the tensor-parallel group failed {self._settings.rebuild_attempts + 1} times on this request; ask again"
+        )
+
+    def check_health(self) -> None:
+        """For Serve, which replaces a replica whose group cannot be rebuilt."""
+        if self._failure is not None:
+            raise self._failure
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            group = self._group
+            try:
+                await group.check()
+            except (GroupFailedError, ray.exceptions.RayActorError) as error:
+                await self._rebuild(group, error)
+
+    async def _rebuild(self, broken: RankGroup, error: Exception) -> None:
+        """Replace ``broken``, once, however many pictures report it."""
+        async with self._rebuilding:
+            if self._group is not broken or self._failure is not None:
+                return
+            logger.error("rebuilding the tensor-parallel group: %s", error)
+            broken.kill()
+            for attempt in range(1, self._settings.rebuild_attempts + 1):
+                self._rebuilds += 1
+                try:
+                    self._group = await self._build()
+                    return
+                except ray.exceptions.RayError as failure:
+                    logger.error("rebuild %d of %d failed: %s", attempt, self._settings.rebuild_attempts, failure)
+            self._failure = GroupFailedError(f"the tensor-parallel group cannot be rebuilt: {error}")
+
+    async def _build(self) -> RankGroup:
+        bundles = ray.util.get_current_placement_group()
+        return await RankGroup.build(self._settings, bundles, self._replica, self._rebuilds)
