@@ -4,10 +4,11 @@ The magnitude-ratio rule of MagCache (Ma et al., arXiv 2506.09045), a planner, c
 hooks and the strategies work on diffusers' models.
 """
 
+from magcache_core.choice import choose
 from magcache_core.config import ConfigError, MagCacheConfig
 from magcache_core.hooks import apply_mag_cache, remove_mag_cache
 from magcache_core.plan_data import Plan
-from magcache_core.planner import plan
+from magcache_core.planner import fill, plan
 from magcache_core.profile_data import BranchCurve, Profile, ProfileError, write_profile
 from magcache_core.profiles import load_profile, pick_profile, profile_names
 from magcache_core.reuse import REUSE_MODES, decisions, reuse_weights
@@ -35,7 +36,9 @@ __all__ = [
     "ProfileError",
     "ResidualError",
     "apply_mag_cache",
+    "choose",
     "decisions",
+    "fill",
     "get_strategy",
     "load_profile",
     "pick_profile",

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-COST_MODES = ("residual", "linear")
+COST_MODES = ("residual", "linear", "fitted")
 """Reuse modes that calibration measures a table for."""
 
 

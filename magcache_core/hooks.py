@@ -86,6 +86,7 @@ class BranchRun:
         self.last_timestep: float | None = None
         self.growth = 1.0
         self.segment = -1
+        self.deviated = False  # computed a step that the plan reuses
         self.residuals: list[tuple[float | None, torch.Tensor]] = []
         self.statistics = StepStatistics()
 
@@ -112,6 +113,9 @@ class MagCacheHook(StatefulHook):
         if reuse is not None:
             check_reuse(reuse)
         self.reuse = reuse
+        self._fitted = config.weights if isinstance(config, Plan) and reuse in (None, config.reuse) else ()
+        modes = (reuse or "residual",) if reuse or isinstance(config, MagCacheConfig) else config.modes
+        self._history = max([1, *map(len, self._fitted), *(1 + ORDER.get(mode, 0) for mode in modes)])
         self._signature: inspect.Signature | None = None
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
@@ -171,6 +175,7 @@ class MagCacheHook(StatefulHook):
             assert isinstance(self.config, Plan)
             compute = must_compute or self.config.schedule[position.step] == COMPUTE
             ratios = self.config.ratios
+            run.deviated = run.deviated or (compute and self.config.schedule[position.step] != COMPUTE)
         if compute:
             run.growth = 1.0
             run.segment += 1
@@ -187,24 +192,26 @@ class MagCacheHook(StatefulHook):
         residual = self.taps.residual
         if isinstance(self.config, MagCacheConfig) and self.config.calibrate:
             run.statistics.add(residual, run.residuals[0][1] if run.residuals else None)
-        modes = (self._mode(run),) if self.reuse or not isinstance(self.config, Plan) else self.config.modes
         run.residuals.insert(0, (sigma, residual))
-        del run.residuals[1 + max(ORDER[mode] for mode in modes) :]
+        del run.residuals[self._history :]
 
     def _replacement(self, run: BranchRun, position: Position, sigma: float | None) -> torch.Tensor:
         """The residual that stands in for the block stack's, (rows, image_tokens, dim)."""
-        mode = self._mode(run)
-        known = [at for at, _ in run.residuals]
-        if ORDER[mode] and (sigma is None or None in known):
-            raise ConfigError("sigmas", None, f"given for reuse={mode!r}: this run's noise levels are not known")
-        levels = [0.0 if at is None else at for at in known]
-        weights = reuse_weights(mode, sigma or 0.0, levels, run.growth)
+        weights = self._fitted[position.step] if self._fitted and not run.deviated else self._formula(run, sigma)
         total = run.residuals[0][1]
         if weights != (1.0,):
             total = total * weights[0]
         for weight, (_, residual) in zip(weights[1:], run.residuals[1:], strict=False):
             total = total.add(residual, alpha=weight)
         return total
+
+    def _formula(self, run: BranchRun, sigma: float | None) -> tuple[float, ...]:
+        mode = "residual" if self._fitted else self._mode(run)
+        known = [at for at, _ in run.residuals]
+        if ORDER[mode] and (sigma is None or None in known):
+            raise ConfigError("sigmas", None, f"given for reuse={mode!r}: this run's noise levels are not known")
+        levels = [0.0 if at is None else at for at in known]
+        return reuse_weights(mode, sigma or 0.0, levels, run.growth)
 
     def _sigma(self, position: Position) -> float | None:
         if self.sigmas is not None and position.step < len(self.sigmas):

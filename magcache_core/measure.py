@@ -17,6 +17,7 @@ from torch import nn
 from magcache_core.calibration import StepStatistics
 from magcache_core.costs import COST_MODES, CostTable, empty_table
 from magcache_core.diffusers_bridge import StatefulHook, attach, detach, new_states
+from magcache_core.fit import least_squares
 from magcache_core.reuse import reuse_weights
 from magcache_core.strategies import get_strategy
 from magcache_core.taps import BlockTaps
@@ -128,10 +129,13 @@ class BranchMeasurement:
         levels = [self._sigmas[a]] + ([self._sigmas[a - gap]] if gap else [])
         for length in range(1, min(self.max_skip, self.steps - 1 - a) + 1):
             i = a + length
-            weights = reuse_weights(mode, self._sigmas[i], levels)
-            residual = trace.residuals[a]
-            if len(weights) > 1:
-                residual = residual * weights[0] + trace.residuals[a - gap] * weights[1]
+            if mode == "fitted":
+                weights = least_squares(self._gram, i, [a, a - gap] if gap else [a])
+            else:
+                weights = reuse_weights(mode, self._sigmas[i], levels)
+            residual = trace.residuals[a] * weights[0]
+            if gap and len(weights) > 1:
+                residual += trace.residuals[a - gap] * weights[1]
             error = trace.replays[i](residual).float() - trace.velocities[i].float()
             moved = error * (self._sigmas[i + 1] - self._sigmas[i])  # (rows, image_tokens, channels)
             drift += moved

@@ -20,6 +20,8 @@ class Plan:
         predicted_error: what the planner expects to add up, in the unit of the costs it planned with.
         segment_reuse: for ``auto``, the mode of each segment, one per computed step.
         ratios: the curve at the schedule's steps (for ``scaled`` reuse); empty when unknown.
+        weights: by step, the weights of the last computed residuals, newest first (empty for computed steps), where
+            they were fitted ahead; empty when the mode's formula gives them.
         unit: ``latent`` when the costs were measured in latent space, ``ratio`` when only magnitudes were known.
     """
 
@@ -28,6 +30,7 @@ class Plan:
     predicted_error: float = 0.0
     segment_reuse: tuple[str, ...] = ()
     ratios: tuple[float, ...] = ()
+    weights: tuple[tuple[float, ...], ...] = ()
     unit: str = "ratio"
 
     def __post_init__(self) -> None:

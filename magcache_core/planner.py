@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
 from magcache_core.config import ConfigError, MagCacheConfig
+from magcache_core.fit import fitted_weights, resample_gram
 from magcache_core.plan_data import COMPUTE, REUSE, Plan
 from magcache_core.profile_data import Profile
 from magcache_core.reuse import check_reuse
@@ -59,11 +61,53 @@ def plan(
         raise ConfigError("max_error", max_error, "a number >= 0")
     search = _Search(segment_costs(profile, config, reuse, branch), config)
     if budget is not None:
-        return search.plan(search.check(budget))
-    count = search.fewest
-    while search.error(count) > float(max_error or 0.0):
-        count += 1
-    return search.plan(count)
+        count = search.check(budget)
+    else:
+        count = search.fewest
+        while search.error(count) > float(max_error or 0.0):
+            count += 1
+    found = search.plan(count)
+    return replace(found, weights=_weights(profile, found.schedule, branch)) if reuse == "fitted" else found
+
+
+def fill(profile: Profile, schedule: str, reuse: str, branch: str = "cond") -> Plan:
+    """A plan that follows a given schedule (the threshold rule's, say) with a reuse mode.
+
+    Args:
+        profile: where ``fitted`` weights, ratios and costs come from.
+        schedule: ``C`` and ``.``, one character per step.
+        reuse: one of `REUSE_MODES`.
+        branch: CFG branch.
+
+    Raises:
+        ConfigError: ``fitted`` without measured costs, or not a schedule.
+    """
+    made = Plan(schedule, check_reuse(reuse))
+    longest = max(len(run) for run in schedule.split(COMPUTE))
+    config = profile.config(len(schedule), branch=branch, max_skip_steps=longest)
+    costs = segment_costs(profile, config, reuse, branch)
+    return replace(
+        made,
+        ratios=config.ratios,
+        predicted_error=costs.error(sum(float(costs.values[segment]) for segment in segments(schedule))),
+        weights=_weights(profile, schedule, branch) if reuse == "fitted" else (),
+        unit=costs.unit,
+    )
+
+
+def segments(schedule: str) -> list[tuple[int, int, int]]:
+    """(computed step, gap to the one before or 0, reused steps after it) of each segment of a schedule."""
+    computed = [step for step, mark in enumerate(schedule) if mark == COMPUTE]
+    ends = [*computed[1:], len(schedule)]
+    gaps = [0, *(b - a for a, b in pairwise(computed))]
+    return [(a, gap, end - a - 1) for a, gap, end in zip(computed, gaps, ends, strict=True)]
+
+
+def _weights(profile: Profile, schedule: str, branch: str) -> tuple[tuple[float, ...], ...]:
+    table = profile.branch(branch).costs
+    if table is None:
+        raise ConfigError("reuse", "fitted", f"another mode: profile {profile.name!r} has ratios only")
+    return fitted_weights(resample_gram(table.gram, len(schedule)), schedule)
 
 
 @dataclass(frozen=True)
@@ -82,6 +126,10 @@ class SegmentCosts:
     modes: tuple[str, ...]
     chosen: torch.Tensor | None
     unit: str
+
+    def error(self, total: float) -> float:
+        """The predicted error of a schedule whose segments' values add up to ``total``."""
+        return math.sqrt(total) if self.unit == "latent" else total
 
 
 def segment_costs(profile: Profile, config: MagCacheConfig, reuse: str, branch: str = "cond") -> SegmentCosts:
@@ -173,8 +221,7 @@ class _Search:
 
     def error(self, count: int) -> float:
         """Predicted error of the best schedule with ``count`` computed steps."""
-        total = self._last(count)[0]
-        return math.sqrt(total) if self._costs.unit == "latent" else total
+        return self._costs.error(self._last(count)[0])
 
     def plan(self, count: int) -> Plan:
         """The best schedule with ``count`` computed steps."""

@@ -19,9 +19,11 @@ def nearest_index(step: int, steps: int, length: int) -> int:
     return round(step * (length - 1) / (steps - 1))
 
 
-def resample_nearest(ratios: Sequence[float], steps: int) -> tuple[float, ...]:
-    """``ratios`` at ``steps`` steps by nearest index."""
-    return tuple(ratios[nearest_index(i, steps, len(ratios))] for i in range(steps))
+def positions(steps: int, length: int) -> list[float]:
+    """Where each of ``steps`` steps falls among the indices of a curve of ``length`` entries, not rounded."""
+    if steps == 1:
+        return [length - 1.0]
+    return [i * (length - 1) / (steps - 1) for i in range(steps)]
 
 
 def resample_over_sigma(

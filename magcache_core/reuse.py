@@ -8,12 +8,12 @@ from magcache_core.config import ConfigError, MagCacheConfig
 from magcache_core.plan_data import COMPUTE, Plan
 from magcache_core.state import Decision, MagCacheState
 
-REUSE_MODES = ("residual", "scaled", "linear", "damped", "quadratic")
+REUSE_MODES = ("residual", "scaled", "linear", "damped", "quadratic", "fitted")
 """``residual``: the last computed residual as it is. ``scaled``: times the product of ratios since. ``linear``: first
 order in sigma through the last two computed residuals. ``damped``: half of that slope. ``quadratic``: second order
 through the last three."""
 
-ORDER = {"residual": 0, "scaled": 0, "linear": 1, "damped": 1, "quadratic": 2}
+ORDER = {"residual": 0, "scaled": 0, "linear": 1, "damped": 1, "quadratic": 2, "fitted": 1}
 """How many residuals beside the newest a mode wants."""
 
 DAMPING = 0.5
@@ -74,6 +74,8 @@ def decisions(
     Raises:
         ConfigError: ``reuse`` is unknown, or sigmas are missing or too few.
     """
+    if isinstance(source, Plan) and source.weights and reuse in (None, source.reuse):
+        return tuple(Decision(i, not weights, weights) for i, weights in enumerate(source.weights))
     if isinstance(source, Plan):
         marks = source.schedule
         steps: list[Decision] = [Decision(i, compute=mark == COMPUTE) for i, mark in enumerate(marks)]

@@ -8,6 +8,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from hypothesis import settings
+
+# Examples share the processor with whatever else runs; how long one takes says nothing.
+settings.register_profile("magcache", deadline=None)
+settings.load_profile("magcache")
 
 TEXT_TOKENS, TEXT_DIM, POOLED_DIM = 5, 24, 20
 

@@ -60,7 +60,7 @@ def total(profile: Profile, marks: str, mode: str) -> float:
     return math.sqrt(squares)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 1000), st.integers(4, 9), st.sampled_from(["residual", "linear", "auto"]), st.data())
 def test_no_schedule_is_better_than_the_plan(seed: int, steps: int, reuse: str, data: st.DataObject) -> None:
     profile = measured_profile(steps, 3, seed)
@@ -72,7 +72,6 @@ def test_no_schedule_is_better_than_the_plan(seed: int, steps: int, reuse: str, 
     assert found.computed == budget
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.floats(0.8, 1.25), min_size=28, max_size=28),
     st.integers(1, 60),

@@ -1,0 +1,68 @@
+"""Reuse weights by least squares: which mix of the computed residuals is closest to the one that is skipped.
+
+Calibration keeps the inner products of the residuals of all pairs of steps. They determine, for any schedule, the
+weights with the least expected squared error, by the normal equations; no further measurement is needed. Fixed
+extrapolation formulas assume how residuals bend; this reads it off the model.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from magcache_core.plan_data import COMPUTE
+from magcache_core.resample import positions
+
+RIDGE = 1e-3
+"""Pull towards plain reuse, relative to the scale of the inner products: computed residuals carry the drift of the
+reused steps before them, which large weights of opposite sign would amplify."""
+
+
+def resample_gram(gram: torch.Tensor, steps: int) -> torch.Tensor:
+    """Inner products at another step count, (steps, steps), by interpolation between the calibrated run's steps."""
+    length = gram.shape[0]
+    if steps == length:
+        return gram
+    at = torch.tensor(positions(steps, length), dtype=gram.dtype)
+    low = at.floor().long().clamp(max=length - 1)
+    high = (low + 1).clamp(max=length - 1)
+    part = at - low
+    mix = torch.zeros(steps, length, dtype=gram.dtype)
+    rows = torch.arange(steps)
+    mix[rows, low] += 1 - part
+    mix[rows, high] += part
+    return mix @ gram @ mix.T
+
+
+def fitted_weights(
+    gram: torch.Tensor, schedule: str, order: int = 2, ridge: float = RIDGE
+) -> tuple[tuple[float, ...], ...]:
+    """Weights of the last computed residuals, newest first, for each step; empty for computed steps.
+
+    Args:
+        gram: inner products at the schedule's steps, (steps, steps).
+        schedule: ``C`` and ``.``.
+        order: most residuals beside the newest to use.
+        ridge: see `RIDGE`.
+    """
+    computed: list[int] = []
+    result: list[tuple[float, ...]] = []
+    for step, mark in enumerate(schedule):
+        if mark == COMPUTE:
+            computed.insert(0, step)
+            result.append(())
+        else:
+            result.append(least_squares(gram, step, computed[: order + 1], ridge))
+    return tuple(result)
+
+
+def least_squares(gram: torch.Tensor, step: int, known: list[int], ridge: float = RIDGE) -> tuple[float, ...]:
+    """Weights of the residuals of the steps ``known``, newest first, that come closest to that of ``step``."""
+    newest = known[0]
+    index = torch.tensor(known)
+    inner = gram[index][:, index]
+    # The correction d minimises |R_step - R_newest - sum d_k R_k|^2 + ridge * scale * |d|^2.
+    target = gram[index, step] - gram[index, newest]
+    scale = inner.diagonal().mean()
+    correction = torch.linalg.solve(inner + ridge * scale * torch.eye(len(known), dtype=gram.dtype), target)
+    correction[0] += 1
+    return tuple(correction.tolist())
