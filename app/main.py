@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.serve import Application
+from ray.serve import Application, Deployment
 
 from app.serving.decoder import ImageDecoder
 from app.serving.encoder import PromptEncoder
@@ -34,17 +34,20 @@ def build(settings: Settings) -> Application:
         "graceful_shutdown_timeout_s": settings.drain_seconds,
     }
     gpu = settings.gpus_per_helper
-    encoder = serve.deployment(PromptEncoder).options(
+    encoder = _deployment(
+        PromptEncoder,
         ray_actor_options={**helper, "num_gpus": gpu if settings.encoder_runs_on == "cuda" else 0},
         max_ongoing_requests=settings.max_ongoing_requests,
         **common,
     )
-    decoder = serve.deployment(ImageDecoder).options(
+    decoder = _deployment(
+        ImageDecoder,
         ray_actor_options={**helper, "num_gpus": gpu if settings.decoder_runs_on == "cuda" else 0},
         max_ongoing_requests=settings.max_ongoing_requests,
         **common,
     )
-    replica = serve.deployment(FluxReplica).options(
+    replica = _deployment(
+        FluxReplica,
         num_replicas=settings.num_replicas,
         # The replica itself only supervises; its ranks take the bundles.
         ray_actor_options={"num_cpus": 0},
@@ -54,7 +57,8 @@ def build(settings: Settings) -> Application:
         max_queued_requests=settings.max_queued_requests,
         **common,
     )
-    api = serve.deployment(ImagesApi).options(
+    api = _deployment(
+        ImagesApi,
         ray_actor_options=helper,
         # Above what may run and wait behind it, so that a full queue is answered and not left hanging.
         max_ongoing_requests=2 * (settings.max_ongoing_requests * settings.num_replicas + settings.max_queued_requests),
@@ -64,8 +68,13 @@ def build(settings: Settings) -> Application:
         settings,
         encoder.bind(settings),
         replica.bind(settings),
-        decoder.bind(settings),  # type: ignore[arg-type]
+        decoder.bind(settings),
     )
+
+
+def _deployment(cls: type, **options: Any) -> Deployment:
+    deployment: Deployment = serve.deployment(**options)(cls)
+    return deployment
 
 
 def rank_bundle(settings: Settings) -> dict[str, float]:

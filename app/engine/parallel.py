@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers.hooks.tensor_parallel import TPShardSpec, resolve_tp_shard_specs
 from torch import nn
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class TensorParallelGroup:
 
     @classmethod
     def join(
-        cls, rank: int, size: int, store: dist.Store, device: torch.device, timeout_seconds: float = 600.0
+        cls, rank: int, size: int, store: Store, device: torch.device, timeout_seconds: float = 600.0
     ) -> TensorParallelGroup:
         """Meet the other ranks through ``store``: NCCL between GPUs, gloo between CPUs."""
         backend = "nccl" if device.type == "cuda" else "gloo"

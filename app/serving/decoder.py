@@ -22,7 +22,7 @@ class ImageDecoder:
         self._device = torch.device(settings.decoder_runs_on)
         self._vae = (
             AutoencoderKL.from_pretrained(
-                local_model(settings.model), subfolder="vae", torch_dtype=getattr(torch, settings.dtype)
+                local_model(settings.model), subfolder="vae", dtype=getattr(torch, settings.dtype)
             )
             .to(self._device)
             .eval()

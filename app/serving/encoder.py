@@ -20,7 +20,7 @@ class PromptEncoder:
         configure_logging(settings.log_level)
         self._settings = settings
         self._pipeline = FluxPipeline.from_pretrained(
-            local_model(settings.model), transformer=None, vae=None, torch_dtype=getattr(torch, settings.dtype)
+            local_model(settings.model), transformer=None, vae=None, dtype=getattr(torch, settings.dtype)
         ).to(settings.encoder_runs_on)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
         self._cache: OrderedDict[str, PromptEmbeddings] = OrderedDict()

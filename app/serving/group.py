@@ -2,19 +2,16 @@
 
 import asyncio
 import contextlib
-import logging
 from dataclasses import dataclass
+from typing import Any
 
 import ray
-from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from app.serving.coordinator import Coordinator
 from app.serving.rank import Rank
 from app.settings import Settings
-
-logger = logging.getLogger(__name__)
 
 COORDINATOR_NAME = "flux-coordinator"
 NAMESPACE = "flux"
@@ -24,8 +21,8 @@ NAMESPACE = "flux"
 class RankGroup:
     """Handles of a running group. A group that broke is killed whole and built again: ranks share collectives."""
 
-    coordinator: ActorHandle
-    ranks: tuple[ActorHandle, ...]
+    coordinator: Any
+    ranks: tuple[Any, ...]
 
     @classmethod
     async def build(cls, settings: Settings, bundles: PlacementGroup, replica: str, rebuilds: int) -> "RankGroup":
@@ -41,31 +38,28 @@ class RankGroup:
         """
         size = settings.tensor_parallel_size
         gpus = settings.gpus_per_rank if settings.device == "cuda" else 0
+        # Ray types a call's result as the class, not as a handle with remote methods.
+        rank_class: Any = ray.remote(Rank)
+        coordinator_class: Any = ray.remote(Coordinator)
         ranks = tuple(
-            ray.remote(Rank)
-            .options(
+            rank_class.options(
                 num_cpus=settings.cpus_per_rank,
                 num_gpus=gpus,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(bundles, placement_group_bundle_index=rank),
-            )
-            .remote(settings, rank)
+            ).remote(settings, rank)
             for rank in range(size)
         )
         try:
             meeting_point = await ranks[0].open_store.remote() if size > 1 else None
             await asyncio.gather(*(rank.load.remote(meeting_point) for rank in ranks))
-            coordinator = (
-                ray.remote(Coordinator)
-                .options(
-                    # The name is how /metrics finds it; the count keeps it apart from a predecessor still ending.
-                    name=f"{COORDINATOR_NAME}:{replica}:{rebuilds}",
-                    namespace=NAMESPACE,
-                    num_cpus=0,
-                    max_concurrency=10_000,
-                    scheduling_strategy=PlacementGroupSchedulingStrategy(bundles, placement_group_bundle_index=0),
-                )
-                .remote(settings, ranks, replica, rebuilds)
-            )
+            coordinator = coordinator_class.options(
+                # The name is how /metrics finds it; the count keeps it apart from a predecessor still ending.
+                name=f"{COORDINATOR_NAME}:{replica}:{rebuilds}",
+                namespace=NAMESPACE,
+                num_cpus=0,
+                max_concurrency=10_000,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(bundles, placement_group_bundle_index=0),
+            ).remote(settings, ranks, replica, rebuilds)
             await coordinator.ping.remote()
         except BaseException:
             _kill(ranks)
@@ -81,7 +75,7 @@ class RankGroup:
         _kill((self.coordinator, *self.ranks))
 
 
-def _kill(actors: tuple[ActorHandle, ...]) -> None:
+def _kill(actors: tuple[Any, ...]) -> None:
     for actor in actors:
         with contextlib.suppress(ray.exceptions.RayError):
             ray.kill(actor)

@@ -3,6 +3,7 @@
 import asyncio
 import time
 import uuid
+from typing import Any
 
 import ray
 from fastapi import FastAPI
@@ -104,7 +105,7 @@ class ServeBackend:
         """All coordinators' families, merged."""
         return merge_families(*await self._ask_coordinators("metric_families"))
 
-    async def _ask_coordinators(self, method: str) -> list:
+    async def _ask_coordinators(self, method: str) -> list[Any]:
         """The answers of those coordinators that do answer; they are found by name, so that none is missed."""
         named = await asyncio.to_thread(ray.util.list_named_actors, True)
         answers = await asyncio.gather(
@@ -125,7 +126,7 @@ class ServeBackend:
 def build_http_app() -> FastAPI:
     """Serve calls this in the ingress replica, after `ImagesApi.__init__`."""
     assert _backend is not None
-    return create_app(_backend.settings, lambda: _backend, id_added_in_front=True)  # type: ignore[arg-type,return-value]
+    return create_app(_backend.settings, lambda: _backend, id_added_in_front=True)
 
 
 @serve.ingress(build_http_app)

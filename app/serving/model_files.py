@@ -24,10 +24,10 @@ def local_model(model: str) -> Path:
     for folder in candidates:
         if (folder / "model_index.json").is_file():
             return folder.resolve()
-    folder = next((folder for folder in candidates if folder.is_dir()), None)
-    if folder is not None or model.startswith((".", "/", "~", "models/")) or model.count("/") != 1:
+    empty = next((folder for folder in candidates if folder.is_dir()), None)
+    if empty is not None or model.startswith((".", "/", "~", "models/")) or model.count("/") != 1:
         raise FileNotFoundError(
-            f"model {model!r}: no model_index.json in {folder or candidates[0].absolute()}; "
+            f"model {model!r}: no model_index.json in {empty or candidates[0].absolute()}; "
             "name a folder in diffusers layout or a hub id such as black-forest-labs/FLUX.1-dev"
         )
     # Only the diffusers layout: FLUX repositories also hold the same weights as one file for other programs.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import ray
 import torch
-import torch.distributed as dist
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from app.engine.engine import Engine
 from app.engine.messages import Conditioning, StepPlan, StepResult
@@ -26,13 +26,13 @@ class Rank:
             torch.set_num_threads(settings.threads_per_rank)
         self._settings = settings
         self._rank = rank
-        self._store: dist.Store | None = None
+        self._store: Store | None = None
         self._engine: Engine | None = None
 
     def open_store(self) -> tuple[str, int]:
         """On rank 0: open the place where the ranks meet; returns its host and port."""
         host = ray.util.get_node_ip_address()
-        store = dist.TCPStore(host, 0, self._settings.tensor_parallel_size, is_master=True, wait_for_workers=False)
+        store = TCPStore(host, 0, self._settings.tensor_parallel_size, is_master=True, wait_for_workers=False)
         self._store = store
         return host, store.port
 
@@ -50,7 +50,7 @@ class Rank:
         group = TensorParallelGroup()
         if meeting_point is not None:
             size = settings.tensor_parallel_size
-            store = self._store or dist.TCPStore(*meeting_point, size, is_master=False)
+            store = self._store or TCPStore(*meeting_point, size, is_master=False)
             group = TensorParallelGroup.join(self._rank, size, store, device)
         self._engine = Engine(model, group, device, getattr(torch, settings.dtype))
         logger.info("rank %d of %d holds its shard of %s", self._rank, settings.tensor_parallel_size, model)

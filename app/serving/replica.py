@@ -22,7 +22,7 @@ WATCH_SECONDS = 2.0
 class FluxReplica:
     """One tensor-parallel group behind Serve's routing, queueing and health checks."""
 
-    async def __init__(self, settings: Settings) -> None:
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         configure_logging(settings.log_level)
         self._settings = settings
         self._rebuilds = 0
@@ -86,4 +86,5 @@ class FluxReplica:
 
     async def _build(self) -> RankGroup:
         bundles = ray.util.get_current_placement_group()
+        assert bundles is not None, "Serve gives every replica the placement group that build() asks for"
         return await RankGroup.build(self._settings, bundles, self._replica, self._rebuilds)

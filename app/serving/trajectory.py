@@ -1,7 +1,7 @@
 """A request's whole MagCache trajectory, known at admission: per CFG branch, what each step does."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from app.engine.messages import COND, DenoiseJob
 from app.engine.sampling import FlowMatchSampler, Geometry
@@ -55,7 +55,7 @@ class TrajectoryPlanner:
 
 def magcache_config(job: DenoiseJob, profile: Profile, branch: str) -> MagCacheConfig:
     """The rule's settings for one branch of a job: the job's values where it has some, else the profile's."""
-    overrides: Mapping[str, float | int | None] = {
+    overrides: dict[str, Any] = {
         "threshold": job.magcache.mag_threshold,
         "max_skip_steps": job.magcache.mag_max_skip_steps,
         "retention_ratio": job.magcache.mag_retention_ratio,

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from diffusers import FluxPipeline
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from app.engine.engine import Engine, PlanMismatchError
+from app.engine.messages import BranchStep, Conditioning, MagCacheOptions, RowStep, StepPlan, plan_digest
+from app.serving.scheduler import StepScheduler
+from app.serving.trajectory import TrajectoryPlanner
+from app.settings import MagCacheSettings, Settings
+from tests.local_group import MODEL, decode, embed, execute, job, plans, psnr
+
+PROMPT = "a red circle on a blue background"
+NEGATIVE = "a green square on a yellow background"
+
+
+@pytest.fixture(scope="module")
+def prompt(pipeline: FluxPipeline) -> Conditioning:
+    return Conditioning(embed(pipeline, PROMPT))
+
+
+@pytest.fixture(scope="module")
+def both(pipeline: FluxPipeline) -> Conditioning:
+    return Conditioning(embed(pipeline, PROMPT), embed(pipeline, NEGATIVE))
+
+
+def test_a_lost_repeated_or_altered_plan_is_an_error(engine: Engine, prompt: Conditioning) -> None:
+    first, second, third = plans([job("a/0", steps=3)])
+    engine.execute(first, [prompt])
+    with pytest.raises(PlanMismatchError, match="expected plan 1"):
+        engine.execute(third)
+    with pytest.raises(PlanMismatchError, match="got plan 0"):
+        engine.execute(first, [prompt])
+    computes = second.rows[0].branches[0]
+    other = replace(second, rows=(replace(second.rows[0], branches=(replace(computes, compute=False),)),))
+    with pytest.raises(PlanMismatchError, match="with digest"):
+        engine.execute(other)
+    engine.execute(second)  # what was refused left no trace
+    assert set(engine.execute(third).latents) == {"a/0"}
+
+
+def test_reusing_what_was_never_computed_is_an_error(engine: Engine, prompt: Conditioning) -> None:
+    step = RowStep("a/0", 0, (BranchStep("cond", False, (1.0,)),))
+    plan = StepPlan(0, "", (job("a/0"),), (step,))
+    with pytest.raises(LookupError, match=r"row a/0 \(cond\) has 0 residuals, the plan reuses 1"):
+        engine.execute(replace(plan, digest=plan_digest("0" * 16, plan)), [prompt])
+
+
+def test_dropping_a_row_frees_its_residuals(engine: Engine, both: Conditioning) -> None:
+    planner = TrajectoryPlanner(Settings(magcache=MagCacheSettings(profile="flux.1-dev")), engine.sampler)
+    scheduler = StepScheduler(max_batch_rows=4)
+    cached = MagCacheOptions(True)
+    for name in ("a/0", "b/0"):
+        one = job(name, true_cfg_scale=2.0, magcache=cached)
+        scheduler.submit(one, planner.trajectories(one))
+    result = engine.execute(scheduler.next_plan(), [both, both])
+    per_row = 2 * 64 * 192 * 4  # two branches of 64 tokens x 192 channels in float32
+    assert result.residual_bytes == 2 * per_row
+    assert scheduler.cancel("a/0")
+    assert engine.execute(scheduler.next_plan()).residual_bytes == per_row
+    assert scheduler.cancel("b/0")
+    assert engine.execute(scheduler.next_plan()).residual_bytes == 0
+    assert not engine.rows
+
+
+def test_a_row_without_reuse_keeps_no_residual(engine: Engine, prompt: Conditioning) -> None:
+    first, *_ = plans([job("a/0")])
+    assert engine.execute(first, [prompt]).residual_bytes == 0
+
+
+job_options = st.fixed_dictionaries(
+    {
+        "size": st.sampled_from([(128, 128), (160, 96), (64, 64)]),
+        "steps": st.integers(2, 9),
+        "seed": st.integers(0, 2**63 - 1),
+        "true_cfg_scale": st.sampled_from([1.0, 1.0, 3.0]),
+        "magcache": st.builds(MagCacheOptions, st.booleans(), st.sampled_from([0.0, 0.1, 0.5, 5.0])),
+    }
+)
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(job_options, st.integers(0, 6)), min_size=2, max_size=5), st.integers(1, 4))
+def test_a_picture_does_not_depend_on_its_neighbours(pipeline, prompt, both, mix, max_batch_rows) -> None:
+    jobs = [job(f"{index}/0", **options) for index, (options, _) in enumerate(mix)]
+    conditioning = {one.row_id: both if one.true_cfg_scale > 1 else prompt for one in jobs}
+    shared = Engine(MODEL)
+    together = execute(
+        shared, plans(jobs, max_batch_rows=max_batch_rows, arrivals=[tick for _, tick in mix]), conditioning
+    )
+    assert not shared.rows
+    for one in jobs:
+        alone = execute(Engine(MODEL), plans([one]), conditioning)
+        first, second = (decode(pipeline, latents[one.row_id], one) for latents in (together, alone))
+        assert psnr(first, second) >= 55

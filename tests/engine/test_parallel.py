@@ -1,0 +1,82 @@
+"""Two and three ranks, real processes and real gloo collectives, equal one rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed import FileStore
+
+from app.engine.engine import Engine
+from app.engine.loading import load_transformer
+from app.engine.messages import Conditioning, MagCacheOptions, PromptEmbeddings, StepPlan
+from app.engine.parallel import TensorParallelGroup, shard_specs
+from tests.local_group import MODEL, execute, job, plans
+
+CPU = torch.device("cpu")
+
+
+def _mix() -> tuple[list[StepPlan], dict[str, Conditioning]]:
+    """Requests of several sizes, step counts and settings, some with true CFG, that arrive one after another."""
+    cached = MagCacheOptions(True)
+    jobs = [
+        job("a/0", steps=10),
+        job("b/0", steps=12, size=(160, 96), magcache=cached),
+        job("c/0", steps=8, true_cfg_scale=2.0, magcache=cached),
+    ]
+    generator = torch.Generator().manual_seed(0)
+    conditioning = {}
+    for one in jobs:
+        prompts = [
+            PromptEmbeddings(torch.randn(32, 128, generator=generator), torch.randn(128, generator=generator))
+            for _ in one.branches
+        ]
+        conditioning[one.row_id] = Conditioning(*prompts)
+    return plans(jobs, arrivals=[0, 2, 4]), conditioning
+
+
+def _run_rank(rank: int, size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = FileStore(f"{folder}/store", size)
+    group = TensorParallelGroup.join(rank, size, store, CPU, timeout_seconds=120)
+    latents = execute(Engine(MODEL, group), *_mix())
+    if rank == 0:
+        torch.save(latents, f"{folder}/latents.pt")
+    group.leave()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_sharded_equals_whole(size: int, tmp_path: Path) -> None:
+    mp.spawn(_run_rank, args=(size, str(tmp_path)), nprocs=size)
+    sharded = torch.load(tmp_path / "latents.pt")
+    whole = execute(Engine(MODEL), *_mix())
+    assert sharded.keys() == whole.keys() == {"a/0", "b/0", "c/0"}
+    for row_id, expected in whole.items():
+        relative = (sharded[row_id] - expected).norm() / expected.norm()
+        assert relative <= 1e-5
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_each_rank_holds_its_slices_only(size: int) -> None:
+    whole = load_transformer(MODEL, TensorParallelGroup(), CPU, torch.float32)
+    sharded_names = shard_specs(whole, size)
+    bias = {name for name, spec in sharded_names.items() if spec.dim is None}
+    total = {name: value.numel() for name, value in whole.named_parameters()}
+    ranks = [load_transformer(MODEL, TensorParallelGroup(rank, size), CPU, torch.float32) for rank in range(size)]
+    for name, count in total.items():
+        held = [rank.get_parameter(name).numel() for rank in ranks]
+        expected = count // size if name in sharded_names.keys() - bias else count
+        assert held == [expected] * size, name
+
+
+def test_a_size_that_does_not_divide_the_heads_names_those_that_do() -> None:
+    with pytest.raises(ValueError, match=r"tensor_parallel_size 4 does not divide the 6 .* one of \[1, 2, 3, 6\]"):
+        load_transformer(MODEL, TensorParallelGroup(0, 4), CPU, torch.float32)
+
+
+def test_a_model_without_a_plan_is_refused() -> None:
+    with pytest.raises(ValueError, match="Linear has no tensor-parallel plan"):
+        shard_specs(nn.Linear(2, 2), 2)

@@ -1,0 +1,105 @@
+"""Run jobs as the service does, scheduler and engine together, in this process and without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import FluxPipeline
+
+from app.engine.engine import Engine
+from app.engine.messages import Conditioning, DenoiseJob, MagCacheOptions, PromptEmbeddings, StepPlan
+from app.engine.sampling import FlowMatchSampler
+from app.serving.scheduler import StepScheduler
+from app.serving.trajectory import TrajectoryPlanner
+from app.settings import MagCacheSettings, Settings
+
+MODEL = Path(__file__).resolve().parents[1] / "models/flux-tiny"
+CACHE_OFF = MagCacheOptions(enabled=False)
+TEXT_TOKENS = 32
+
+
+def job(row_id: str, *, size: tuple[int, int] = (128, 128), steps: int = 28, seed: int = 7, **options) -> DenoiseJob:
+    """A job with the shipped model's defaults, MagCache off."""
+    width, height = size
+    values = {"guidance_scale": 3.5, "true_cfg_scale": 1.0, "magcache": CACHE_OFF, **options}
+    return DenoiseJob(row_id, width, height, steps, seed=seed, **values)
+
+
+def plans(
+    jobs: Sequence[DenoiseJob], profile: str = "flux.1-dev", max_batch_rows: int = 8, arrivals: Sequence[int] = ()
+) -> list[StepPlan]:
+    """All plans that the coordinator's scheduler forms for ``jobs``; job i arrives before tick ``arrivals[i]``."""
+    settings = Settings(magcache=MagCacheSettings(profile=profile))
+    planner = TrajectoryPlanner(settings, FlowMatchSampler(MODEL))
+    scheduler = StepScheduler(max_batch_rows)
+    due = {index: tick for index, tick in enumerate(arrivals)}
+    waiting = list(enumerate(jobs))
+    formed: list[StepPlan] = []
+    tick = 0
+    while waiting or scheduler.running or scheduler.waiting:
+        for index, arriving in [pair for pair in waiting if due.get(pair[0], 0) <= tick]:
+            scheduler.submit(arriving, planner.trajectories(arriving))
+            waiting.remove((index, arriving))
+        plan = scheduler.next_plan()
+        if plan is not None:
+            formed.append(plan)
+        tick += 1
+    return formed
+
+
+def execute(
+    engine: Engine, formed: Sequence[StepPlan], conditioning: dict[str, Conditioning]
+) -> dict[str, torch.Tensor]:
+    """Latents by row id."""
+    latents: dict[str, torch.Tensor] = {}
+    for plan in formed:
+        latents |= engine.execute(plan, [conditioning[admitted.row_id] for admitted in plan.admit]).latents
+    return latents
+
+
+def load_pipeline() -> FluxPipeline:
+    """Diffusers' own pipeline on the shipped model: the oracle."""
+    pipeline = FluxPipeline.from_pretrained(MODEL, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def embed(pipeline: FluxPipeline, prompt: str) -> PromptEmbeddings:
+    """What the prompt encoder makes of ``prompt``."""
+    with torch.inference_mode():
+        tokens, pooled, _ = pipeline.encode_prompt(prompt, None, max_sequence_length=TEXT_TOKENS)
+    return PromptEmbeddings(tokens[0], pooled[0])
+
+
+def reference(pipeline: FluxPipeline, prompt: str, asked: DenoiseJob, **options) -> torch.Tensor:
+    """Packed latents, (image_tokens, channels), of diffusers' pipeline for the same request."""
+    return pipeline(
+        prompt,
+        width=asked.width,
+        height=asked.height,
+        num_inference_steps=asked.num_inference_steps,
+        guidance_scale=asked.guidance_scale,
+        true_cfg_scale=asked.true_cfg_scale,
+        max_sequence_length=TEXT_TOKENS,
+        generator=torch.Generator("cpu").manual_seed(asked.seed),
+        output_type="latent",
+        **options,
+    ).images[0]
+
+
+@torch.inference_mode()
+def decode(pipeline: FluxPipeline, latents: torch.Tensor, asked: DenoiseJob) -> np.ndarray:
+    """Pixels in [0, 1], (height, width, 3)."""
+    unpacked = pipeline._unpack_latents(latents[None], asked.height, asked.width, pipeline.vae_scale_factor)
+    config = pipeline.vae.config
+    pixels = pipeline.vae.decode(unpacked / config.scaling_factor + config.shift_factor, return_dict=False)[0]
+    return pipeline.image_processor.postprocess(pixels, output_type="np")[0]
+
+
+def psnr(first: np.ndarray, second: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of pictures in [0, 1]; equal pictures give 200."""
+    error = float(np.mean((first.astype(np.float64) - second.astype(np.float64)) ** 2))
+    return 10 * np.log10(1 / max(error, 1e-20))
