@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -131,6 +132,13 @@ def _processes() -> Iterator[tuple[int, str, int]]:
                 yield int(folder.name), head.partition("(")[2], int(session)
 
 
+def reason(message: str) -> str:
+    """The innermost error in a message that may be a traceback, or several of them one in another."""
+    lines = _COLOURS.sub("", message).strip().splitlines()
+    errors = [index for index, line in enumerate(lines) if re.match(r"[\w.]+: ", line)]
+    return "\n".join(lines[errors[-1] :] if errors else lines)
+
+
 class Service:
     """``serve run`` in a session of its own, with a Ray of its own."""
 
@@ -138,6 +146,7 @@ class Service:
         self.url = url
         self.log = log
         self._command = command
+        self._token = secrets.token_hex(16)
         self._applications: dict[str, Any] = {}
         self._stopping = threading.Event()
         self._child: subprocess.Popen[bytes] | None = None
@@ -150,7 +159,14 @@ class Service:
             self._child = subprocess.Popen(
                 self._command,
                 cwd=ROOT,
-                env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": os.pathsep.join(paths)},
+                env=os.environ
+                | {
+                    "PYTHONPATH": os.pathsep.join(paths),
+                    "RAY_USAGE_STATS_ENABLED": "0",
+                    # Only whoever knows the token may ask the dashboard or submit code to this Ray.
+                    "RAY_AUTH_MODE": "token",
+                    "RAY_AUTH_TOKEN": self._token,
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -166,15 +182,17 @@ class Service:
             raise DemoError(f"`serve run` ended with exit code {code}. The end of {self.log}:\n{self.log_tail()}")
         for name, application in self._applications.items():
             if application["status"] in ("DEPLOY_FAILED", "UNHEALTHY"):
-                reasons = [application["message"]]
-                reasons += [
-                    f"{deployment}: {details['message']}"
-                    for deployment, details in application["deployments"].items()
-                    if details["status"] in ("DEPLOY_FAILED", "UNHEALTHY") and details["message"]
-                ]
-                raise DemoError(
-                    f"application {name!r} is {application['status']}:\n" + "\n".join(reasons) + f"\n(log: {self.log})"
-                )
+                reasons = {
+                    application["message"]: "",
+                    **{
+                        details["message"]: f"{deployment}: "
+                        for deployment, details in application["deployments"].items()
+                        if details["status"] in ("DEPLOY_FAILED", "UNHEALTHY") and details["message"]
+                    },
+                }
+                lines = [f"  {prefix}{reason(message)}" for message, prefix in reasons.items()]
+                lines.append(f"{self.log} has the whole story.")
+                raise DemoError(f"application {name!r} is {application['status']}:\n" + "\n".join(lines))
 
     def progress(self) -> str:
         """What is up and what is still starting, in one line."""
@@ -189,9 +207,11 @@ class Service:
         return ", ".join(parts) or STARTING
 
     def ready(self) -> bool:
-        """Whether pictures can be made right now."""
+        """Whether pictures can be made right now: the service says so, and Serve waits for no part of it."""
+        if any(application["status"] != "RUNNING" for application in self._applications.values()):
+            return False
         try:
-            with _open(f"{self.url}/health", 5) as response:
+            with _open(f"{self.url}/health", 2) as response:
                 return bool(response.status == 200)
         except OSError:
             return False
@@ -240,22 +260,21 @@ class Service:
         return [pid for pid, _, session in _processes() if session == self._child.pid]
 
     def _poll_applications(self) -> None:
-        """Keep asking Ray's dashboard how the deployment goes; a thread, since importing Ray takes a while."""
-        client = None
+        """Keep asking Ray's dashboard how the deployment goes; a thread, since it answers slowly while all starts."""
         while not self._stopping.wait(1):
-            # The dashboard comes up later than the service's log says and goes away first at the end.
-            with contextlib.suppress(Exception):
-                client = client or self._dashboard_client()
-                if client is not None:
-                    self._applications = client.get_serve_details()["applications"]
+            # The dashboard comes up after the service's log says so, and goes away first at the end.
+            with contextlib.suppress(OSError, ValueError):
+                self._applications = self._ask_dashboard()
 
-    def _dashboard_client(self) -> Any:
+    def _ask_dashboard(self) -> dict[str, Any]:
+        """What `serve status` shows, by application; nothing while Ray starts."""
         found = _DASHBOARD.search(self.log.read_text(errors="replace"))
         if found is None:
-            return None
-        from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
-
-        return ServeSubmissionClient(f"http://{found[2]}")
+            return {}
+        url = f"http://{found[2]}/api/serve/applications/"
+        with _open(urllib.request.Request(url, headers={"Authorization": f"Bearer {self._token}"}), 10) as response:
+            applications: dict[str, Any] = json.load(response)["applications"]
+            return applications
 
 
 # -- the demo --------------------------------------------------------------------------------------------------------

@@ -179,17 +179,22 @@ def test_a_service_that_is_never_ready_times_out(
 def test_a_failed_deployment_ends_with_its_reason(
     folder: Path, started: list[demo.Service], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    replica = {"status": "DEPLOY_FAILED", "message": "tensor_parallel_size 5 does not divide 6 heads"}
+    traceback = """The deployment failed to start 3 times in a row. Error:
+\x1b[36mray::ServeReplica.initialize()\x1b[39m (pid=1)
+  File "replica.py", line 1, in initialize
+RuntimeError: Traceback (most recent call last):
+  File "engine.py", line 2, in load
+ValueError: tensor_parallel_size 5 does not divide 6 heads"""
+    replica = {"status": "DEPLOY_FAILED", "message": traceback}
     flux = {"status": "DEPLOY_FAILED", "message": "Failed to update", "deployments": {"FluxReplica": replica}}
 
-    class Dashboard:
-        def get_serve_details(self) -> dict[str, Any]:
-            return {"applications": {"flux": flux}}
-
     monkeypatch.setenv("STAND_IN_MODE", "never")
-    monkeypatch.setattr(demo.Service, "_dashboard_client", lambda _: Dashboard())
+    monkeypatch.setattr(demo.Service, "_ask_dashboard", lambda _: {"flux": flux})
     assert demo.main(_options(folder)) == 1
-    assert "FluxReplica: tensor_parallel_size 5 does not divide 6 heads" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "Failed to update" in message
+    assert "FluxReplica: ValueError: tensor_parallel_size 5 does not divide 6 heads\n" in message
+    assert "File" not in message
     assert started[0].processes() == []
 
 

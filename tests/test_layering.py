@@ -55,7 +55,8 @@ RULES = (
     Rule("app.engine", ("app", "models"), "the engine stands above the service", allowed=("app.engine",)),
     Rule("app.api", (*RAY, "app.serving", "app.main"), "the API knows its backend by contract only"),
     Rule("app", RAY, "Ray lives in the serving layer", except_in=("app.serving", "app.main")),
-    Rule("app", WEB, "HTTP lives in the API", except_in=("app.api",)),
+    # The Serve ingress is where Serve takes over the API's application.
+    Rule("app", WEB, "HTTP lives in the API", except_in=("app.api", "app.serving.ingress")),
     Rule("app", ("app.metrics",), "the coordinator and the API write metrics", except_in=("app.api", "app.serving")),
     Rule("app", ("app.main",), "the entry point is imported by nobody"),
     Rule("app.settings", ("app",), "settings know no other module"),
