@@ -35,7 +35,7 @@ def plans(
     settings = Settings(magcache=MagCacheSettings(profile=profile))
     planner = TrajectoryPlanner(settings, FlowMatchSampler(MODEL))
     scheduler = StepScheduler(max_batch_rows)
-    due = {index: tick for index, tick in enumerate(arrivals)}
+    due = dict(enumerate(arrivals))
     waiting = list(enumerate(jobs))
     formed: list[StepPlan] = []
     tick = 0

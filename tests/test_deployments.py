@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic.warnings import PydanticDeprecatedSince20
+from ray.serve.schema import ServeDeploySchema
 
 from app.settings import Settings
-
-with warnings.catch_warnings():
-    # Ray declares its models with keywords that pydantic 2 deprecates, and warnings are errors here.
-    warnings.simplefilter("ignore", PydanticDeprecatedSince20)
-    from ray.serve.schema import ServeDeploySchema
 
 FOLDER = Path(__file__).parent.parent / "deployments"
 FILES = sorted(FOLDER.glob("*.yaml"))

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import ray
 import torch
@@ -67,7 +67,7 @@ class Coordinator:
         if self._failure is not None:
             raise self._failure
         if not self._loops:
-            self._loops = [asyncio.create_task(self._send_plans()), asyncio.create_task(self._collect_results())]
+            self._loops = [asyncio.create_task(self._guard(loop)) for loop in (self._send_plans, self._collect_results)]
         (reference,) = conditioning
         trajectories = self._planner.trajectories(job)
         pending = _Pending(self._scheduler.submit(job, trajectories), reference)
@@ -97,6 +97,13 @@ class Coordinator:
         self._observe_table()
         return list(self._registry.collect())
 
+    async def _guard(self, loop: Callable[[], Awaitable[None]]) -> None:
+        """Whatever ends a loop ends the group: nobody may wait for a loop that is gone."""
+        try:
+            await loop()
+        except Exception as error:
+            self._fail(error)
+
     async def _send_plans(self) -> None:
         while True:
             await self._work.wait()
@@ -110,18 +117,15 @@ class Coordinator:
             self._sent.put_nowait((plan, [rank.execute.remote(plan, *tensors) for rank in self._ranks]))
 
     async def _collect_results(self) -> None:
-        try:
-            while True:
-                plan, references = await self._sent.get()
-                results: list[StepResult] = await asyncio.gather(*references)
-                self._room.release()
-                self._check(plan, results)
-                self._metrics.observe_step(plan, max(result.seconds for result in results))
-                self._metrics.residual_bytes(max(result.residual_bytes for result in results))
-                for row_id, latents in results[0].latents.items():
-                    self._finish(row_id, latents)
-        except Exception as error:
-            self._fail(error)
+        while True:
+            plan, references = await self._sent.get()
+            results: list[StepResult] = await asyncio.gather(*references)
+            self._room.release()
+            self._check(plan, results)
+            self._metrics.observe_step(plan, max(result.seconds for result in results))
+            self._metrics.residual_bytes(max(result.residual_bytes for result in results))
+            for row_id, latents in results[0].latents.items():
+                self._finish(row_id, latents)
 
     def _check(self, plan: StepPlan, results: Sequence[StepResult]) -> None:
         for result in results:

@@ -52,7 +52,8 @@ class ServeBackend:
         except* BackPressureError:
             raise BusyError(retry_after_s=1.0) from None
         except* UnavailableError as errors:
-            raise errors.exceptions[0] from None
+            # Ray wraps what a replica raises; the client is to read the cause.
+            raise getattr(errors.exceptions[0], "cause", errors.exceptions[0]) from None
         except* (ray.exceptions.RayActorError, RayServeException) as errors:
             raise UnavailableError(f"a part of the service is restarting: {errors.exceptions[0]}") from errors
         return [task.result() for task in tasks]

@@ -43,9 +43,7 @@ def test_position_ids_are_those_of_the_pipeline() -> None:
 
 def test_noise_depends_on_the_seed_alone() -> None:
     geometry = Geometry.of(128, 128)
-    first, again, other = (
-        initial_noise(seed, geometry, 64, torch.device("cpu"), torch.float32) for seed in (1, 1, 2)
-    )
+    first, again, other = (initial_noise(seed, geometry, 64, torch.device("cpu"), torch.float32) for seed in (1, 1, 2))
     assert first.shape == (64, 64)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)

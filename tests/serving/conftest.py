@@ -1,0 +1,62 @@
+"""A real Ray cluster of two logical CPUs with the application of deployments/flux-tiny.yaml, on a free port."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import ray
+import yaml
+from diffusers import FluxPipeline
+from ray import serve
+
+from app.main import build
+from app.settings import Settings
+from tests.local_group import load_pipeline
+
+DEPLOYMENTS = Path(__file__).resolve().parents[2] / "deployments"
+
+
+def settings_of(name: str) -> Settings:
+    document = yaml.safe_load((DEPLOYMENTS / name).read_text())
+    return Settings(**document["applications"][0]["args"])
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def service(cluster: None) -> Iterator[str]:
+    """The service's URL."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+    serve.run(build(settings_of("flux-tiny.yaml")), name="flux", route_prefix="/")
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+
+
+@pytest.fixture
+def client(service: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{service}/v1", api_key="unused", max_retries=0, timeout=120) as client:
+        yield client
+
+
+@pytest.fixture
+def http(service: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=service, timeout=120) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def pipeline() -> FluxPipeline:
+    return load_pipeline()

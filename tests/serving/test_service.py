@@ -1,0 +1,191 @@
+"""End to end: HTTP in, pictures out, through Ray Serve, two ranks and one coordinator."""
+
+from __future__ import annotations
+
+import base64
+import io
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import psutil
+import pytest
+import torch
+from diffusers import FluxPipeline
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+
+from app.main import build, check_resources, needed_resources
+from magcache_core import choose, load_profile
+from tests.local_group import TEXT_TOKENS, psnr
+from tests.serving.conftest import settings_of
+
+PROMPT = "a red circle on a blue background"
+IMAGES = "/v1/images/generations"
+
+
+def pixels(image: Any) -> np.ndarray:
+    data = image["b64_json"] if isinstance(image, dict) else image.b64_json
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")) / 255
+
+
+def ask(http: httpx.Client, **body: Any) -> dict[str, Any]:
+    reply = http.post(IMAGES, json={"prompt": PROMPT, "seed": 7, **body})
+    assert reply.status_code == 200, reply.text
+    return reply.json()
+
+
+def expected(pipeline: FluxPipeline, seed: int = 7, **options: Any) -> np.ndarray:
+    """Diffusers' own picture, in 8 bits as a file has it."""
+    values = {"height": 128, "width": 128, "num_inference_steps": 28, **options}
+    generator = torch.Generator("cpu").manual_seed(seed)
+    picture = pipeline(PROMPT, max_sequence_length=TEXT_TOKENS, generator=generator, **values).images[0]
+    return np.asarray(picture) / 255
+
+
+def metrics(http: httpx.Client) -> dict[str, float]:
+    """Every sample of ``/metrics``, summed over its labels but ``decision``."""
+    totals: dict[str, float] = {}
+    for family in text_string_to_metric_families(http.get("/metrics").text):
+        for sample in family.samples:
+            name = sample.name + (f":{sample.labels['decision']}" if "decision" in sample.labels else "")
+            totals[name] = totals.get(name, 0.0) + sample.value
+    return totals
+
+
+def test_the_openai_client_gets_the_pipelines_picture(client: openai.OpenAI, pipeline: FluxPipeline) -> None:
+    reply = client.images.generate(
+        prompt=PROMPT, model="flux-tiny", size="128x128", extra_body={"seed": 7, "magcache": {"enabled": False}}
+    )
+    assert psnr(pixels(reply.data[0]), expected(pipeline)) >= 55
+    assert reply.data[0].magcache["schedule"] == 28 * "C"
+
+
+def test_true_cfg(http: httpx.Client, pipeline: FluxPipeline) -> None:
+    negative = "a green square on a yellow background"
+    options = {"negative_prompt": negative, "true_cfg_scale": 2.5, "num_inference_steps": 12}
+    reply = ask(http, magcache={"enabled": False}, **options)
+    assert psnr(pixels(reply["data"][0]), expected(pipeline, **options)) >= 55
+    ignored = ask(http, true_cfg_scale=2.5, num_inference_steps=2)
+    assert any("true_cfg_scale" in warning for warning in ignored["warnings"])
+
+
+def test_the_schedule_is_the_profiles(http: httpx.Client) -> None:
+    profile = load_profile("flux-tiny")
+    image = ask(http)["data"][0]
+    steps = image["magcache"]["schedule"]
+    assert steps == choose(profile, 28).schedule
+    assert image["magcache"]["computed"] == steps.count("C")
+    assert image["magcache"]["skipped"] == steps.count(".") >= 14
+    assert set(image["timings"]) == {"queue_s", "encode_s", "denoise_s", "decode_s", "total_s"}
+    stricter = ask(http, magcache={"mag_max_skip_steps": 0})["data"][0]["magcache"]
+    assert stricter["computed"] == 28
+
+
+def test_mixed_requests_together_are_those_alone(http: httpx.Client) -> None:
+    requests: list[dict[str, Any]] = [
+        {"n": 3, "num_inference_steps": 9},
+        {"size": "160x96", "num_inference_steps": 14},
+        {"size": "96x160", "seed": 3},
+        {"negative_prompt": "a green square on a yellow background", "true_cfg_scale": 2},
+        {"magcache": {"enabled": False}, "num_inference_steps": 5},
+    ]
+    before = metrics(http)
+    with ThreadPoolExecutor(5) as pool:
+        together = list(pool.map(lambda body: ask(http, **body), requests))
+    after = metrics(http)
+    images = [image for reply in together for image in reply["data"]]
+    branches = [image["magcache"]["schedule"] for image in images]
+    branches += [image["magcache"]["negative_schedule"] or "" for image in images]
+    for decision, mark in (("computed", "C"), ("reused", ".")):
+        name = f"flux_steps_total:{decision}"
+        assert after[name] - before[name] == sum(steps.count(mark) for steps in branches)
+    assert [image["seed"] for image in together[0]["data"]] == [7, 8, 9]
+    alone = [ask(http, **body, seed=7 + index) for index in range(3) for body in [{"num_inference_steps": 9}]]
+    alone += [ask(http, **body) for body in requests[1:]]
+    for first, second in zip(images, [image for reply in alone for image in reply["data"]], strict=True):
+        assert psnr(pixels(first), pixels(second)) >= 55
+
+
+@pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
+def test_bytes_of_each_format(http: httpx.Client, output_format: str) -> None:
+    body = {"prompt": PROMPT, "num_inference_steps": 1, "response_format": "file", "output_format": output_format}
+    reply = http.post(IMAGES, json=body)
+    assert reply.headers["content-type"] == f"image/{output_format}"
+    picture = Image.open(io.BytesIO(reply.content))
+    assert (picture.format or "").lower() == output_format
+    assert picture.size == (128, 128)
+
+
+def test_wrong_requests_name_the_field(http: httpx.Client, client: openai.OpenAI) -> None:
+    reply = http.post(IMAGES, json={"prompt": PROMPT, "num_inference_step": 4})
+    assert reply.status_code == 400
+    assert "num_inference_steps" in reply.json()["error"]["message"]
+    with pytest.raises(openai.BadRequestError, match="size"):
+        client.images.generate(prompt=PROMPT, size="100x100")
+
+
+def test_health_and_models(http: httpx.Client, client: openai.OpenAI) -> None:
+    assert http.get("/health").status_code == 200
+    assert [model.id for model in client.models.list()] == ["flux-tiny"]
+
+
+def _kill(name: str) -> None:
+    """Kill -9 an actor's process of this test's own cluster, found by the class that its title shows."""
+    workers = psutil.Process().children(recursive=True)
+    victims = [worker for worker in workers if "".join(worker.cmdline()).startswith(f"ray::{name}")]
+    victims[-1].send_signal(signal.SIGKILL)
+
+
+@pytest.mark.parametrize("victim", ["Rank", "Coordinator"])
+def test_a_killed_process_costs_time_and_no_picture(http: httpx.Client, victim: str) -> None:
+    body = {"magcache": {"enabled": False}, "num_inference_steps": 100, "n": 3}
+    undisturbed = ask(http, **body)
+    with ThreadPoolExecutor(1) as pool:
+        disturbed = pool.submit(ask, http, **body)
+        while metrics(http)["flux_running_pictures"] < 3:
+            time.sleep(0.02)
+        _kill(victim)
+        assert not disturbed.done()
+        images = disturbed.result()["data"]
+    for first, second in zip(images, undisturbed["data"], strict=True):
+        assert psnr(pixels(first), pixels(second)) >= 55
+    assert metrics(http)["flux_group_rebuilds_total"] >= 1
+
+
+def test_an_idle_group_whose_rank_dies_is_replaced(http: httpx.Client) -> None:
+    before = metrics(http)["flux_group_rebuilds_total"]
+    _kill("Rank")
+    for _ in range(600):
+        if metrics(http).get("flux_group_rebuilds_total", 0) > before:
+            break
+        time.sleep(0.1)
+    assert http.get("/health").status_code == 200
+    ask(http, num_inference_steps=2)
+
+
+def test_a_client_that_leaves_ends_its_request(http: httpx.Client, service: str) -> None:
+    body = {"prompt": PROMPT, "num_inference_steps": 100, "n": 4}
+    with httpx.Client(base_url=service, timeout=1.0) as impatient, pytest.raises(httpx.ReadTimeout):
+        impatient.post(IMAGES, json=body)
+    for _ in range(200):
+        seen = metrics(http)
+        if seen["flux_running_pictures"] + seen["flux_waiting_pictures"] == 0:
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("the request goes on without its client")
+    ask(http, num_inference_steps=2)  # its first plan frees what was dropped, its last what it kept itself
+    assert metrics(http)["flux_residual_bytes"] == 0
+
+
+def test_a_cluster_without_gpus_is_told_what_is_needed(cluster: None) -> None:
+    flux = settings_of("flux.yaml").model_copy(update={"resources_timeout_s": 0.0})
+    with pytest.raises(RuntimeError, match=r"FLUX\.1-dev .* needs .*2 GPUs; the Ray cluster has .*flux-tiny\.yaml"):
+        build(flux)
+    assert needed_resources(flux)["GPU"] == pytest.approx(2.0)
+    check_resources(settings_of("flux-tiny.yaml"))
