@@ -18,7 +18,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13) and "Python 3.11 or 3.12 is needed, this is " + sys.version.split()[0] + " (make PYTHON=python3.11 ...)")'
 	@# A broken .venv (moved, or its Python gone) is made anew; a whole one is updated in place.
 	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet -c constraints.txt -e '.[dev]'
+	@echo 'Installing the pinned dependencies into $(VENV); a few minutes the first time'
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: setup ## Serve flux-tiny, ask for a picture, write out/demo.png, keep serving (ONCE=1: then stop)
