@@ -26,6 +26,10 @@ class ConfigError(ValueError):
         self.value = value
         self.allowed = allowed
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are pickled by their message alone; this one crosses processes with its fields.
+        return ConfigError, (self.field, self.value, self.allowed)
+
 
 @dataclass(frozen=True, init=False)
 class MagCacheConfig:

@@ -72,7 +72,7 @@ def build(request: ImagesRequest, settings: Settings, request_id: str, accept: s
         guidance_scale=sampling.guidance_scale if request.guidance_scale is None else request.guidance_scale,
         true_cfg_scale=true_cfg_scale,
         seed=_seed(request.seed, n),
-        magcache=_magcache(request.magcache or MagCacheBody(), settings.magcache, warnings),
+        magcache=_magcache(request.magcache or MagCacheBody(), settings.magcache, steps, warnings),
         output_format=output_format,
         output_compression=100 if request.output_compression is None else request.output_compression,
     )
@@ -191,9 +191,21 @@ def _seed(seed: int | None, n: int) -> int:
     return seed
 
 
-def _magcache(asked: MagCacheBody, server: MagCacheSettings, warnings: list[str]) -> MagCacheOptions:
+def _magcache(asked: MagCacheBody, server: MagCacheSettings, steps: int, warnings: list[str]) -> MagCacheOptions:
     enabled = server.enabled if asked.enabled is None else asked.enabled
-    names = ("mag_threshold", "mag_max_skip_steps", "mag_retention_ratio")
+    names = ("mag_threshold", "mag_max_skip_steps", "mag_retention_ratio", "computed_steps")
+    budget = asked.computed_steps
+    if budget is not None and budget > steps:
+        raise InvalidRequestError(
+            f"magcache.computed_steps is {budget}; of {steps} steps at most {steps} can be computed",
+            param="magcache.computed_steps",
+        )
+    if budget is not None and asked.mag_threshold is not None:
+        raise InvalidRequestError(
+            "magcache.mag_threshold and magcache.computed_steps exclude each other: a threshold and a number of "
+            "computed steps both decide the schedule",
+            param="magcache.mag_threshold",
+        )
     idle = [name for name in names if getattr(asked, name) is not None]
     if idle and not enabled:
         warnings.append(f"magcache.{', magcache.'.join(idle)} without effect: magcache.enabled is false")
@@ -204,5 +216,9 @@ def _magcache(asked: MagCacheBody, server: MagCacheSettings, warnings: list[str]
 
     skips = pick("mag_max_skip_steps")
     return MagCacheOptions(
-        enabled, pick("mag_threshold"), None if skips is None else int(skips), pick("mag_retention_ratio")
+        enabled=enabled,
+        mag_threshold=pick("mag_threshold") if budget is None else None,
+        mag_max_skip_steps=None if skips is None else int(skips),
+        mag_retention_ratio=pick("mag_retention_ratio"),
+        computed_steps=budget,
     )

@@ -25,6 +25,11 @@ class MagCacheBody(BaseModel):
     mag_retention_ratio: float | None = Field(
         default=None, ge=0, le=1, description="Leading share of the steps that always computes."
     )
+    computed_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Compute exactly this many steps, at the best places; instead of `mag_threshold`.",
+    )
 
 
 class ImagesRequest(BaseModel):

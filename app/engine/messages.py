@@ -26,12 +26,16 @@ class PromptEmbeddings:
 
 @dataclass(frozen=True)
 class MagCacheOptions:
-    """One request's MagCache settings; ``None`` takes the profile's or the server's value."""
+    """One request's MagCache settings; ``None`` takes the profile's or the server's value.
+
+    ``computed_steps`` asks for the best plan with so many computed steps, and leaves no say to a threshold.
+    """
 
     enabled: bool = True
     mag_threshold: float | None = None
     mag_max_skip_steps: int | None = None
     mag_retention_ratio: float | None = None
+    computed_steps: int | None = None
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ from ray.serve.handle import DeploymentHandle
 
 from app.api.app import create_app
 from app.api.backend import HealthReport, ImagesJob, Picture
-from app.api.errors import BusyError, UnavailableError
+from app.api.errors import BusyError, InvalidRequestError, UnavailableError
 from app.engine.messages import Conditioning, DenoiseJob, DenoiseResult, PromptEmbeddings
 from app.metrics import merge_families
 from app.serving.group import COORDINATOR_NAME, NAMESPACE
 from app.serving.logs import configure_logging
 from app.settings import Settings
+from magcache_core import ConfigError
 
 SCRAPE_SECONDS = 5.0
 """A coordinator that does not answer within this time is left out of a scrape."""
@@ -51,9 +52,10 @@ class ServeBackend:
                 ]
         except* BackPressureError:
             raise BusyError(retry_after_s=1.0) from None
+        except* ConfigError as errors:
+            raise InvalidRequestError(_budget_message(errors.exceptions[0]), param="magcache.computed_steps") from None
         except* UnavailableError as errors:
-            # Ray wraps what a replica raises; the client is to read the cause.
-            raise getattr(errors.exceptions[0], "cause", errors.exceptions[0]) from None
+            raise _cause(errors.exceptions[0]) from None
         except* (ray.exceptions.RayActorError, RayServeException) as errors:
             raise UnavailableError(f"a part of the service is restarting: {errors.exceptions[0]}") from errors
         return [task.result() for task in tasks]
@@ -122,6 +124,17 @@ class ServeBackend:
     async def _ask(self, name: str, method: str) -> object:
         actor = await asyncio.to_thread(ray.get_actor, name, NAMESPACE)
         return await asyncio.wait_for(getattr(actor, method).remote(), SCRAPE_SECONDS)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What a replica raised, out of the wrapper with its stack that Ray puts around it."""
+    return getattr(error, "cause", error)
+
+
+def _budget_message(error: BaseException) -> str:
+    cause = _cause(error)
+    assert isinstance(cause, ConfigError)
+    return f"magcache.computed_steps={cause.value!r} is not allowed here: it must be {cause.allowed}"
 
 
 def build_http_app() -> FastAPI:

@@ -40,7 +40,11 @@ class TrajectoryPlanner:
         self._plan = lru_cache(maxsize=1024)(self._plan_branch)
 
     def trajectories(self, job: DenoiseJob) -> dict[str, Trajectory]:
-        """The trajectory of each CFG branch of ``job``; the branches' curves may differ."""
+        """The trajectory of each CFG branch of ``job``; the branches' curves may differ.
+
+        Raises:
+            magcache_core.ConfigError: ``computed_steps`` cannot be met with the other settings.
+        """
         return {
             branch: self._plan(job.magcache, job.num_inference_steps, job.width, job.height, branch)
             for branch in job.branches
@@ -57,6 +61,7 @@ class TrajectoryPlanner:
             threshold=options.mag_threshold,
             max_skip_steps=options.mag_max_skip_steps,
             retention_ratio=options.mag_retention_ratio,
+            budget=options.computed_steps,
         )
         sigmas = self._sampler.sigmas(steps, Geometry.of(width, height).tokens).tolist()
         decided = decisions(plan, sigmas)

@@ -158,12 +158,18 @@ async def test_a_request_overrides_the_servers_magcache(backend: FakeBackend) ->
     server = MagCacheSettings(enabled=False, mag_threshold=0.2, mag_max_skip_steps=4)
     app = create_app(Settings(magcache=server), lambda: backend)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client:
-        for magcache in ({}, {"enabled": True}, {"enabled": True, "mag_threshold": 0, "mag_retention_ratio": 1}):
+        for magcache in (
+            {},
+            {"enabled": True},
+            {"enabled": True, "mag_threshold": 0, "mag_retention_ratio": 1},
+            {"enabled": True, "computed_steps": 9},
+        ):
             assert (await client.post(URL, json={**PROMPT, "magcache": magcache})).status_code == 200
     assert [job.magcache for job in backend.jobs] == [
         MagCacheOptions(False, 0.2, 4, None),
         MagCacheOptions(True, 0.2, 4, None),
         MagCacheOptions(True, 0.0, 4, 1.0),
+        MagCacheOptions(True, None, 4, None, computed_steps=9),
     ]
 
 

@@ -8,9 +8,10 @@ from diffusers import FluxPipeline, MagCacheConfig
 from app.engine.engine import Engine
 from app.engine.messages import Conditioning, MagCacheOptions
 from app.engine.sampling import FlowMatchSampler
-from app.serving.trajectory import TrajectoryPlanner
+from app.serving.scheduler import StepScheduler
+from app.serving.trajectory import Trajectory, TrajectoryPlanner
 from app.settings import MagCacheSettings, Settings
-from magcache_core import load_profile
+from magcache_core import apply_mag_cache, decisions, fill, load_profile, remove_mag_cache
 from tests.local_group import MODEL, decode, embed, execute, job, plans, psnr, reference
 
 PROMPT = "a red circle on a blue background"
@@ -76,4 +77,24 @@ def test_cache_on_equals_diffusers_hooks(engine: Engine, pipeline: FluxPipeline,
     theirs = "".join("C" if step in computed_at else "." for step in range(28))
     assert theirs == trajectory.schedule
     assert theirs.count(".") > 14
+    assert psnr(decode(pipeline, latents["a/0"], asked), decode(pipeline, expected, asked)) >= 60
+
+
+@pytest.mark.parametrize("reuse", ["residual", "scaled", "linear", "quadratic", "fitted"])
+def test_every_reuse_mode_equals_the_hooks(engine: Engine, pipeline: FluxPipeline, reuse: str) -> None:
+    plan = fill(load_profile("flux-tiny"), "CCC..C...C..C...C.C..C...C.C", reuse)
+    asked = job("a/0")
+    decided = decisions(plan, engine.sampler.sigmas(28, 64).tolist())
+    history = max(len(decision.weights) for decision in decided)
+    assert history == {"residual": 1, "scaled": 1, "linear": 2, "quadratic": 3, "fitted": 3}[reuse]
+    scheduler = StepScheduler(max_batch_rows=1)
+    scheduler.submit(asked, {"cond": Trajectory(decided, history, 0.0)})
+    formed = list(iter(scheduler.next_plan, None))
+    latents = execute(engine, formed, {"a/0": Conditioning(embed(pipeline, PROMPT))})
+
+    apply_mag_cache(pipeline.transformer, plan)
+    try:
+        expected = reference(pipeline, PROMPT, asked)
+    finally:
+        remove_mag_cache(pipeline.transformer)
     assert psnr(decode(pipeline, latents["a/0"], asked), decode(pipeline, expected, asked)) >= 60

@@ -84,6 +84,13 @@ def test_the_schedule_is_the_profiles(http: httpx.Client) -> None:
     assert set(image["timings"]) == {"queue_s", "encode_s", "denoise_s", "decode_s", "total_s"}
     stricter = ask(http, magcache={"mag_max_skip_steps": 0})["data"][0]["magcache"]
     assert stricter["computed"] == 28
+    budget = ask(http, magcache={"computed_steps": 11})["data"][0]["magcache"]
+    assert budget["computed"] == 11
+    assert budget["schedule"] == choose(profile, 28, budget=11).schedule
+    refused = http.post(IMAGES, json={"prompt": PROMPT, "magcache": {"computed_steps": 1}})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "magcache.computed_steps"
+    assert "an integer from" in refused.json()["error"]["message"]
 
 
 def test_mixed_requests_together_are_those_alone(http: httpx.Client) -> None:
