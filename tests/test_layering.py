@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("app", "magcache_core", "models")
+FOLDERS = (*PACKAGES, "benchmarks", "scripts", "tests")
 RAY = ("ray",)
 WEB = ("fastapi", "starlette", "uvicorn", "aiohttp", "httpx", "requests", "openai")
 PROMETHEUS = ("prometheus_client",)
@@ -94,10 +95,10 @@ def imports_of(importer: str, source: str, *, is_package: bool = False) -> Itera
     yield from visit(ast.parse(source), False)
 
 
-def all_imports() -> list[Import]:
-    """The imports of the repository's packages."""
+def all_imports(folders: tuple[str, ...]) -> list[Import]:
+    """The imports of all modules below ``folders``."""
     found: list[Import] = []
-    for package in PACKAGES:
+    for package in folders:
         for path in sorted((ROOT / package).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
             is_package = parts[-1] == "__init__"
@@ -120,7 +121,7 @@ def violations(imports: list[Import]) -> list[str]:
 
 
 def test_every_layer_imports_only_what_it_may() -> None:
-    assert violations(all_imports()) == []
+    assert violations(all_imports(PACKAGES)) == []
 
 
 def test_every_library_is_declared() -> None:
@@ -128,7 +129,7 @@ def test_every_library_is_declared() -> None:
     listed = project["dependencies"] + [name for extra in project["optional-dependencies"].values() for name in extra]
     declared = {re.split(r"[^\w.-]", entry)[0].lower().replace("-", "_") for entry in listed}
     modules = {"pil": "pillow", "yaml": "pyyaml"}
-    used = {found.name.partition(".")[0].lower() for found in all_imports()} - set(PACKAGES)
+    used = {found.name.partition(".")[0].lower() for found in all_imports(FOLDERS)} - set(FOLDERS)
     third_party = {modules.get(name, name) for name in used if name not in {*map(str.lower, sys.stdlib_module_names)}}
     assert third_party - declared == set()
 
