@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from magcache_core.measure import BranchMeasurement, recording
+from magcache_core.measure import BranchMeasurement, measure_sensitivity, recording
 from magcache_core.profile_data import BranchCurve, Profile, write_profile
 
 LONGEST_SEGMENT = 12
@@ -95,6 +95,7 @@ def calibrate(pipe: Any, job: CalibrationJob, name: str, model: str, progress: b
         for branch, trace in traces.items():
             measurement = measurements.setdefault(branch, BranchMeasurement(sigmas, LONGEST_SEGMENT))
             measurement.add(trace, lambda: bar.update(len(batch) / len(traces)))  # noqa: B023  called at once
+    sensitivity = _sensitivity(pipe, job, runs[: job.batch], progress)
     bar.close()
     return Profile(
         name=name,
@@ -105,9 +106,27 @@ def calibrate(pipe: Any, job: CalibrationJob, name: str, model: str, progress: b
         height=job.height,
         guidance_scale=job.guidance_scale,
         sigmas=tuple(round(sigma, 6) for sigma in sigmas[: job.steps]),
-        branches={branch: _curve(measurement) for branch, measurement in measurements.items()},
+        branches={branch: _curve(measurement, sensitivity) for branch, measurement in measurements.items()},
         provenance=_provenance(pipe, job),
     )
+
+
+def _sensitivity(pipe: Any, job: CalibrationJob, batch: Sequence[tuple[str, int]], progress: bool) -> list[float]:
+    """Measured on one batch: it is a property of the flow more than of a prompt."""
+    from tqdm import tqdm
+
+    def run() -> list[torch.Tensor]:
+        latents: list[torch.Tensor] = []
+
+        def note(pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            latents.append(tensors["latents"].clone())
+            return tensors
+
+        pipe(**_call_arguments(pipe, job, batch), callback_on_step_end=note)
+        return latents
+
+    with tqdm(unit="run", disable=not progress, desc="sensitivity") as bar:
+        return measure_sensitivity(pipe.transformer, run, job.steps, progress=lambda: bar.update(1))
 
 
 def _call_arguments(pipe: Any, job: CalibrationJob, batch: Sequence[tuple[str, int]]) -> dict[str, Any]:
@@ -132,9 +151,9 @@ def _call_arguments(pipe: Any, job: CalibrationJob, batch: Sequence[tuple[str, i
     return {key: value for key, value in arguments.items() if key in accepted}
 
 
-def _curve(measurement: BranchMeasurement) -> BranchCurve:
+def _curve(measurement: BranchMeasurement, sensitivity: Sequence[float]) -> BranchCurve:
     ratios, stds, cosines = (tuple(round(v, 5) for v in values) for values in measurement.statistics())
-    return BranchCurve(ratios, stds, cosines, measurement.costs())
+    return BranchCurve(ratios, stds, cosines, measurement.costs(sensitivity))
 
 
 def _provenance(pipe: Any, job: CalibrationJob) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from magcache_core.resample import positions
+
 COST_MODES = ("residual", "linear", "fitted")
 """Reuse modes that calibration measures a table for."""
 
@@ -26,6 +28,7 @@ class CostTable:
         segments: by mode, same shape; entry [a, g, l] is how far the latents have moved from the uncached run's after
             all of a + 1 ... a + l reused: the norm of the summed error vectors, which may cancel.
         gram: (steps, steps), mean inner product per token of the residuals of two steps.
+        sensitivity: (steps,), how much a displacement of the latents made at a step has grown by the end of the run.
 
     Entries that don't exist (past the last step, gaps larger than a) are infinite; l = 0 costs nothing.
     """
@@ -33,6 +36,7 @@ class CostTable:
     pairwise: Mapping[str, torch.Tensor]
     segments: Mapping[str, torch.Tensor]
     gram: torch.Tensor
+    sensitivity: torch.Tensor
 
     @property
     def steps(self) -> int:
@@ -65,6 +69,18 @@ class CostTable:
         exists = (g <= a) & ((g > 0) | (a == 0)) & (a + length <= steps - 1) & (length * scale <= self.max_skip)
         return torch.where(exists, result, torch.inf)
 
+    @lru_cache(maxsize=64)  # noqa: B019
+    def final(self, mode: str, steps: int, lengths: int) -> torch.Tensor:
+        """`resampled` costs carried on to the end of the run: each times the mean sensitivity of its reused steps."""
+        at = torch.tensor(positions(steps, self.steps))
+        low = at.floor().long().clamp(max=self.steps - 1)
+        high = (low + 1).clamp(max=self.steps - 1)
+        growth = self.sensitivity[low] + (at - low) * (self.sensitivity[high] - self.sensitivity[low])
+        ahead = torch.cat([growth[1:], growth[-1:].expand(lengths)]).unfold(0, lengths, 1)[:steps, : lengths - 1]
+        means = ahead.cumsum(dim=1) / torch.arange(1, lengths)
+        factor = torch.cat([torch.ones(steps, 1), means], dim=1)  # (steps, lengths)
+        return self.resampled(mode, steps, lengths) * factor[:, None, :]
+
     def to_document(self) -> dict[str, Any]:
         """Plain lists for JSON: existing entries only, four significant digits."""
         return {
@@ -72,6 +88,7 @@ class CostTable:
             "pairwise": {mode: _ragged(mode, table) for mode, table in self.pairwise.items()},
             "segments": {mode: _ragged(mode, table) for mode, table in self.segments.items()},
             "gram": [[_short(value) for value in row] for row in self.gram.tolist()],
+            "sensitivity": [_short(value) for value in self.sensitivity.tolist()],
         }
 
     @classmethod
@@ -81,11 +98,14 @@ class CostTable:
         gram = torch.tensor(document["gram"], dtype=torch.float64)
         if gram.shape != (steps, steps):
             raise ValueError(f"costs.gram has shape {tuple(gram.shape)}, not {(steps, steps)}")
+        sensitivity = torch.tensor(document["sensitivity"])
+        if sensitivity.shape != (steps,):
+            raise ValueError(f"costs.sensitivity has {len(sensitivity)} values for {steps} steps")
         tables = {
             kind: {mode: _dense(mode, document[kind][mode], steps, max_skip) for mode in COST_MODES}
             for kind in ("pairwise", "segments")
         }
-        return cls(tables["pairwise"], tables["segments"], gram)
+        return cls(tables["pairwise"], tables["segments"], gram, sensitivity)
 
 
 def empty_table(steps: int, max_skip: int) -> torch.Tensor:

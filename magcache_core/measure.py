@@ -6,6 +6,7 @@ the block stack, which needs only the cheap parts of the transformer, and compar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,9 @@ from magcache_core.calibration import StepStatistics
 from magcache_core.costs import COST_MODES, CostTable, empty_table
 from magcache_core.diffusers_bridge import StatefulHook, attach, detach, new_states
 from magcache_core.fit import least_squares
+from magcache_core.hooks import apply_mag_cache, remove_mag_cache
+from magcache_core.plan_data import COMPUTE, REUSE, Plan
+from magcache_core.resample import interpolate
 from magcache_core.reuse import reuse_weights
 from magcache_core.strategies import get_strategy
 from magcache_core.taps import BlockTaps
@@ -150,8 +154,8 @@ class BranchMeasurement:
         ratios, stds, cosines = (self._statistics / self._rows).tolist()
         return ratios, stds, cosines
 
-    def costs(self) -> CostTable:
-        """Root mean square over all rows of each cost."""
+    def costs(self, sensitivity: Sequence[float]) -> CostTable:
+        """Root mean square over all rows of each cost; ``sensitivity`` comes from `measure_sensitivity`."""
 
         def table(sums: torch.Tensor) -> torch.Tensor:
             return (sums / self._rows).sqrt()
@@ -160,4 +164,41 @@ class BranchMeasurement:
             {mode: table(sums) for mode, sums in self._pairwise.items()},
             {mode: table(sums) for mode, sums in self._segments.items()},
             self._gram / self._rows,
+            torch.tensor(sensitivity),
         )
+
+
+def measure_sensitivity(
+    transformer: nn.Module,
+    run: Callable[[], list[torch.Tensor]],
+    steps: int,
+    stride: int = 3,
+    progress: Callable[[], object] = lambda: None,
+) -> list[float]:
+    """How much a displacement of the latents grows from each step to the end of the run.
+
+    Runs again with a single reused step, at every ``stride``-th step, and compares how far that moved the latents there
+    and at the end; steps between are interpolated over the logarithm.
+
+    Args:
+        transformer: the model that ``run`` calls.
+        run: one run; the latents after each step, (rows, image_tokens, channels).
+        steps: denoising steps.
+        progress: called after each run.
+
+    Returns:
+        One factor per step; that of the last step is 1.
+    """
+    reference = run()
+    probes = sorted({*range(1, steps, stride), steps - 1})
+    logs = []
+    for probe in probes:
+        apply_mag_cache(transformer, Plan(COMPUTE * probe + REUSE + COMPUTE * (steps - 1 - probe)))
+        moved = run()
+        remove_mag_cache(transformer)
+        here, end = ((moved[i] - reference[i]).float().norm().item() for i in (probe, steps - 1))
+        # A step that reuse doesn't move at all says nothing; it counts as neutral.
+        logs.append(math.log(end / here) if here > 0 and end > 0 else 0.0)
+        progress()
+    levels = [-float(probe) for probe in probes]
+    return [math.exp(interpolate(levels, logs, -float(step))) for step in range(steps)]

@@ -140,7 +140,7 @@ def segment_costs(profile: Profile, config: MagCacheConfig, reuse: str, branch: 
         mode = "residual" if reuse == AUTO else reuse
         return SegmentCosts(_ratio_costs(config), (mode,), None, "ratio")
     modes = tuple(table.segments) if reuse == AUTO else (reuse,)
-    tables = [table.resampled(table.nearest_mode(mode), config.num_inference_steps, lengths) for mode in modes]
+    tables = [table.final(table.nearest_mode(mode), config.num_inference_steps, lengths) for mode in modes]
     values, chosen = torch.stack(tables).min(dim=0)
     return SegmentCosts(values.square(), modes, chosen if reuse == AUTO else None, "latent")
 

@@ -43,6 +43,7 @@ class PromptPipe:
         output_type: str,
         negative_prompt: list[str] | None = None,
         true_cfg_scale: float = 1.0,
+        callback_on_step_end: Any = None,
     ) -> Any:
         tokens, pooled = zip(*map(embeddings, prompt), strict=True)
         options: dict[str, Any] = {}
@@ -62,6 +63,7 @@ class PromptPipe:
             guidance_scale=guidance_scale,
             generator=generator,
             output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
             **options,
         )
 
@@ -154,6 +156,27 @@ def test_a_segment_cost_is_the_latents_drift(pipe: FluxPipeline, measured: Profi
     assert costs is not None
     assert costs.segments[reuse][STEPS - 2, 1, 1] == pytest.approx(float(drift), rel=1e-3)
     assert costs.pairwise[reuse][STEPS - 2, 1, 1] == pytest.approx(float(drift), rel=1e-3)
+
+
+def test_sensitivity_is_the_growth_of_a_displacement(pipe: FluxPipeline, measured: Profile) -> None:
+    """The drift at the end of a run that reuses one step is the table's drift there times the step's sensitivity."""
+    arguments: dict[str, Any] = {
+        "prompt": ["a", "b"], "num_inference_steps": STEPS, "width": 32, "height": 32, "guidance_scale": 3.5,
+        "output_type": "latent",
+    }  # fmt: skip
+
+    def latents() -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+        return PromptPipe(pipe)(generator=generators, **arguments).images
+
+    uncached = latents()
+    apply_mag_cache(pipe.transformer, Plan("CCCC.CCC"))
+    drift = (latents() - uncached).square().sum(dim=(1, 2)).mean().sqrt()
+    costs = measured.branch().costs
+    assert costs is not None
+    assert costs.sensitivity[-1] == 1.0
+    assert costs.segments["residual"][3, 1, 1] * costs.sensitivity[4] == pytest.approx(float(drift), rel=1e-3)
+    assert costs.final("residual", STEPS, 3)[3, 1, 1] == pytest.approx(float(drift), rel=1e-3)
 
 
 def test_segments_are_no_longer_than_their_steps_together(measured: Profile) -> None:

@@ -31,7 +31,7 @@ def measured_profile(steps: int, max_skip: int, seed: int) -> Profile:
         if mode == "linear":
             exists = exists & (g[:, None] <= a[:, None, None]) & ((g[:, None] > 0) | (a[:, None, None] == 0))
         tables[mode] = torch.where(exists, costs, table)
-    costs_table = CostTable(tables, tables, torch.eye(steps, dtype=torch.float64))
+    costs_table = CostTable(tables, tables, torch.eye(steps, dtype=torch.float64), torch.ones(steps))
     curve = BranchCurve((1.0,) * steps, costs=costs_table)
     return Profile("random", "m", "T", steps, 64, 64, {"cond": curve}, max_skip_steps=max_skip, retention_ratio=0.0)
 
@@ -143,7 +143,9 @@ def test_measured_costs_carry_over_to_other_step_counts() -> None:
     smooth = (length * (1 + 0.05 * a)).float()
     exists = (a + length < steps) & (g <= a) & ((g > 0) | (a == 0))
     table = torch.where(exists, smooth, empty_table(steps, max_skip))
-    costs = CostTable({}, {"linear": table, "residual": table}, torch.eye(steps, dtype=torch.float64))
+    costs = CostTable(
+        {}, {"linear": table, "residual": table}, torch.eye(steps, dtype=torch.float64), torch.ones(steps)
+    )
     finer = costs.resampled("linear", 41, 9)
     assert finer.shape == (41, 10, 9)
     assert finer[20, 4, 6] == pytest.approx(3 * (1 + 0.05 * 10))
