@@ -1,0 +1,67 @@
+"""A group by itself, real actors and collectives, without Serve."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+import ray
+import torch
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from app.engine.engine import Engine
+from app.engine.messages import FIRST_DIGEST, Conditioning, PromptEmbeddings, StepPlan, plan_digest
+from app.serving.errors import GroupFailedError
+from app.serving.group import RankGroup
+from app.settings import MagCacheSettings, Settings
+from tests.local_group import MODEL, execute, job, plans
+
+SETTINGS = Settings(
+    tensor_parallel_size=2, cpus_per_rank=0.1, threads_per_rank=1, magcache=MagCacheSettings(profile="flux.1-dev")
+)
+
+
+@pytest.fixture
+async def group(cluster: None) -> AsyncIterator[RankGroup]:
+    bundles = placement_group([{"CPU": 0.1}, {"CPU": 0.1}])
+    built = await RankGroup.build(SETTINGS, bundles, "test", rebuilds=0)
+    yield built
+    built.kill()
+    remove_placement_group(bundles)
+
+
+@pytest.fixture
+def conditioning() -> Conditioning:
+    generator = torch.Generator().manual_seed(0)
+    return Conditioning(
+        PromptEmbeddings(torch.randn(32, 128, generator=generator), torch.randn(128, generator=generator))
+    )
+
+
+async def test_two_ranks_equal_one_engine(group: RankGroup, conditioning: Conditioning) -> None:
+    asked = job("a/0", steps=6)
+    result = await group.coordinator.denoise.remote(asked, [ray.put(conditioning)])
+    expected = execute(Engine(MODEL), plans([asked]), {"a/0": conditioning})["a/0"]
+    assert (result.latents - expected).norm() / expected.norm() <= 1e-5
+    assert result.report.schedule == "CCCCCC"
+    await group.check()
+
+
+async def test_a_rank_with_another_history_ends_the_group(group: RankGroup, conditioning: Conditioning) -> None:
+    stray = StepPlan(0, "", drop=("nobody/0",))
+    stray = StepPlan(0, plan_digest(FIRST_DIGEST, stray), drop=stray.drop)
+    await group.ranks[1].execute.remote(stray)
+    with pytest.raises(GroupFailedError, match="PlanMismatchError"):
+        await group.coordinator.denoise.remote(job("a/0", steps=6), [ray.put(conditioning)])
+    with pytest.raises(GroupFailedError):
+        await group.coordinator.ping.remote()
+    samples = [s for family in await group.coordinator.metric_families.remote() for s in family.samples]
+    assert sum(s.value for s in samples if s.name == "flux_digest_mismatches_total") == 1
+
+
+async def test_a_checkpoint_that_does_not_load_says_so(cluster: None) -> None:
+    bundles = placement_group([{"CPU": 0.1}])
+    missing = SETTINGS.model_copy(update={"model": "models/nothing", "tensor_parallel_size": 1})
+    with pytest.raises(FileNotFoundError, match=r"models/nothing.*no model_index\.json"):
+        await RankGroup.build(missing, bundles, "test", rebuilds=0)
+    remove_placement_group(bundles)
