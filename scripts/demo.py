@@ -12,6 +12,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -293,7 +294,7 @@ class ProgressLine:
         seconds = time.monotonic() - self._began
         if self._live:
             self._spinner += 1
-            width = os.get_terminal_size().columns if os.isatty(1) else 120
+            width = shutil.get_terminal_size((120, 24)).columns
             mark = "|/-\\"[self._spinner % 4]
             line = f"{mark} {seconds:3.0f} s  {text}"[: max(width - 1, 20)]
             print(f"\r\x1b[K{line}", end="", flush=True)
