@@ -1,0 +1,1 @@
+"""The recipe that trains models/flux-tiny from nothing: python -m models.recipe --help."""

@@ -1,0 +1,87 @@
+"""Stage distill: guidance distillation, as FLUX.1-dev is made, so that one forward a step does what CFG needs two for.
+
+The student learns the teacher's guided velocity v_empty + g (v_caption - v_empty) and is told g as its guidance
+embedding (arXiv 2210.03142).
+"""
+
+import copy
+from pathlib import Path
+
+import torch
+
+from . import loop
+from .attention import fast_attention
+from .latents import load as load_latents
+from .text import Text
+from .transformer import BATCH, GUIDANCE, WORKERS, Sampler, Workers, averaged, build, optimizers, predict, update
+
+# Relative to training: the student starts where the teacher is and has little to learn.
+LEARNING_RATE = 0.3
+
+
+@fast_attention()
+def train(work: Path, budget: loop.Budget, device: torch.device) -> None:
+    path = work / "distill.pt"
+    torch.manual_seed(loop.SEED + 3)
+    teacher = averaged(work, device).requires_grad_(False)
+    student = build().to(device)
+    student.load_state_dict(copy.deepcopy(teacher.state_dict()))
+    steppers = optimizers(student, [], LEARNING_RATE)
+    average = loop.Average(student, 0.99)
+    if path.exists():
+        state = loop.load(path, device)
+        student.load_state_dict(state["model"])
+        for stepper, saved in zip(steppers, state["optimizers"], strict=True):
+            stepper.load_state_dict(saved)
+        average.shadow = state["average"]
+        budget.resume(state["budget"])
+    text = Text.load(work, device)
+    sets = load_latents(work)
+    samplers = [Sampler(sets, text, device, seed=loop.SEED + 7 + 1000 * i + budget.step) for i in range(WORKERS)]
+    with torch.no_grad():
+        empty = text.embed(*(ids.to(device) for ids in samplers[0].empty))
+    empty_tokens, empty_pooled = empty[0].expand(BATCH, -1, -1), empty[1].expand(BATCH, -1)
+    saved_s, running = budget.elapsed_s, 0.0
+
+    def checkpoint() -> None:
+        loop.save(
+            path,
+            {
+                "model": student.state_dict(),
+                "optimizers": [stepper.state_dict() for stepper in steppers],
+                "average": average.shadow,
+                "budget": budget.state(),
+            },
+        )
+
+    def gradients(sampler: Sampler) -> float:
+        """One worker's share of a step: its loss, the gradients added to the parameters'."""
+        batch = sampler.draw()
+        guidance = torch.empty(BATCH, device=device).uniform_(*GUIDANCE)
+        with loop.autocast(device):
+            with torch.no_grad():
+                embeddings, pooled = text.embed(batch.t5_ids, batch.clip_ids)
+                captioned = predict(teacher, batch, embeddings, pooled, guidance).float()
+                free = predict(teacher, batch, empty_tokens, empty_pooled, guidance).float()
+                target = free + guidance[:, None, None] * (captioned - free)
+            velocity = predict(student, batch, embeddings, pooled, guidance)
+        # The stronger the guidance, the larger the target and its errors; the weight evens that out.
+        error = (velocity.float() - target).square().mean((1, 2)) / guidance
+        loss = error.mean()
+        (loss / WORKERS).backward()
+        return loss.item()
+
+    workers = Workers(device)
+    for step, bar in budget.run("distill"):
+        factor = min(1.0, (step + 1) / 20) * loop.flat_then_linear(budget.fraction)
+        loss = sum(workers.map(gradients, samplers)) / WORKERS
+        update(workers, steppers, list(student.parameters()), factor)
+        average.update(step)
+        running = loss if not running else 0.95 * running + 0.05 * loss
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{running:.4f}", step=step, refresh=False)
+        if budget.elapsed_s - saved_s > loop.CHECKPOINT_EVERY_S:
+            saved_s = budget.elapsed_s
+            checkpoint()
+    checkpoint()
+    print(f"distill: {budget.step} steps, loss {running:.4f}")
