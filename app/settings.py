@@ -198,6 +198,12 @@ class Settings(_Section):
     max_queued_requests: PositiveInt = Field(
         default=256, description="Requests that wait for a replica before new ones are refused as busy."
     )
+    hang_timeout_s: float = Field(
+        default=120.0,
+        gt=0.0,
+        description="Time after which a rank that has not finished the plans sent to it counts as hung, and its group "
+        "is rebuilt; well above plans_in_flight times the slowest step.",
+    )
     rebuild_attempts: int = Field(
         default=3,
         ge=0,

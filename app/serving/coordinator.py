@@ -76,14 +76,13 @@ class Coordinator:
         try:
             return await pending.done
         finally:
-            self._pending.pop(job.row_id, None)
+            # Also when this call itself is cancelled: a row in the table must have somebody who waits for it.
+            self._end(job.row_id)
 
     async def cancel(self, row_id: str) -> None:
         """End a picture at the next step boundary on every rank; harmless when it is over already."""
         pending = self._pending.get(row_id)
-        if self._scheduler.cancel(row_id):
-            logger.info("request %s: cancelled %s", row_id.partition("/")[0], row_id)
-            self._work.set()
+        self._end(row_id)
         if pending is not None:
             pending.done.cancel()
 
@@ -96,6 +95,12 @@ class Coordinator:
         """This coordinator's metrics, for the service's ``/metrics``."""
         self._observe_table()
         return list(self._registry.collect())
+
+    def _end(self, row_id: str) -> None:
+        self._pending.pop(row_id, None)
+        if self._scheduler.cancel(row_id):
+            logger.info("request %s: cancelled %s", row_id.partition("/")[0], row_id)
+            self._work.set()
 
     async def _guard(self, loop: Callable[[], Awaitable[None]]) -> None:
         """Whatever ends a loop ends the group: nobody may wait for a loop that is gone."""

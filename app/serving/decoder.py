@@ -44,6 +44,9 @@ class ImageDecoder:
         run = asyncio.get_running_loop().run_in_executor
         return await run(self._thread, self._decode, latents, Geometry.of(width, height), output_format, compression)
 
+    async def ping(self) -> None:
+        """Answer when this deployment is up."""
+
     @torch.inference_mode()
     def _decode(self, latents: torch.Tensor, geometry: Geometry, output_format: str, compression: int) -> bytes:
         config = self._vae.config

@@ -40,6 +40,9 @@ class PromptEncoder:
         # One client's disconnect must not take the result from another who waits for the same prompt.
         return await asyncio.shield(under_way)
 
+    async def ping(self) -> None:
+        """Answer when this deployment is up."""
+
     @torch.inference_mode()
     def _encode(self, prompt: str) -> PromptEmbeddings:
         tokens, pooled, _ = self._pipeline.encode_prompt(

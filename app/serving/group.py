@@ -66,9 +66,14 @@ class RankGroup:
             raise
         return cls(coordinator, ranks)
 
-    async def check(self) -> None:
-        """Raise what is wrong when an actor is dead or the coordinator failed; waits for plans under way."""
-        await asyncio.gather(self.coordinator.ping.remote(), *(rank.ping.remote() for rank in self.ranks))
+    async def check(self, timeout_s: float) -> None:
+        """Raise what is wrong when an actor is dead or hangs, or the coordinator failed; waits for plans under way.
+
+        Raises:
+            TimeoutError: after ``timeout_s`` some rank still has not done what was sent to it before.
+        """
+        async with asyncio.timeout(timeout_s):
+            await asyncio.gather(self.coordinator.ping.remote(), *(rank.ping.remote() for rank in self.ranks))
 
     def kill(self) -> None:
         """End all actors of the group, whatever state they are in (a rank may hang in a collective)."""

@@ -22,8 +22,8 @@ from app.serving.logs import configure_logging
 from app.settings import Settings
 from magcache_core import ConfigError
 
-SCRAPE_SECONDS = 5.0
-"""A coordinator that does not answer within this time is left out of a scrape."""
+ANSWER_SECONDS = 5.0
+"""A part that does not answer within this time counts as not ready, and is left out of a scrape."""
 
 _backend: "ServeBackend | None" = None  # one per process; Serve builds the ASGI app after the deployment's constructor
 
@@ -97,12 +97,26 @@ class ServeBackend:
         )
 
     async def health(self) -> HealthReport:
-        """Ready when at least one coordinator, and so a whole group, answers."""
-        coordinators = await self._ask_coordinators("ping")
-        return HealthReport(
-            ready=bool(coordinators),
-            details={"model": self.settings.model_name, "groups_ready": len(coordinators)},
+        """Ready when the encoder, the decoder and at least one coordinator, and so a whole group, answer."""
+        coordinators, encoder, decoder = await asyncio.gather(
+            self._ask_coordinators("ping"), self._is_up(self._encoder), self._is_up(self._decoder)
         )
+        return HealthReport(
+            ready=bool(coordinators) and encoder and decoder,
+            details={
+                "model": self.settings.model_name,
+                "groups_ready": len(coordinators),
+                "encoder_ready": encoder,
+                "decoder_ready": decoder,
+            },
+        )
+
+    async def _is_up(self, deployment: DeploymentHandle) -> bool:
+        try:
+            await asyncio.wait_for(_wait(deployment.ping.remote()), ANSWER_SECONDS)
+        except (TimeoutError, ray.exceptions.RayError, RayServeException):
+            return False
+        return True
 
     async def metric_families(self) -> list[Metric]:
         """All coordinators' families, merged."""
@@ -123,7 +137,11 @@ class ServeBackend:
 
     async def _ask(self, name: str, method: str) -> object:
         actor = await asyncio.to_thread(ray.get_actor, name, NAMESPACE)
-        return await asyncio.wait_for(getattr(actor, method).remote(), SCRAPE_SECONDS)
+        return await asyncio.wait_for(getattr(actor, method).remote(), ANSWER_SECONDS)
+
+
+async def _wait(response: Any) -> None:
+    await response
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -64,7 +64,10 @@ class FluxReplica:
             await asyncio.sleep(WATCH_SECONDS)
             group = self._group
             try:
-                await group.check()
+                await group.check(self._settings.hang_timeout_s)
+            except TimeoutError:
+                hung = GroupFailedError(f"a rank has been busy for more than {self._settings.hang_timeout_s:g} s")
+                await self._rebuild(group, hung)
             except (GroupFailedError, ray.exceptions.RayActorError) as error:
                 await self._rebuild(group, error)
 

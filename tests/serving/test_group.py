@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 import ray
@@ -10,7 +11,15 @@ import torch
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from app.engine.engine import Engine
-from app.engine.messages import FIRST_DIGEST, Conditioning, PromptEmbeddings, StepPlan, plan_digest
+from app.engine.messages import (
+    FIRST_DIGEST,
+    BranchStep,
+    Conditioning,
+    PromptEmbeddings,
+    RowStep,
+    StepPlan,
+    plan_digest,
+)
 from app.serving.errors import GroupFailedError
 from app.serving.group import RankGroup
 from app.settings import MagCacheSettings, Settings
@@ -44,7 +53,7 @@ async def test_two_ranks_equal_one_engine(group: RankGroup, conditioning: Condit
     expected = execute(Engine(MODEL), plans([asked]), {"a/0": conditioning})["a/0"]
     assert (result.latents - expected).norm() / expected.norm() <= 1e-5
     assert result.report.schedule == "CCCCCC"
-    await group.check()
+    await group.check(timeout_s=60)
 
 
 async def test_a_rank_with_another_history_ends_the_group(group: RankGroup, conditioning: Conditioning) -> None:
@@ -65,3 +74,38 @@ async def test_a_checkpoint_that_does_not_load_says_so(cluster: None) -> None:
     with pytest.raises(FileNotFoundError, match=r"models/nothing.*no model_index\.json"):
         await RankGroup.build(missing, bundles, "test", rebuilds=0)
     remove_placement_group(bundles)
+
+
+async def test_a_call_that_is_cancelled_leaves_no_row(group: RankGroup, conditioning: Conditioning) -> None:
+    """Ray cancels the call itself, not through `cancel`: one picture under way, and those that wait behind it."""
+    reference = ray.put(conditioning)
+    calls = [group.coordinator.denoise.remote(job(f"a/{i}", steps=400), [reference]) for i in range(10)]
+    while (await _gauges(group))["flux_running_pictures"] < 8:
+        pass
+    for call in calls:
+        ray.cancel(call)
+    while await _pictures_known(group):
+        pass
+    await group.check(timeout_s=60)
+    result = await group.coordinator.denoise.remote(job("b/0", steps=2), [reference])
+    assert result.report.schedule == "CC"
+
+
+async def test_a_rank_that_hangs_is_noticed(group: RankGroup, conditioning: Conditioning) -> None:
+    # Rank 0 alone enters the collectives, and waits there for rank 1.
+    step = RowStep("a/0", 0, (BranchStep("cond", True),))
+    plan = StepPlan(0, "", (job("a/0"),), (step,))
+    plan = replace(plan, digest=plan_digest(FIRST_DIGEST, plan))
+    group.ranks[0].execute.remote(plan, conditioning)
+    with pytest.raises(TimeoutError):
+        await group.check(timeout_s=2.0)
+
+
+async def _gauges(group: RankGroup) -> dict[str, float]:
+    families = await group.coordinator.metric_families.remote()
+    return {sample.name: sample.value for family in families for sample in family.samples}
+
+
+async def _pictures_known(group: RankGroup) -> float:
+    gauges = await _gauges(group)
+    return gauges["flux_running_pictures"] + gauges["flux_waiting_pictures"]
