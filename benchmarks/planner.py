@@ -12,7 +12,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ STEPS = 28
 BUDGETS = (6, 7, 9, 11, 14)
 REUSE = ("residual", "scaled", "linear", "fitted")
 PROMPT_SEED = 2
+LONGEST = 8
+"""Most reused steps in a row where a plan knows ratios only: the least that all budgets allow with some room."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,15 @@ class Case:
         return self.budget, self.method, self.reuse
 
 
-def cases(profile: Profile, budgets: tuple[int, ...], longest: int) -> Iterator[Case]:
+def cases(profile: Profile, budgets: tuple[int, ...]) -> Iterator[Case]:
     """All lines of the table."""
     for budget in budgets:
         marks = {"threshold": threshold_schedule(profile, budget), "even": even_schedule(budget)}
         for reuse in REUSE:
             for method, steps in marks.items():
                 yield cached(budget, method, fill(profile, steps, reuse))
-            yield cached(budget, "planned", plan(profile, STEPS, budget=budget, reuse=reuse, max_skip_steps=longest))
-        yield cached(budget, "planned on ratios", fill(profile, ratio_schedule(profile, budget, longest), "residual"))
+            yield cached(budget, "planned", plan(profile, STEPS, budget=budget, reuse=reuse))
+        yield cached(budget, "planned on ratios", fill(profile, ratio_schedule(profile, budget), "residual"))
         for lite in (False, True):
             yield taylor(budget, lite)
         yield Case(budget, "fewer steps", "-", budget, "C" * budget, nothing, nothing)
@@ -102,12 +104,10 @@ def even_schedule(budget: int) -> str:
     return "".join("C" if i in computed else "." for i in range(STEPS))
 
 
-def ratio_schedule(profile: Profile, budget: int, longest: int) -> str:
+def ratio_schedule(profile: Profile, budget: int) -> str:
     """Planned on the magnitude ratios alone, as if no costs had been measured."""
-    from dataclasses import replace
-
     bare = replace(profile, branches={"cond": replace(profile.branch(), costs=None)})
-    return plan(bare, STEPS, budget=budget, reuse="residual", max_skip_steps=longest).schedule
+    return plan(bare, STEPS, budget=budget, reuse="residual", max_skip_steps=LONGEST).schedule
 
 
 def taylor(budget: int, lite: bool) -> Case:
@@ -140,7 +140,7 @@ def taylor(budget: int, lite: bool) -> Case:
     )  # fmt: skip
 
 
-def run(model: Path, profile: Profile, out: Path, prompts: int, budgets: tuple[int, ...], longest: int) -> None:
+def run(model: Path, profile: Profile, out: Path, prompts: int, budgets: tuple[int, ...]) -> None:
     """Measure every line that ``out`` doesn't hold yet."""
     generator = Generator(model, draw_prompts(prompts, held_out=True, seed=PROMPT_SEED))
     document: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"lines": []}
@@ -149,13 +149,12 @@ def run(model: Path, profile: Profile, out: Path, prompts: int, budgets: tuple[i
         "profile": profile.name,
         "steps": STEPS,
         "prompts": prompts,
-        "max_skip_steps_of_plans": longest,
         "machine": f"{platform.machine()} CPU, torch {torch.__version__}, fp32",
     }
     done = {(line["budget"], line["method"], line["reuse"]) for line in document["lines"]}
     reference = generator(STEPS)
     document["uncached"] = score(reference, reference, generator.prompts.scenes)
-    for case in cases(profile, budgets, longest):
+    for case in cases(profile, budgets):
         if case.key in done:
             continue
         started = time.perf_counter()
@@ -231,11 +230,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/planner.json"))
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS))
-    parser.add_argument("--longest", type=int, default=8, help="most reused steps in a row in a plan")
     parser.add_argument("--plot", action="store_true", help="only draw and tabulate what is there")
     args = parser.parse_args()
     if not args.plot:
-        run(args.model, load_profile(args.profile), args.out, args.prompts, tuple(args.budgets), args.longest)
+        run(args.model, load_profile(args.profile), args.out, args.prompts, tuple(args.budgets))
     print(table(args.out))
     print(f"drawn in {plot(args.out)}")
 

@@ -37,7 +37,7 @@ def choose(
         threshold, max_skip_steps, retention_ratio: settings of the rule; the last two hold for plans as well.
         budget: computed steps.
         max_error: predicted error not to exceed.
-        reuse: one of `REUSE_MODES` or ``auto``; the profile's by default.
+        reuse: one of `REUSE_MODES`; the profile's by default.
 
     Raises:
         ConfigError: a value is out of range, or a threshold is given together with a budget or an error.

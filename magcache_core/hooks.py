@@ -19,7 +19,7 @@ from magcache_core.calibration import StepStatistics
 from magcache_core.config import ConfigError, MagCacheConfig
 from magcache_core.diffusers_bridge import StatefulHook, attach, detach, enter_default_context, new_states
 from magcache_core.plan_data import COMPUTE, Plan
-from magcache_core.reuse import ORDER, check_reuse, reuse_weights
+from magcache_core.reuse import EXTRAPOLATING, check_reuse, reuse_weights
 from magcache_core.run_position import Position, locate
 from magcache_core.state import MagCacheState
 from magcache_core.strategies import MagCacheStrategy, get_strategy
@@ -85,8 +85,7 @@ class BranchRun:
         self.next_step = 0
         self.last_timestep: float | None = None
         self.growth = 1.0
-        self.segment = -1
-        self.deviated = False  # computed a step that the plan reuses
+        self.deviated = False  # other residuals are at hand than the plan's weights are fitted to
         self.residuals: list[tuple[float | None, torch.Tensor]] = []
         self.statistics = StepStatistics()
 
@@ -110,12 +109,9 @@ class MagCacheHook(StatefulHook):
         self.taps = taps
         self.config = config
         self.sigmas = None if sigmas is None else [float(sigma) for sigma in sigmas]
-        if reuse is not None:
-            check_reuse(reuse)
-        self.reuse = reuse
+        self._mode = check_reuse(reuse or (config.reuse if isinstance(config, Plan) else "residual"))
         self._fitted = config.weights if isinstance(config, Plan) and reuse in (None, config.reuse) else ()
-        modes = (reuse or "residual",) if reuse or isinstance(config, MagCacheConfig) else config.modes
-        self._history = max([1, *map(len, self._fitted), *(1 + ORDER.get(mode, 0) for mode in modes)])
+        self._history = max([2 if self._mode in EXTRAPOLATING else 1, *map(len, self._fitted)])
         self._signature: inspect.Signature | None = None
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
@@ -140,6 +136,7 @@ class MagCacheHook(StatefulHook):
         if external:
             # They were added between blocks, so the stack's residual would hold them a second time.
             run.residuals.clear()
+            run.deviated = True
         if self._computes(run, position, must_compute=not run.residuals):
             output = self.taps.run(forward)
             if not external and position.step < run.steps:
@@ -159,6 +156,7 @@ class MagCacheHook(StatefulHook):
         run.reset()
         run.last_timestep = position.timestep
         run.steps = position.steps
+        run.deviated = position.step > 0
         if isinstance(self.config, MagCacheConfig):
             run.machine = MagCacheState(self.config.resampled(position.steps))
             run.machine.next_step = position.step
@@ -178,15 +176,9 @@ class MagCacheHook(StatefulHook):
             run.deviated = run.deviated or (compute and self.config.schedule[position.step] != COMPUTE)
         if compute:
             run.growth = 1.0
-            run.segment += 1
         elif ratios:
             run.growth *= ratios[position.step]
         return compute
-
-    def _mode(self, run: BranchRun) -> str:
-        if self.reuse is not None or not isinstance(self.config, Plan):
-            return self.reuse or "residual"
-        return self.config.modes[min(run.segment, self.config.computed - 1)]
 
     def _store(self, run: BranchRun, sigma: float | None) -> None:
         residual = self.taps.residual
@@ -206,9 +198,9 @@ class MagCacheHook(StatefulHook):
         return total
 
     def _formula(self, run: BranchRun, sigma: float | None) -> tuple[float, ...]:
-        mode = "residual" if self._fitted else self._mode(run)
+        mode = "residual" if self._fitted else self._mode
         known = [at for at, _ in run.residuals]
-        if ORDER[mode] and (sigma is None or None in known):
+        if mode in EXTRAPOLATING and (sigma is None or None in known):
             raise ConfigError("sigmas", None, f"given for reuse={mode!r}: this run's noise levels are not known")
         levels = [0.0 if at is None else at for at in known]
         return reuse_weights(mode, sigma or 0.0, levels, run.growth)

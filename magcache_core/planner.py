@@ -21,9 +21,6 @@ from magcache_core.plan_data import COMPUTE, REUSE, Plan
 from magcache_core.profile_data import Profile
 from magcache_core.reuse import check_reuse
 
-AUTO = "auto"
-"""Reuse mode that takes, for each segment, the cheapest of the measured modes."""
-
 
 def plan(
     profile: Profile,
@@ -43,17 +40,21 @@ def plan(
         steps: denoising steps of the request; the profile's by default.
         budget: computed steps; the plan has exactly as many.
         max_error: predicted error that the plan must not exceed, in the unit of its costs; exactly one of the two.
-        reuse: one of `REUSE_MODES`, or ``auto`` to choose per segment; the profile's by default.
-        retention_ratio: fraction of the first steps that always compute; the profile's by default.
-        max_skip_steps: most reused steps in a row; the profile's by default.
+        reuse: one of `REUSE_MODES`; the profile's by default.
+        retention_ratio: fraction of the first steps that always compute.
+        max_skip_steps: most reused steps in a row. These two keep the rule from what magnitudes don't show, so where
+            the profile has only ratios they are the profile's by default. Measured costs show it: then only the first
+            step must compute, and segments may be as long as the measured ones.
         branch: CFG branch whose costs count.
 
     Raises:
         ConfigError: a setting is out of range, or no schedule has this budget (the message gives the range).
     """
-    reuse = reuse if reuse is not None else profile.reuse
-    if reuse != AUTO:
-        check_reuse(reuse)
+    reuse = check_reuse(reuse if reuse is not None else profile.reuse)
+    table = profile.branch(branch).costs
+    if table is not None:
+        retention_ratio = 0.0 if retention_ratio is None else retention_ratio
+        max_skip_steps = table.max_skip if max_skip_steps is None else max_skip_steps
     config = profile.config(steps, branch=branch, retention_ratio=retention_ratio, max_skip_steps=max_skip_steps)
     if (budget is None) == (max_error is None):
         raise ConfigError("budget", budget, "given, or max_error, but not both")
@@ -66,7 +67,7 @@ def plan(
         count = search.fewest
         while search.error(count) > float(max_error or 0.0):
             count += 1
-    found = search.plan(count)
+    found = search.plan(count, reuse)
     return replace(found, weights=_weights(profile, found.schedule, branch)) if reuse == "fitted" else found
 
 
@@ -117,14 +118,10 @@ class SegmentCosts:
     Attributes:
         values: (steps, gaps + 1, lengths); [a, g, l] for l reused steps after a computed step a that follows the
             computed step a - g (0: it is the first).
-        modes: reuse modes by index.
-        chosen: index of each segment's mode, same shape; None when there is one mode.
         unit: ``latent``: values are squared latent distances, whose sum's root is the error. ``ratio``: they add up.
     """
 
     values: torch.Tensor
-    modes: tuple[str, ...]
-    chosen: torch.Tensor | None
     unit: str
 
     def error(self, total: float) -> float:
@@ -137,12 +134,9 @@ def segment_costs(profile: Profile, config: MagCacheConfig, reuse: str, branch: 
     lengths = config.max_skip_steps + 1
     table = profile.branch(branch).costs
     if table is None:
-        mode = "residual" if reuse == AUTO else reuse
-        return SegmentCosts(_ratio_costs(config), (mode,), None, "ratio")
-    modes = tuple(table.segments) if reuse == AUTO else (reuse,)
-    tables = [table.final(table.nearest_mode(mode), config.num_inference_steps, lengths) for mode in modes]
-    values, chosen = torch.stack(tables).min(dim=0)
-    return SegmentCosts(values.square(), modes, chosen if reuse == AUTO else None, "latent")
+        return SegmentCosts(_ratio_costs(config), "ratio")
+    costs = table.final(table.nearest_mode(reuse), config.num_inference_steps, lengths)
+    return SegmentCosts(costs.square(), "latent")
 
 
 def _ratio_costs(config: MagCacheConfig) -> torch.Tensor:
@@ -223,22 +217,19 @@ class _Search:
         """Predicted error of the best schedule with ``count`` computed steps."""
         return self._costs.error(self._last(count)[0])
 
-    def plan(self, count: int) -> Plan:
+    def plan(self, count: int, reuse: str) -> Plan:
         """The best schedule with ``count`` computed steps."""
         length = self._last(count)[1]
         step = self.steps - 1 - length
-        marks, picked = "", []
+        marks = ""
         for layer in range(count - 1, -1, -1):
             gap = int(self._gaps[layer][step, length])
             marks = COMPUTE + REUSE * length + marks
-            if self._costs.chosen is not None:
-                picked.append(self._costs.modes[int(self._costs.chosen[step, gap, length])])
             step, length = step - gap, gap - 1
         return Plan(
             schedule=marks,
-            reuse=AUTO if picked else self._costs.modes[0],
+            reuse=reuse,
             predicted_error=self.error(count),
-            segment_reuse=tuple(reversed(picked)),
             ratios=self._ratios,
             unit=self._costs.unit,
         )

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from magcache_core.config import ConfigError, MagCacheConfig
 from magcache_core.plan_data import COMPUTE, Plan
 from magcache_core.state import Decision, MagCacheState
 
-REUSE_MODES = ("residual", "scaled", "linear", "damped", "quadratic", "fitted")
+REUSE_MODES = ("residual", "scaled", "linear", "fitted")
 """``residual``: the last computed residual as it is. ``scaled``: times the product of ratios since. ``linear``: first
-order in sigma through the last two computed residuals. ``damped``: half of that slope. ``quadratic``: second order
-through the last three."""
+order in sigma through the last two computed residuals. ``fitted``: the mix of the last three that was closest in
+calibration, which a `Plan` carries; where nothing was fitted (a bare config) it is ``linear``."""
 
-ORDER = {"residual": 0, "scaled": 0, "linear": 1, "damped": 1, "quadratic": 2, "fitted": 1}
-"""How many residuals beside the newest a mode wants."""
-
-DAMPING = 0.5
-"""The fraction of the slope that ``damped`` follows: extrapolating overshoots when the next computed step is far."""
+EXTRAPOLATING = ("linear", "fitted")
+"""Modes whose formula needs noise levels."""
 
 
 def check_reuse(reuse: str) -> str:
@@ -31,33 +29,21 @@ def reuse_weights(mode: str, at: float, computed: Sequence[float], growth: float
     """Factors of the computed residuals, newest first, that stand in for the residual at noise level ``at``.
 
     Args:
-        mode: one of `REUSE_MODES`.
+        mode: one of `REUSE_MODES`; the formula of ``fitted`` is that of ``linear``.
         at: sigma of the reused step.
-        computed: sigmas of the steps whose residuals are at hand, newest first; the mode takes as many as it wants.
+        computed: sigmas of the steps whose residuals are at hand, newest first.
         growth: product of the ratios since the newest of them (for ``scaled``).
 
     Returns:
-        One factor for ``residual`` and ``scaled``, two for ``linear`` and ``damped``, three for ``quadratic``;
-        fewer while fewer residuals exist (the order falls to what they allow).
+        One factor, or two when extrapolating and two residuals exist.
     """
     if mode == "scaled":
         return (growth,)
-    order = min(ORDER[check_reuse(mode)], len(computed) - 1)
-    if order == 0:
+    if check_reuse(mode) not in EXTRAPOLATING or len(computed) < 2:
         return (1.0,)
-    if order == 1:
-        newest, before = computed[0], computed[1]
-        t = (at - newest) / (newest - before)
-        if mode == "damped":
-            t *= DAMPING
-        return (1.0 + t, -t)
-    # Lagrange's polynomial through the last three points in sigma.
-    a, b, c = computed[0], computed[1], computed[2]
-    return (
-        (at - b) * (at - c) / ((a - b) * (a - c)),
-        (at - a) * (at - c) / ((b - a) * (b - c)),
-        (at - a) * (at - b) / ((c - a) * (c - b)),
-    )
+    newest, before = computed[0], computed[1]
+    t = (at - newest) / (newest - before)
+    return (1.0 + t, -t)
 
 
 def decisions(
@@ -74,24 +60,31 @@ def decisions(
     Raises:
         ConfigError: ``reuse`` is unknown, or sigmas are missing or too few.
     """
-    if isinstance(source, Plan) and source.weights and reuse in (None, source.reuse):
-        return tuple(Decision(i, not weights, weights) for i, weights in enumerate(source.weights))
     if isinstance(source, Plan):
-        marks = source.schedule
-        steps: list[Decision] = [Decision(i, compute=mark == COMPUTE) for i, mark in enumerate(marks)]
-        ratios = source.ratios
-        modes = [check_reuse(reuse)] * marks.count(COMPUTE) if reuse is not None else list(source.modes)
+        mode = check_reuse(reuse or source.reuse)
+        if source.weights and mode == source.reuse:
+            return tuple(Decision(i, not weights, weights) for i, weights in enumerate(source.weights))
+        steps = [Decision(i, compute=mark == COMPUTE) for i, mark in enumerate(source.schedule)]
     else:
+        mode = check_reuse(reuse or "residual")
         state = MagCacheState(source)
         steps = [state.step() for _ in range(source.num_inference_steps)]
-        ratios = source.ratios
-        modes = [check_reuse(reuse or "residual")] * len(steps)
+    return _with_weights(steps, _levels(sigmas, len(steps), mode), source.ratios, mode)
+
+
+def _levels(sigmas: Sequence[float] | None, steps: int, mode: str) -> Sequence[float]:
     if sigmas is None:
-        if any(ORDER[mode] for mode in modes):
-            raise ConfigError("sigmas", None, f"given for reuse={reuse or modes[0]!r}, one per step")
-        sigmas = range(len(steps), 0, -1)
-    if len(sigmas) < len(steps):
-        raise ConfigError("sigmas", f"{len(sigmas)} values", f"one per step, {len(steps)} or more")
+        if mode in EXTRAPOLATING:
+            raise ConfigError("sigmas", None, f"given for reuse={mode!r}, one per step")
+        return range(steps, 0, -1)
+    if len(sigmas) < steps:
+        raise ConfigError("sigmas", f"{len(sigmas)} values", f"one per step, {steps} or more")
+    return sigmas
+
+
+def _with_weights(
+    steps: Sequence[Decision], sigmas: Sequence[float], ratios: Sequence[float], mode: str
+) -> tuple[Decision, ...]:
     result: list[Decision] = []
     computed: list[float] = []
     growth = 1.0
@@ -102,7 +95,6 @@ def decisions(
             result.append(decision)
             continue
         growth *= ratios[decision.step] if ratios else 1.0
-        mode = modes[sum(1 for d in result if d.compute) - 1]
         weights = reuse_weights(mode, float(sigmas[decision.step]), computed, growth)
-        result.append(Decision(decision.step, False, weights, decision.accumulated_error))
+        result.append(replace(decision, weights=weights))
     return tuple(result)

@@ -199,7 +199,7 @@ def test_costs_survive_the_file_and_plan_alike(measured: Profile) -> None:
     for mode in before.segments:
         finite = torch.isfinite(before.segments[mode]) & torch.isfinite(after.segments[mode])
         torch.testing.assert_close(before.segments[mode][finite], after.segments[mode][finite], rtol=1e-3, atol=1e-6)
-    for reuse in ("residual", "linear", "auto"):
+    for reuse in ("residual", "linear", "fitted"):
         assert plan(read, budget=4, reuse=reuse).schedule == plan(measured, budget=4, reuse=reuse).schedule
         assert plan(read, budget=4, reuse=reuse).unit == "latent"
 

@@ -187,6 +187,24 @@ def test_a_plan_is_followed(pipe: FluxPipeline, generate: Generate, recorder: Re
         generate(12)
 
 
+def test_fitted_weights_are_used_while_the_run_follows_the_plan(flux: FluxTransformer2DModel) -> None:
+    plan = Plan("CC.", "fitted", weights=((), (), (0.25, 0.5)))
+    taps = BlockTaps(flux, get_strategy(flux))
+    sigmas = (1.0, 0.8, 0.5)
+    residuals = []
+    for sigma in sigmas[:2]:
+        taps.run(lambda sigma=sigma: call_flux(flux, sigma))  # type: ignore[misc]
+        residuals.append(taps.residual)
+    mixed = taps.run(lambda: call_flux(flux, 0.5), 0.25 * residuals[1] + 0.5 * residuals[0])
+    plain = taps.run(lambda: call_flux(flux, 0.5), residuals[1])
+    apply_mag_cache(flux, plan)
+    torch.testing.assert_close([call_flux(flux, sigma) for sigma in sigmas][2], mixed)
+    # With ControlNet residuals at the first step there is one residual where the fit wants two.
+    samples = [torch.ones(1, 16, 32)]
+    controlled = [call_flux(flux, s, controlnet_block_samples=samples if s == 1.0 else None) for s in sigmas]
+    torch.testing.assert_close(controlled[2], plain)
+
+
 def make_flux2() -> Flux2Transformer2DModel:
     torch.manual_seed(0)
     return Flux2Transformer2DModel(

@@ -1,0 +1,84 @@
+"""How to serve a step count that wasn't calibrated: ``python -m benchmarks.resampling``.
+
+Carries flux-tiny's 28-step curve to other step counts by nearest index and by interpolating the cumulative
+log-magnitude over sigma, and compares both with the curve measured there, and the pictures of the threshold rule at
+equal computed steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from benchmarks.pictures import Generator, draw_prompts, psnr
+from magcache_core import MagCacheConfig, Profile, apply_mag_cache, load_profile, remove_mag_cache, schedule
+from magcache_core.calibration import StepStatistics
+from magcache_core.measure import recording
+
+STEP_COUNTS = (10, 20, 50)
+COMPUTED_SHARE = 0.4
+
+
+def measured_curve(generator: Generator, steps: int) -> tuple[list[float], list[float]]:
+    """The true curve at this step count, and the run's noise levels."""
+    with recording(generator.transformer) as traces:
+        generator(steps)
+    residuals = traces["cond"].residuals
+    statistics = StepStatistics()
+    for i, residual in enumerate(residuals):
+        statistics.add(residual, residuals[i - 1] if i else None)
+    levels: list[float] = generator.pipe.scheduler.sigmas.tolist()
+    return statistics.norm_ratios, levels
+
+
+def with_budget(profile: Profile, steps: int, budget: int, **resampling: Any) -> MagCacheConfig:
+    """The rule with the least threshold that computes at most ``budget`` steps."""
+    for thousandths in range(1, 4000):
+        config = profile.config(steps, threshold=thousandths / 1000, max_skip_steps=8, **resampling)
+        if schedule(config).count("C") <= budget:
+            break
+    return config
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.resampling", description=__doc__)
+    parser.add_argument("--model", type=Path, default=Path("models/flux-tiny"))
+    parser.add_argument("--profile", default="flux-tiny", help="name or path")
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/resampling.json"))
+    args = parser.parse_args()
+    profile = load_profile(args.profile)
+    generator = Generator(args.model, draw_prompts(args.prompts, held_out=True, seed=4))
+    lines = []
+    for steps in STEP_COUNTS:
+        truth, sigmas = measured_curve(generator, steps)
+        reference = generator(steps)
+        for method, options in {"nearest": {}, "sigma": {"resample": "sigma", "sigmas": sigmas}}.items():
+            curve = profile.config(steps, **options).ratios
+            error = sum(abs(math.log(a / b)) for a, b in zip(curve, truth, strict=True)) / steps
+            config = with_budget(profile, steps, round(COMPUTED_SHARE * steps), **options)
+            apply_mag_cache(generator.transformer, config)
+            decibels = psnr(generator(steps), reference).mean().item()
+            remove_mag_cache(generator.transformer)
+            line = {
+                "steps": steps,
+                "resampling": method,
+                "mean_abs_log_ratio_error": round(error, 5),
+                "schedule": schedule(config),
+                "computed": schedule(config).count("C"),
+                "psnr": round(decibels, 2),
+            }
+            lines.append(line)
+            print(json.dumps(line), flush=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(
+        json.dumps({"model": args.model.name, "prompts": args.prompts, "lines": lines}, indent=1) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
