@@ -34,7 +34,6 @@ from magcache_core import (
 
 STEPS = 28
 BUDGETS = (6, 7, 9, 11, 14)
-REUSE = ("residual", "scaled", "linear", "fitted")
 PROMPT_SEED = 2
 LONGEST = 8
 """Most reused steps in a row where a plan knows ratios only: the least that all budgets allow with some room."""
@@ -59,17 +58,23 @@ class Case:
 
 
 def cases(profile: Profile, budgets: tuple[int, ...]) -> Iterator[Case]:
-    """All lines of the table."""
+    """All lines of the table, the ones that are compared most first."""
     for budget in budgets:
-        marks = {"threshold": threshold_schedule(profile, budget), "even": even_schedule(budget)}
-        for reuse in REUSE:
-            for method, steps in marks.items():
-                yield cached(budget, method, fill(profile, steps, reuse))
-            yield cached(budget, "planned", plan(profile, STEPS, budget=budget, reuse=reuse))
+        for reuse in ("fitted", "linear", "residual"):
+            yield from followed(profile, budget, reuse)
         yield cached(budget, "planned on ratios", fill(profile, ratio_schedule(profile, budget), "residual"))
-        for lite in (False, True):
-            yield taylor(budget, lite)
+        yield taylor(budget, lite=True)
         yield Case(budget, "fewer steps", "-", budget, "C" * budget, nothing, nothing)
+    for budget in budgets:
+        yield from followed(profile, budget, "scaled")
+        yield taylor(budget, lite=False)
+
+
+def followed(profile: Profile, budget: int, reuse: str) -> Iterator[Case]:
+    """The three schedules with one reuse mode."""
+    yield cached(budget, "planned", plan(profile, STEPS, budget=budget, reuse=reuse))
+    yield cached(budget, "threshold", fill(profile, threshold_schedule(profile, budget), reuse))
+    yield cached(budget, "even", fill(profile, even_schedule(budget), reuse))
 
 
 def cached(budget: int, method: str, chosen: Any) -> Case:
@@ -179,7 +184,7 @@ def table(out: Path) -> str:
     document = json.loads(out.read_text())
     lines = {(line["budget"], line["method"], line["reuse"]): line for line in document["lines"]}
     budgets = sorted({budget for budget, _, _ in lines})
-    rows = list(dict.fromkeys((method, reuse) for _, method, reuse in lines))
+    rows = sorted({(method, reuse) for _, method, reuse in lines})
     text = ["| schedule | reuse | " + " | ".join(f"C = {budget}" for budget in budgets) + " |"]
     text.append("|---|---|" + "---|" * len(budgets))
     for method, reuse in rows:
