@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup ## Serve flux-tiny, ask for a picture, write out/demo.png, keep serving (ONCE=1: then stop)
-	@$(BIN)/python scripts/demo.py $(if $(ONCE),--once) $(ARGS)
+	@$(BIN)/python -m scripts.demo $(if $(ONCE),--once) $(ARGS)
 
 serve: setup ## Serve deployments/flux-tiny.yaml (another: CONFIG=deployments/flux.yaml)
 	@RAY_USAGE_STATS_ENABLED=0 $(BIN)/serve run $(or $(CONFIG),deployments/flux-tiny.yaml)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from scripts import demo
+from scripts import demo, serve_process
 
 ROOT = Path(__file__).parent.parent
 
@@ -84,7 +84,7 @@ def started(folder: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> Iterato
         return services[-1]
 
     monkeypatch.setattr(demo, "service_of", service_of)
-    monkeypatch.setattr(demo, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(serve_process, "PATIENCE_S", 0.5)
     handlers = {number: signal.getsignal(number) for number in demo.STOP_SIGNALS}
     yield services
     for number, handler in handlers.items():
@@ -201,7 +201,7 @@ ValueError: tensor_parallel_size 5 does not divide 6 heads"""
 def test_the_dashboards_address_is_read_from_the_log(folder: Path, port: int) -> None:
     service = _service(folder, "serve", port)
     service.log.write_text("INFO worker.py:2029 -- View the dashboard at \x1b[1m\x1b[32mhttp://127.0.0.1:8266 \x1b[39m")
-    found = demo._DASHBOARD.search(service.log.read_text())
+    found = serve_process._DASHBOARD.search(service.log.read_text())
     assert found
     assert found[2] == "127.0.0.1:8266"
 
