@@ -11,7 +11,7 @@ import hashlib
 import inspect
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 
 from magcache_core.measure import BranchMeasurement, measure_sensitivity, recording
 from magcache_core.profile_data import BranchCurve, Profile, write_profile
+from magcache_core.reuse import REUSE_MODES
 
 LONGEST_SEGMENT = 12
 """Reused steps in a row to measure costs for; beyond it a schedule isn't planned."""
@@ -197,6 +198,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1, help="runs of each prompt")
     parser.add_argument("--batch", type=int, default=1, help="runs at once")
     parser.add_argument("--max-sequence-length", type=int, help="text tokens; the pipeline's default otherwise")
+    parser.add_argument("--reuse", choices=REUSE_MODES, default="fitted", help="reuse mode to recommend")
+    parser.add_argument("--budget", type=int, help="computed steps to recommend; without it, the threshold rule")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
@@ -221,7 +224,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_sequence_length=args.max_sequence_length,
     )
     pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype)).to(args.device)
-    profile = calibrate(pipe, job, args.name or args.out.stem, args.model_id or args.model)
+    measured = calibrate(pipe, job, args.name or args.out.stem, args.model_id or args.model)
+    profile = replace(measured, reuse=args.reuse, budget=args.budget)
     write_profile(profile, args.out)
     print(f"wrote {args.out}: {len(job.runs)} runs, branches {', '.join(profile.branches)}")
 

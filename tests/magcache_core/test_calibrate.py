@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from magcache_core import MagCacheConfig, Plan, apply_mag_cache, load_profile, plan, remove_mag_cache, schedule
+from magcache_core import MagCacheConfig, Plan, apply_mag_cache, choose, load_profile, plan, remove_mag_cache, schedule
 from magcache_core import calibrate as calibration
 from magcache_core.calibrate import CalibrationJob, calibrate, packaged_prompts, read_prompts
 from magcache_core.profile_data import Profile, parse, to_json
@@ -217,13 +217,14 @@ def test_command_line(pipe: FluxPipeline, tmp_path: Path, monkeypatch: pytest.Mo
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\n\n two \n")
     out = tmp_path / "tiny.json"
-    options = ["--steps", "4", "--size", "32x32", "--seeds", "2", "--batch", "3", "--device", "cpu"]
+    options = ["--steps", "4", "--size", "32x32", "--seeds", "2", "--batch", "3", "--device", "cpu", "--budget", "2"]
     calibration.main(["--model", "some/model", "--prompts", str(prompts), "--out", str(out), *options])
     profile = load_profile(out)
     assert (profile.name, profile.model, profile.steps) == ("tiny", "some/model", 4)
     assert profile.provenance["runs"] == 4
     assert json.loads(out.read_text())["version"] == 1
     assert schedule(profile.config()).startswith("C")
+    assert (choose(profile).computed, choose(profile).reuse) == (2, "fitted")
 
 
 def test_arguments_are_checked(pipe: FluxPipeline) -> None:
