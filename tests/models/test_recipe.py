@@ -23,7 +23,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_quick_recipe_exports_a_pipeline_that_draws(exported: Path) -> None:
-    pipe = FluxPipeline.from_pretrained(exported, torch_dtype=torch.bfloat16)
+    pipe = FluxPipeline.from_pretrained(exported, dtype=torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
     image = pipe(
         "a red circle on a blue background", height=96, width=160, num_inference_steps=2, max_sequence_length=32
