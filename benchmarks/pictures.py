@@ -39,7 +39,7 @@ class Generator:
     """flux-tiny in fp32 with its prompts embedded once; every call starts from the same noise."""
 
     def __init__(self, model: Path, prompts: Prompts, size: int = 128, guidance: float = 3.5) -> None:
-        self.pipe: Any = FluxPipeline.from_pretrained(model, torch_dtype=torch.float32)
+        self.pipe: Any = FluxPipeline.from_pretrained(model, dtype=torch.float32)
         self.pipe.set_progress_bar_config(disable=True)
         self.prompts = prompts
         self.size = size

@@ -223,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         batch=args.batch,
         max_sequence_length=args.max_sequence_length,
     )
-    pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype)).to(args.device)
+    pipe = DiffusionPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(args.device)
     measured = calibrate(pipe, job, args.name or args.out.stem, args.model_id or args.model)
     profile = replace(measured, reuse=args.reuse, budget=args.budget)
     write_profile(profile, args.out)
