@@ -209,8 +209,8 @@ def test_command_line(pipe: FluxPipeline, tmp_path: Path, monkeypatch: pytest.Mo
 
     class Loader:
         @staticmethod
-        def from_pretrained(model: str, torch_dtype: torch.dtype) -> PromptPipe:
-            assert (model, torch_dtype) == ("some/model", torch.float32)
+        def from_pretrained(model: str, dtype: torch.dtype) -> PromptPipe:
+            assert (model, dtype) == ("some/model", torch.float32)
             return PromptPipe(pipe)
 
     monkeypatch.setattr(diffusers, "DiffusionPipeline", Loader)

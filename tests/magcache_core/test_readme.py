@@ -11,7 +11,6 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_the_readme_script_makes_a_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -22,4 +21,5 @@ def test_the_readme_script_makes_a_picture(
     monkeypatch.chdir(tmp_path)
     exec(compile(script, "README.md", "exec"), {})
     assert re.search(r"^C[C.]{27} computes \d+ of 28 steps$", capsys.readouterr().out, flags=re.MULTILINE)
-    assert Image.open(tmp_path / "circle.png").size == (128, 128)
+    with Image.open(tmp_path / "circle.png") as picture:
+        assert picture.size == (128, 128)
