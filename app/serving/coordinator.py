@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 
 import ray
 import torch
@@ -53,7 +53,19 @@ class Coordinator:
         self._work = asyncio.Event()
         self._room = asyncio.Semaphore(settings.plans_in_flight)
         self._sent: asyncio.Queue[tuple[StepPlan, list[ray.ObjectRef[StepResult]]]] = asyncio.Queue()
-        self._loops: list[asyncio.Task[None]] = []
+
+    async def run(self) -> None:
+        """Send plans and collect results until the group fails; started once, when the group is built.
+
+        The plans must not be sent from within `denoise`: Ray cancels a call together with all calls made on its behalf,
+        and one client's disconnect would take plans away from the ranks.
+        """
+        try:
+            async with asyncio.TaskGroup() as loops:
+                loops.create_task(self._send_plans())
+                loops.create_task(self._collect_results())
+        except* Exception as errors:
+            self._fail(errors.exceptions[0])
 
     async def denoise(self, job: DenoiseJob, conditioning: "list[ray.ObjectRef[Conditioning]]") -> DenoiseResult:
         """Denoise one picture.
@@ -66,8 +78,6 @@ class Coordinator:
         """
         if self._failure is not None:
             raise self._failure
-        if not self._loops:
-            self._loops = [asyncio.create_task(self._guard(loop)) for loop in (self._send_plans, self._collect_results)]
         (reference,) = conditioning
         trajectories = self._planner.trajectories(job)
         pending = _Pending(self._scheduler.submit(job, trajectories), reference)
@@ -101,13 +111,6 @@ class Coordinator:
         if self._scheduler.cancel(row_id):
             logger.info("request %s: cancelled %s", row_id.partition("/")[0], row_id)
             self._work.set()
-
-    async def _guard(self, loop: Callable[[], Awaitable[None]]) -> None:
-        """Whatever ends a loop ends the group: nobody may wait for a loop that is gone."""
-        try:
-            await loop()
-        except Exception as error:
-            self._fail(error)
 
     async def _send_plans(self) -> None:
         while True:
@@ -153,8 +156,6 @@ class Coordinator:
         for pending in self._pending.values():
             if not pending.done.done():
                 pending.done.set_exception(self._failure)
-        for loop in self._loops:
-            loop.cancel()
 
     def _observe_table(self) -> None:
         self._metrics.running(self._scheduler.running)

@@ -61,6 +61,7 @@ class RankGroup:
                 scheduling_strategy=PlacementGroupSchedulingStrategy(bundles, placement_group_bundle_index=0),
             ).remote(settings, ranks, replica, rebuilds)
             await coordinator.ping.remote()
+            coordinator.run.remote()
         except BaseException:
             _kill(ranks)
             raise

@@ -27,7 +27,8 @@ class FluxReplica:
         self._settings = settings
         self._rebuilds = 0
         self._failure: Exception | None = None
-        self._rebuilding = asyncio.Lock()
+        self._reports: asyncio.Queue[tuple[RankGroup, Exception]] = asyncio.Queue()
+        self._settled = asyncio.Condition()
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._group = await self._build()
         self._watch_task = asyncio.create_task(self._watch())
@@ -49,10 +50,16 @@ class FluxReplica:
                 raise
             except (GroupFailedError, ray.exceptions.RayActorError) as error:
                 logger.warning("request %s: %s is made again: %s", job.request_id, job.row_id, error)
-                await self._rebuild(group, error)
+                await self._replaced(group, error)
         raise UnavailableError(
             f"the tensor-parallel group failed {self._settings.rebuild_attempts + 1} times on this request; ask again"
         )
+
+    async def _replaced(self, broken: RankGroup, error: Exception) -> None:
+        """Report ``broken`` and wait until there is another group, or never will be."""
+        self._reports.put_nowait((broken, error))
+        async with self._settled:
+            await self._settled.wait_for(lambda: self._group is not broken or self._failure is not None)
 
     def check_health(self) -> None:
         """For Serve, which replaces a replica whose group cannot be rebuilt."""
@@ -60,32 +67,44 @@ class FluxReplica:
             raise self._failure
 
     async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(WATCH_SECONDS)
-            group = self._group
-            try:
-                await group.check(self._settings.hang_timeout_s)
-            except TimeoutError:
-                hung = GroupFailedError(f"a rank has been busy for more than {self._settings.hang_timeout_s:g} s")
-                await self._rebuild(group, hung)
-            except (GroupFailedError, ray.exceptions.RayActorError) as error:
-                await self._rebuild(group, error)
+        """Rebuild the group when a request reports it broken, or when an idle look finds it so.
 
-    async def _rebuild(self, broken: RankGroup, error: Exception) -> None:
-        """Replace ``broken``, once, however many pictures report it."""
-        async with self._rebuilding:
-            if self._group is not broken or self._failure is not None:
-                return
-            logger.error("rebuilding the tensor-parallel group: %s", error)
-            broken.kill()
-            for attempt in range(1, self._settings.rebuild_attempts + 1):
-                self._rebuilds += 1
-                try:
-                    self._group = await self._build()
-                    return
-                except ray.exceptions.RayError as failure:
-                    logger.error("rebuild %d of %d failed: %s", attempt, self._settings.rebuild_attempts, failure)
+        Only this task builds: what a request's own call starts, Ray cancels with the request.
+        """
+        while self._failure is None:
+            try:
+                broken, error = await asyncio.wait_for(self._reports.get(), WATCH_SECONDS)
+            except TimeoutError:
+                broken, trouble = self._group, await self._trouble()
+                if trouble is None:
+                    continue
+                error = trouble
+            if broken is self._group:
+                await self._rebuild(error)
+
+    async def _trouble(self) -> Exception | None:
+        try:
+            await self._group.check(self._settings.hang_timeout_s)
+        except TimeoutError:
+            return GroupFailedError(f"a rank has been busy for more than {self._settings.hang_timeout_s:g} s")
+        except (GroupFailedError, ray.exceptions.RayActorError) as error:
+            return error
+        return None
+
+    async def _rebuild(self, error: Exception) -> None:
+        logger.error("rebuilding the tensor-parallel group: %s", error)
+        self._group.kill()
+        for attempt in range(1, self._settings.rebuild_attempts + 1):
+            self._rebuilds += 1
+            try:
+                self._group = await self._build()
+                break
+            except Exception as failure:  # whatever it is, those who wait for a group must hear of it
+                logger.error("rebuild %d of %d failed: %s", attempt, self._settings.rebuild_attempts, failure)
+        else:
             self._failure = GroupFailedError(f"the tensor-parallel group cannot be rebuilt: {error}")
+        async with self._settled:
+            self._settled.notify_all()
 
     async def _build(self) -> RankGroup:
         bundles = ray.util.get_current_placement_group()

@@ -177,6 +177,7 @@ def test_an_idle_group_whose_rank_dies_is_replaced(http: httpx.Client) -> None:
 
 def test_a_client_that_leaves_ends_its_request(http: httpx.Client, service: str) -> None:
     body = {"prompt": PROMPT, "num_inference_steps": 100, "n": 4}
+    before = metrics(http)["flux_group_rebuilds_total"]
     with httpx.Client(base_url=service, timeout=1.0) as impatient, pytest.raises(httpx.ReadTimeout):
         impatient.post(IMAGES, json=body)
     for _ in range(200):
@@ -188,6 +189,7 @@ def test_a_client_that_leaves_ends_its_request(http: httpx.Client, service: str)
         pytest.fail("the request goes on without its client")
     ask(http, num_inference_steps=2)  # its first plan frees what was dropped, its last what it kept itself
     assert metrics(http)["flux_residual_bytes"] == 0
+    assert metrics(http)["flux_group_rebuilds_total"] == before, "the ranks must not feel it"
 
 
 def test_a_cluster_without_gpus_is_told_what_is_needed(cluster: None) -> None:
