@@ -89,7 +89,7 @@ class Profile:
         num_inference_steps: int | None = None,
         *,
         branch: str = "cond",
-        resample: str | None = None,
+        resample: str = "nearest",
         sigmas: Sequence[float] | None = None,
         **settings: Any,
     ) -> MagCacheConfig:
@@ -99,7 +99,7 @@ class Profile:
             num_inference_steps: the request's steps; the profile's by default.
             branch: CFG branch.
             resample: how another step count is served: ``nearest`` index, or ``sigma`` to interpolate the cumulative
-                log-magnitude over sigma, which measures closer and is the default where noise levels are known.
+                log-magnitude over sigma (closer to a measured curve, but no better in pictures: docs/magcache.md).
             sigmas: the request's noise levels, needed for ``sigma``.
             settings: any other field of `MagCacheConfig` (or its aliases); None means the profile's.
 
@@ -114,8 +114,6 @@ class Profile:
             "mag_ratios": self.branch(branch).norm_ratios,
             "protected_steps": self.protected_steps,
         }
-        if resample is None:
-            resample = "sigma" if sigmas is not None and self.sigmas and steps != self.steps else "nearest"
         if resample not in RESAMPLING:
             raise ConfigError("resample", resample, f"one of {', '.join(RESAMPLING)}")
         if resample == "sigma":
