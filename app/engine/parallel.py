@@ -38,11 +38,6 @@ class TensorParallelGroup:
         dist.init_process_group(backend, store=store, timeout=timeout, world_size=size, rank=rank)
         return cls(rank, size, dist.group.WORLD)
 
-    def leave(self) -> None:
-        """Leave the process group, if there is one."""
-        if self.process_group is not None:
-            dist.destroy_process_group()
-
     def sum(self, partial: torch.Tensor) -> torch.Tensor:
         """Sum ``partial`` over all ranks, in place."""
         if self.size > 1:
