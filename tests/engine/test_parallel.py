@@ -47,8 +47,8 @@ def _run_rank(rank: int, size: int, folder: str) -> None:
     if rank == 0:
         torch.save(latents, f"{folder}/latents.pt")
     torch.distributed.barrier()
-    # Ranks end by being killed, as in the service: in an orderly exit gloo's threads may abort the process when the other
-    # one is gone already, which says nothing about the tensors.
+    # Ranks end by being killed, as in the service: in an orderly exit gloo's threads may abort the process when the
+    # other one is gone already, which says nothing about the tensors.
     os._exit(0)
 
 
