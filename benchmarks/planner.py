@@ -206,7 +206,15 @@ def plot(out: Path) -> Path:
     for line in document["lines"]:
         label = line["method"] if line["reuse"] == "-" else f"{line['method']}, {line['reuse']}"
         series.setdefault(label, []).append((line["budget"], line["psnr"]))
-    colours = {"threshold": "tab:blue", "planned": "tab:red", "even": "tab:green", "planned on ratios": "tab:purple"}
+    colours = {
+        "threshold": "tab:blue",
+        "planned": "tab:red",
+        "even": "tab:green",
+        "planned on ratios": "tab:purple",
+        "TaylorSeer": "black",
+        "TaylorSeer lite": "tab:orange",
+        "fewer steps": "tab:brown",
+    }
     styles = {"residual": "-", "scaled": ":", "linear": "--", "fitted": "-."}
     figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
     for label, points in series.items():
