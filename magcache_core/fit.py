@@ -45,24 +45,34 @@ def fitted_weights(
         ridge: see `RIDGE`.
     """
     computed: list[int] = []
-    result: list[tuple[float, ...]] = []
+    known: dict[int, list[int]] = {}  # by reused step
     for step, mark in enumerate(schedule):
         if mark == COMPUTE:
             computed.insert(0, step)
-            result.append(())
         else:
-            result.append(least_squares(gram, step, computed[: order + 1], ridge))
-    return tuple(result)
+            known[step] = computed[: order + 1]
+    weights: dict[int, tuple[float, ...]] = {}
+    for count in {len(residuals) for residuals in known.values()}:
+        steps = [step for step, residuals in known.items() if len(residuals) == count]
+        solved = _solve(gram, torch.tensor(steps), torch.tensor([known[step] for step in steps]), ridge)
+        weights.update(zip(steps, map(tuple, solved.tolist()), strict=True))
+    return tuple(weights.get(step, ()) for step in range(len(schedule)))
 
 
 def least_squares(gram: torch.Tensor, step: int, known: list[int], ridge: float = RIDGE) -> tuple[float, ...]:
     """Weights of the residuals of the steps ``known``, newest first, that come closest to that of ``step``."""
-    newest = known[0]
-    index = torch.tensor(known)
-    inner = gram[index][:, index]
-    # The correction d minimises |R_step - R_newest - sum d_k R_k|^2 + ridge * scale * |d|^2.
-    target = gram[index, step] - gram[index, newest]
-    scale = inner.diagonal().mean()
-    correction = torch.linalg.solve(inner + ridge * scale * torch.eye(len(known), dtype=gram.dtype), target)
-    correction[0] += 1
-    return tuple(correction.tolist())
+    return tuple(_solve(gram, torch.tensor([step]), torch.tensor([known]), ridge)[0].tolist())
+
+
+def _solve(gram: torch.Tensor, steps: torch.Tensor, known: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Weights, (n, k), of the residuals ``known`` (n, k) for each of ``steps`` (n,).
+
+    The correction d to plain reuse minimises |R_step - R_newest - sum d_k R_k|^2 + ridge * scale * |d|^2.
+    """
+    inner = gram[known[:, :, None], known[:, None, :]]  # (n, k, k)
+    target = gram[known, steps[:, None]] - gram[known, known[:, :1]]
+    scale = inner.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None]
+    ridged = inner + ridge * scale * torch.eye(known.shape[1], dtype=gram.dtype)
+    weights: torch.Tensor = torch.linalg.solve(ridged, target)
+    weights[:, 0] += 1
+    return weights

@@ -124,11 +124,14 @@ def test_no_error_allowed_computes_every_step() -> None:
     assert plan(replace(FLUX, protected_steps=()), max_error=0.0).predicted_error == 0.0
 
 
-@pytest.mark.parametrize("wanted", [{"budget": 30}, {"budget": 50}, {"budget": 90}, {"max_error": 0.3}])
-def test_planning_100_steps_is_fast(wanted: dict[str, float]) -> None:
+@pytest.mark.parametrize("name", ["flux.1-dev", "flux-tiny"])
+@pytest.mark.parametrize("wanted", [{"budget": 30}, {"budget": 50}, {"budget": 80}, {"max_error": 0.5}])
+def test_planning_100_steps_is_fast(name: str, wanted: dict[str, float]) -> None:
+    profile = load_profile(name)
+
     def once() -> float:
         started = time.perf_counter()
-        plan(FLUX, 100, **wanted)  # type: ignore[arg-type]
+        plan(profile, 100, **wanted)  # type: ignore[arg-type]
         return time.perf_counter() - started
 
     # The least of several, because other processes share the processor.
@@ -166,3 +169,11 @@ def test_a_plan_becomes_decisions() -> None:
             Plan(wrong)
     with pytest.raises(ConfigError, match="weights"):
         Plan("CC.", "fitted", weights=((), ()))
+
+
+def test_the_shipped_profiles_error_falls_with_the_budget() -> None:
+    profile = load_profile("flux-tiny")
+    for reuse in ("residual", "linear", "fitted"):
+        errors = [plan(profile, budget=budget, reuse=reuse).predicted_error for budget in range(4, 29)]
+        assert errors == sorted(errors, reverse=True)
+        assert errors[-1] == 0.0
