@@ -41,7 +41,7 @@ def train(work: Path, budget: loop.Budget, device: torch.device) -> None:
     with torch.no_grad():
         empty = text.embed(*(ids.to(device) for ids in samplers[0].empty))
     empty_tokens, empty_pooled = empty[0].expand(BATCH, -1, -1), empty[1].expand(BATCH, -1)
-    saved_s, running = budget.elapsed_s, 0.0
+    running = 0.0
 
     def checkpoint() -> None:
         loop.save(
@@ -72,7 +72,7 @@ def train(work: Path, budget: loop.Budget, device: torch.device) -> None:
         return loss.item()
 
     workers = Workers(device)
-    for step, bar in budget.run("distill"):
+    for step, bar in budget.run("distill", checkpoint):
         factor = min(1.0, (step + 1) / 20) * loop.flat_then_linear(budget.fraction)
         loss = sum(workers.map(gradients, samplers)) / WORKERS
         update(workers, steppers, list(student.parameters()), factor)
@@ -80,8 +80,4 @@ def train(work: Path, budget: loop.Budget, device: torch.device) -> None:
         running = loss if not running else 0.95 * running + 0.05 * loss
         if step % 20 == 0:
             bar.set_postfix(loss=f"{running:.4f}", step=step, refresh=False)
-        if budget.elapsed_s - saved_s > loop.CHECKPOINT_EVERY_S:
-            saved_s = budget.elapsed_s
-            checkpoint()
-    checkpoint()
     print(f"distill: {budget.step} steps, loss {running:.4f}")

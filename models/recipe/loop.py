@@ -1,7 +1,7 @@
 """What every training stage shares: the budget that paces it, atomic checkpoints and the average of weights."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,14 +50,22 @@ class Budget:
         self.step, self.elapsed_s = int(state["step"]), float(state["elapsed_s"])
         self._since = time.monotonic()
 
-    def run(self, name: str) -> Iterator[tuple[int, "tqdm[Any]"]]:
-        """Steps until the budget is spent, under a progress bar in per mille of it."""
+    def run(self, name: str, checkpoint: Callable[[], None] = lambda: None) -> Iterator[tuple[int, "tqdm[Any]"]]:
+        """Steps until the budget is spent, under a progress bar in per mille of it.
+
+        ``checkpoint`` is called every `CHECKPOINT_EVERY_S` and at the end, always between steps.
+        """
+        saved_s = self.elapsed_s
         with tqdm(total=1000, desc=name, unit="‰", mininterval=5.0) as bar:
             self._since = time.monotonic()
             while self.fraction < 1:
                 yield self.step, bar
                 self.tick()
                 bar.update(int(1000 * self.fraction) - bar.n)
+                if self.elapsed_s - saved_s > CHECKPOINT_EVERY_S:
+                    saved_s = self.elapsed_s
+                    checkpoint()
+        checkpoint()
 
 
 def flat_then_linear(fraction: float, flat: float = 0.3, floor: float = 0.02) -> float:

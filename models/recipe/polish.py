@@ -23,13 +23,12 @@ def train(work: Path, budget: loop.Budget, device: torch.device) -> None:
         budget.resume(state["budget"])
     images = vae.draw_scenes(64 if budget.steps else 3000, seed=5)
     rng = np.random.default_rng([loop.SEED, 6, budget.step])
-    saved_s = budget.elapsed_s
 
     def checkpoint() -> None:
         state = {"decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(), "average": average.shadow}
         loop.save(path, state | {"budget": budget.state()})
 
-    for step, bar in budget.run("polish"):
+    for step, bar in budget.run("polish", checkpoint):
         loop.set_lr(optimizer, min(1.0, (step + 1) / 50) * loop.flat_then_linear(budget.fraction))
         target = vae.to_tensor(vae.crops(images, rng), device)
         with loop.autocast(device):
@@ -44,10 +43,6 @@ def train(work: Path, budget: loop.Budget, device: torch.device) -> None:
         average.update(step)
         if step % 25 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}", step=step, refresh=False)
-        if budget.elapsed_s - saved_s > loop.CHECKPOINT_EVERY_S:
-            saved_s = budget.elapsed_s
-            checkpoint()
-    checkpoint()
     average.copy_to(decoder)
     model.eval().save_pretrained(work / "vae-polished")
     unseen = vae.draw_scenes(8 if budget.steps else 128, seed=3, held_out=True)

@@ -198,7 +198,6 @@ def train(work: Path, budget: loop.Budget, device: torch.device) -> None:
             stepper.load_state_dict(saved)
         budget.resume(state["budget"])
     data = examples(text, 256 if quick else 30000, seed=11)
-    saved_s = budget.elapsed_s
 
     def checkpoint() -> None:
         loop.save(
@@ -210,7 +209,7 @@ def train(work: Path, budget: loop.Budget, device: torch.device) -> None:
             },
         )
 
-    for step, bar in budget.run("text"):
+    for step, bar in budget.run("text", checkpoint):
         factor = min(1.0, (step + 1) / 30) * loop.flat_then_linear(budget.fraction)
         pick = torch.randint(len(data.t5_ids), (BATCH,))
         with loop.autocast(device):
@@ -228,10 +227,6 @@ def train(work: Path, budget: loop.Budget, device: torch.device) -> None:
             stepper.zero_grad()
         if step % 25 == 0:
             bar.set_postfix(cells=f"{drawn.item():.4f}", attributes=f"{named.item():.4f}", step=step, refresh=False)
-        if budget.elapsed_s - saved_s > loop.CHECKPOINT_EVERY_S:
-            saved_s = budget.elapsed_s
-            checkpoint()
-    checkpoint()
     text.save(folder)
     report(text, canvas, listing, examples(text, 64 if quick else 1000, seed=12, held_out=True), budget.step, device)
 

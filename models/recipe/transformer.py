@@ -205,7 +205,7 @@ def train(work: Path, budget: loop.Budget, device: torch.device) -> None:
     sets = load_latents(work)
     samplers = [Sampler(sets, text, device, seed=loop.SEED + 1000 * i + budget.step) for i in range(WORKERS)]
     parameters = [*model.parameters(), *head.parameters()]
-    saved_s, running = budget.elapsed_s, 0.0
+    running = 0.0
 
     def checkpoint() -> None:
         loop.save(
@@ -233,7 +233,7 @@ def train(work: Path, budget: loop.Budget, device: torch.device) -> None:
         return flow.item(), named.item()
 
     workers = Workers(device)
-    for step, bar in budget.run("transformer"):
+    for step, bar in budget.run("transformer", checkpoint):
         factor = min(1.0, (step + 1) / 50) * loop.flat_then_linear(budget.fraction)
         losses = workers.map(gradients, samplers)
         update(workers, steppers, parameters, factor)
@@ -242,10 +242,6 @@ def train(work: Path, budget: loop.Budget, device: torch.device) -> None:
         running = flow if not running else 0.98 * running + 0.02 * flow
         if step % 20 == 0:
             bar.set_postfix(loss=f"{running:.4f}", labels=f"{named:.3f}", step=step, refresh=False)
-        if budget.elapsed_s - saved_s > loop.CHECKPOINT_EVERY_S:
-            saved_s = budget.elapsed_s
-            checkpoint()
-    checkpoint()
     print(f"transformer: {budget.step} steps, flow loss {running:.4f}")
 
 

@@ -79,7 +79,6 @@ def train(work: Path, budget: loop.Budget, device: torch.device) -> None:
         budget.resume(state["budget"])
     images = draw_scenes(4000 if budget.steps is None else 64, seed=1)
     rng = np.random.default_rng([loop.SEED, 2, budget.step])
-    saved_s = budget.elapsed_s
 
     def checkpoint() -> None:
         loop.save(
@@ -92,7 +91,7 @@ def train(work: Path, budget: loop.Budget, device: torch.device) -> None:
             },
         )
 
-    for step, bar in budget.run("vae"):
+    for step, bar in budget.run("vae", checkpoint):
         warm = min(1.0, (step + 1) / 100)
         loop.set_lr(optimizer, warm * loop.flat_then_linear(budget.fraction))
         target = to_tensor(crops(images, rng), device)
@@ -107,10 +106,6 @@ def train(work: Path, budget: loop.Budget, device: torch.device) -> None:
         average.update(step)
         if step % 25 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}", step=step, refresh=False)
-        if budget.elapsed_s - saved_s > loop.CHECKPOINT_EVERY_S:
-            saved_s = budget.elapsed_s
-            checkpoint()
-    checkpoint()
     average.copy_to(model)
     factors = measure(model, images[:256], device)
     model.register_to_config(shift_factor=factors["shift"], scaling_factor=factors["scale"])
