@@ -142,7 +142,21 @@ def _check(what: str, residual: torch.Tensor, hidden: torch.Tensor) -> None:
         raise ResidualError(what, residual, hidden)
 
 
-class FluxStrategy(MagCacheStrategy):
+class _FluxFamily(MagCacheStrategy):
+    """What FLUX.1 and FLUX.2 have in common: how text enters the blocks and how velocities leave them."""
+
+    def context(self, transformer: Any, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+        """See `MagCacheStrategy.context`."""
+        embedded: torch.Tensor = transformer.context_embedder(encoder_hidden_states)
+        return embedded
+
+    def project(self, transformer: Any, hidden: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+        """See `MagCacheStrategy.project`."""
+        velocity: torch.Tensor = transformer.proj_out(transformer.norm_out(hidden, temb))
+        return velocity
+
+
+class FluxStrategy(_FluxFamily):
     """``FluxTransformer2DModel``: FLUX.1-dev, schnell and Kontext."""
 
     profile_name = "flux.1-dev"
@@ -167,11 +181,6 @@ class FluxStrategy(MagCacheStrategy):
             return hidden, transformer.time_text_embed(thousandths, pooled)
         return hidden, transformer.time_text_embed(thousandths, guidance.to(hidden.dtype) * 1000, pooled)
 
-    def context(self, transformer: Any, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
-        """See `MagCacheStrategy.context`."""
-        embedded: torch.Tensor = transformer.context_embedder(encoder_hidden_states)
-        return embedded
-
     def blocks(
         self, transformer: Any, hidden: torch.Tensor, context: torch.Tensor, temb: torch.Tensor, rotary: Rotary
     ) -> torch.Tensor:
@@ -182,13 +191,8 @@ class FluxStrategy(MagCacheStrategy):
             )
         return hidden
 
-    def project(self, transformer: Any, hidden: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        """See `MagCacheStrategy.project`."""
-        velocity: torch.Tensor = transformer.proj_out(transformer.norm_out(hidden, temb))
-        return velocity
 
-
-class Flux2Strategy(MagCacheStrategy):
+class Flux2Strategy(_FluxFamily):
     """``Flux2Transformer2DModel``: FLUX.2-dev and klein. The single-stream tail returns text and image tokens."""
 
     def register_block_metadata(self, block_class: type) -> BlockMetadata | None:
@@ -215,11 +219,6 @@ class Flux2Strategy(MagCacheStrategy):
         temb = transformer.time_guidance_embed(timestep.to(dtype) * 1000, scaled)
         return transformer.x_embedder(hidden_states), temb
 
-    def context(self, transformer: Any, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
-        """See `MagCacheStrategy.context`."""
-        embedded: torch.Tensor = transformer.context_embedder(encoder_hidden_states)
-        return embedded
-
     def blocks(
         self, transformer: Any, hidden: torch.Tensor, context: torch.Tensor, temb: torch.Tensor, rotary: Rotary
     ) -> torch.Tensor:
@@ -242,11 +241,6 @@ class Flux2Strategy(MagCacheStrategy):
                 hidden_states=joined, encoder_hidden_states=None, temb_mod=modulation, image_rotary_emb=rotary
             )
         return joined[:, -image_tokens:]
-
-    def project(self, transformer: Any, hidden: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        """See `MagCacheStrategy.project`."""
-        velocity: torch.Tensor = transformer.proj_out(transformer.norm_out(hidden, temb))
-        return velocity
 
 
 class QwenImageStrategy(MagCacheStrategy):
