@@ -127,14 +127,10 @@ class StepResult:
 FIRST_DIGEST = "0" * 16
 
 
-def next_digest(previous: str, plan_content: tuple[object, ...]) -> str:
-    """The history digest after a plan whose ``(sequence, admit, rows, drop)`` is ``plan_content``."""
-    return hashlib.blake2b(f"{previous}{plan_content!r}".encode(), digest_size=8).hexdigest()
-
-
 def plan_digest(previous: str, plan: StepPlan) -> str:
-    """The digest that ``plan`` must carry when the history so far has ``previous``."""
-    return next_digest(previous, (plan.sequence, plan.admit, plan.rows, plan.drop))
+    """The digest that ``plan`` must carry when the history so far has ``previous``; its own does not count."""
+    content = plan.sequence, plan.admit, plan.rows, plan.drop
+    return hashlib.blake2b(f"{previous}{content!r}".encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)

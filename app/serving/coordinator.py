@@ -87,14 +87,16 @@ class Coordinator:
             return await pending.done
         finally:
             # Also when this call itself is cancelled: a row in the table must have somebody who waits for it.
-            self._end(job.row_id)
+            del self._pending[job.row_id]
+            if self._scheduler.cancel(job.row_id):
+                logger.info("request %s: cancelled %s", job.request_id, job.row_id)
+                self._work.set()
 
     async def cancel(self, row_id: str) -> None:
         """End a picture at the next step boundary on every rank; harmless when it is over already."""
         pending = self._pending.get(row_id)
-        self._end(row_id)
         if pending is not None:
-            pending.done.cancel()
+            pending.done.cancel()  # which ends its `denoise`, and with it the row
 
     async def ping(self) -> None:
         """Answer when alive; raises what made this coordinator fail."""
@@ -105,12 +107,6 @@ class Coordinator:
         """This coordinator's metrics, for the service's ``/metrics``."""
         self._observe_table()
         return list(self._registry.collect())
-
-    def _end(self, row_id: str) -> None:
-        self._pending.pop(row_id, None)
-        if self._scheduler.cancel(row_id):
-            logger.info("request %s: cancelled %s", row_id.partition("/")[0], row_id)
-            self._work.set()
 
     async def _send_plans(self) -> None:
         while True:

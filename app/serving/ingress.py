@@ -113,7 +113,8 @@ class ServeBackend:
 
     async def _is_up(self, deployment: DeploymentHandle) -> bool:
         try:
-            await asyncio.wait_for(_wait(deployment.ping.remote()), ANSWER_SECONDS)
+            async with asyncio.timeout(ANSWER_SECONDS):
+                await deployment.ping.remote()
         except (TimeoutError, ray.exceptions.RayError, RayServeException):
             return False
         return True
@@ -138,10 +139,6 @@ class ServeBackend:
     async def _ask(self, name: str, method: str) -> object:
         actor = await asyncio.to_thread(ray.get_actor, name, NAMESPACE)
         return await asyncio.wait_for(getattr(actor, method).remote(), ANSWER_SECONDS)
-
-
-async def _wait(response: Any) -> None:
-    await response
 
 
 def _cause(error: BaseException) -> BaseException:

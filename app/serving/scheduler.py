@@ -7,7 +7,7 @@ were fixed at its admission. Rows at different steps, sizes and settings share a
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from app.engine.messages import (
     COND,
@@ -18,7 +18,7 @@ from app.engine.messages import (
     DenoiseReport,
     RowStep,
     StepPlan,
-    next_digest,
+    plan_digest,
 )
 from app.serving.trajectory import Trajectory
 
@@ -101,15 +101,18 @@ class StepScheduler:
         admitted = self._admit()
         if not self._running and not self._dropped:
             return None
-        rows = tuple(entry.next_step() for entry in self._running.values())
-        drop = tuple(self._dropped)
-        admit = tuple(entry.job for entry in admitted)
-        self._digest = next_digest(self._digest, (self._sequence, admit, rows, drop))
-        plan = StepPlan(self._sequence, self._digest, admit, rows, drop)
+        plan = StepPlan(
+            sequence=self._sequence,
+            digest="",
+            admit=tuple(entry.job for entry in admitted),
+            rows=tuple(entry.next_step() for entry in self._running.values()),
+            drop=tuple(self._dropped),
+        )
+        self._digest = plan_digest(self._digest, plan)
         self._sequence += 1
         self._dropped.clear()
-        self._advance(len(rows))
-        return plan
+        self._advance(len(plan.rows))
+        return replace(plan, digest=self._digest)
 
     def _admit(self) -> list[Entry]:
         admitted = []
