@@ -100,6 +100,33 @@ class BusyError(ServiceError):
         return {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
 
 
+class DeadlineImpossibleError(ServiceError):
+    """No schedule that the client and the server allow meets ``deadline_s``: 422, with the soonest time possible."""
+
+    status: int = HTTPStatus.UNPROCESSABLE_ENTITY
+    type: ErrorType = "invalid_request_error"
+    code = "deadline_impossible"
+
+    def __init__(self, message: str, soonest_s: float) -> None:
+        super().__init__(message, param="deadline_s")
+        self.soonest_s = soonest_s
+
+
+class DeadlinePassedError(ServiceError):
+    """The deadline passed before the picture was done; its row was freed at the next step boundary: 504."""
+
+    status: int = HTTPStatus.GATEWAY_TIMEOUT
+    code = "deadline_passed"
+
+
+class RequestCancelledError(ServiceError):
+    """Somebody ended the request with ``DELETE /v1/requests/{id}``: 409."""
+
+    status: int = HTTPStatus.CONFLICT
+    type: ErrorType = "invalid_request_error"
+    code = "request_cancelled"
+
+
 class UnavailableError(ServiceError):
     """Nothing can serve the request at the moment, for example while a group starts or is rebuilt: 503."""
 

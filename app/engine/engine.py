@@ -88,8 +88,9 @@ class Engine:
         for job, tensors in zip(plan.admit, conditioning, strict=True):
             self.rows[job.row_id] = self._admit(job, tensors)
         by_shape = sorted(plan.rows, key=self._batch_order)
+        previews: dict[str, torch.Tensor] = {}
         for _, same_shape in groupby(by_shape, key=self._batch_order):
-            self._step(list(same_shape))
+            previews |= self._step(list(same_shape))
         latents = {step.row_id: self.rows.pop(step.row_id).latents.cpu() for step in plan.rows if step.last}
         return StepResult(
             rank=self.group.rank,
@@ -98,6 +99,7 @@ class Engine:
             seconds=time.perf_counter() - started,
             residual_bytes=sum(row.residual_bytes for row in self.rows.values()),
             latents=latents if self.group.rank == 0 else {},
+            previews=previews if self.group.rank == 0 else {},
         )
 
     def _check(self, plan: StepPlan) -> None:
@@ -136,8 +138,8 @@ class Engine:
         context = self.strategy.context(self.transformer, tokens[None])[0]
         return Branch(context, prompt.pooled.to(self.device, self.dtype))
 
-    def _step(self, row_steps: Sequence[RowStep]) -> None:
-        """Take one step of rows of equal shapes: forward pass of all branches, true CFG, Euler."""
+    def _step(self, row_steps: Sequence[RowStep]) -> dict[str, torch.Tensor]:
+        """Take one step of rows of equal shapes: forward pass of all branches, true CFG, Euler; returns previews."""
         parts = [
             _Part(row, row.branches[step.branch], row_step, step)
             for row_step in row_steps
@@ -146,15 +148,20 @@ class Engine:
         ]
         velocity = self._velocity(parts)  # (parts, image_tokens, channels)
         first = 0
+        previews = {}
         for row_step in row_steps:
             row = self.rows[row_step.row_id]
             guided = velocity[first]
             if len(row_step.branches) == 2:
                 negative = velocity[first + 1]
                 guided = negative + row.job.true_cfg_scale * (guided - negative)
+            if row_step.preview:  # the velocity points from data to noise, so this is where it ends at sigma 0
+                estimate = row.latents.float() - row.sigmas[row_step.step] * guided.float()
+                previews[row_step.row_id] = estimate.to(self.dtype).cpu()
             delta = row.sigmas[row_step.step + 1] - row.sigmas[row_step.step]
             row.latents = (row.latents.float() + delta * guided.float()).to(self.dtype)
             first += len(row_step.branches)
+        return previews
 
     def _velocity(self, parts: Sequence[_Part]) -> torch.Tensor:
         """Predicted velocities, (parts, image_tokens, channels), each computed or with a reused residual."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -25,10 +25,25 @@ class PromptEmbeddings:
 
 
 @dataclass(frozen=True)
+class SourceImage:
+    """A picture that a request starts from or refers to, as latents of the VAE.
+
+    Attributes:
+        latents: (image_tokens, channels), packed and scaled as the model's diffusers pipeline does.
+        width, height: pixels.
+    """
+
+    latents: torch.Tensor
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
 class MagCacheOptions:
     """One request's MagCache settings; ``None`` takes the profile's or the server's value.
 
     ``computed_steps`` asks for the best plan with so many computed steps, and leaves no say to a threshold.
+    ``min_computed_steps`` is the fewest that a deadline or a busy server may lower the computed steps to.
     """
 
     enabled: bool = True
@@ -36,6 +51,7 @@ class MagCacheOptions:
     mag_max_skip_steps: int | None = None
     mag_retention_ratio: float | None = None
     computed_steps: int | None = None
+    min_computed_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +59,12 @@ class DenoiseJob:
     """One picture to denoise. ``row_id`` is unique in the service and begins with ``<request id>/``.
 
     True CFG, with its second branch, runs when ``true_cfg_scale`` is above 1, as in diffusers.
+
+    Attributes:
+        priority: higher goes first.
+        deadline_s: seconds from the job's arrival at the coordinator to its last step; None has all the time.
+        partial_images: previews (x0 estimates) wanted on the way, evenly spread over the steps.
+        strength: image-to-image, in (0, 1]: the share of the steps that run on the source; None starts from noise.
     """
 
     row_id: str
@@ -53,6 +75,17 @@ class DenoiseJob:
     true_cfg_scale: float
     seed: int
     magcache: MagCacheOptions = MagCacheOptions()
+    priority: int = 0
+    deadline_s: float | None = None
+    partial_images: int = 0
+    strength: float | None = None
+
+    @property
+    def steps_to_run(self) -> int:
+        """Steps that this job takes: all, or with ``strength`` the last ones, as in diffusers' image-to-image."""
+        if self.strength is None:
+            return self.num_inference_steps
+        return max(1, min(int(self.num_inference_steps * self.strength), self.num_inference_steps))
 
     @property
     def request_id(self) -> str:
@@ -67,10 +100,14 @@ class DenoiseJob:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """The tensors of one job; ``negative`` is there exactly when true CFG runs."""
+    """The tensors of one job; ``negative`` is there exactly when true CFG runs.
+
+    ``source`` is the picture that an edit refers to (Kontext, klein), or that ``strength`` starts from.
+    """
 
     prompt: PromptEmbeddings
     negative: PromptEmbeddings | None = None
+    source: SourceImage | None = None
 
 
 @dataclass(frozen=True)
@@ -89,12 +126,16 @@ class BranchStep:
 
 @dataclass(frozen=True)
 class RowStep:
-    """One row's part of a plan: take step ``step`` with a decision per branch; ``last`` returns its latents."""
+    """One row's part of a plan: take step ``step`` with a decision per branch.
+
+    ``last`` returns its latents, ``preview`` its x0 estimate at this step.
+    """
 
     row_id: str
     step: int
     branches: tuple[BranchStep, ...]
     last: bool = False
+    preview: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,7 +155,11 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class StepResult:
-    """A rank's answer to one plan; ``latents`` holds finished rows, each (image_tokens, channels), on rank 0 only."""
+    """A rank's answer to one plan.
+
+    ``latents`` holds finished rows and ``previews`` the x0 estimates asked for, each (image_tokens, channels), by row
+    id and on rank 0 only.
+    """
 
     rank: int
     sequence: int
@@ -122,6 +167,7 @@ class StepResult:
     seconds: float
     residual_bytes: int
     latents: dict[str, torch.Tensor]
+    previews: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 FIRST_DIGEST = "0" * 16
@@ -134,8 +180,36 @@ def plan_digest(previous: str, plan: StepPlan) -> str:
 
 
 @dataclass(frozen=True)
+class ProgressEvent:
+    """Where a picture stands.
+
+    Attributes:
+        step: steps done, 0 while it waits.
+        steps: steps in all.
+        decision: ``C`` or ``.`` of the last step done, empty while it waits.
+        eta_s: estimated seconds to the last step.
+        queue_position: pictures admitted before it, itself counted; 0 once it runs.
+        preview: (image_tokens, channels) packed x0 estimate, or None.
+    """
+
+    row_id: str
+    step: int
+    steps: int
+    decision: str
+    eta_s: float
+    queue_position: int
+    preview: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
 class DenoiseReport:
-    """How one picture was denoised: MagCache schedule per CFG branch, and seconds by phase."""
+    """How one picture was denoised: MagCache schedule per CFG branch, and seconds by phase.
+
+    Attributes:
+        eta_seconds: the estimate at its arrival, queue included.
+        queue_position: pictures before it at its arrival, itself counted; 0 when there was room at once.
+        lowered_by: ``deadline`` or ``load`` when that took computed steps away, else None.
+    """
 
     schedule: str
     computed: int
@@ -145,6 +219,9 @@ class DenoiseReport:
     queue_seconds: float
     denoise_seconds: float
     batch_rows_mean: float
+    eta_seconds: float = 0.0
+    queue_position: int = 0
+    lowered_by: str | None = None
 
 
 @dataclass(frozen=True)

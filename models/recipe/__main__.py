@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from . import distill, evaluate, export, latents, loop, polish, text, transformer, vae
+from . import distill, evaluate, export, latents, layout, loop, polish, text, transformer, vae
 
 # Minutes on two CPU cores; the model card says what the shipped weights took.
-MINUTES = {"vae": 9.5, "text": 3.5, "transformer": 45.0, "distill": 7.0, "polish": 5.0}
-STAGES = ("vae", "text", "latents", "transformer", "distill", "polish", "export", "evaluate")
+MINUTES = {"vae": 9.5, "text": 3.5, "layout": 8.0, "transformer": 45.0, "distill": 7.0, "polish": 5.0}
+STAGES = ("vae", "text", "layout", "latents", "transformer", "distill", "polish", "export", "evaluate")
 QUICK_STEPS = 3
 
 
@@ -48,6 +48,8 @@ def main() -> None:
             vae.train(args.work, budget(stage), device)
         elif stage == "text":
             text.train(args.work, budget(stage), device)
+        elif stage == "layout":
+            layout.train(args.work, budget(stage), device)
         elif stage == "latents":
             latents.train(args.work, 100 if args.quick else args.scenes, device, args.chunk)
         elif stage == "transformer":

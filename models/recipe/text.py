@@ -146,18 +146,22 @@ class Examples:
 
     t5_ids: Tensor  # (n, 32)
     clip_ids: Tensor  # (n, 24)
-    cells: Tensor  # (n, GRID * GRID, LABELS)
+    cells: Tensor  # (n, cells, LABELS)
     attributes: Tensor  # (n, len(ATTRIBUTES))
 
 
-def examples(text: Text, count: int, seed: int, *, held_out: bool = False) -> Examples:
+def examples(
+    text: Text, count: int, seed: int, size: tuple[int, int] = (128, 128), *, held_out: bool = False
+) -> Examples:
+    width, height = size
+    grid = (width // scenes.TOKEN) * (height // scenes.TOKEN)
     rng = np.random.default_rng([loop.SEED, seed])
-    captions, cells, rows = [], np.empty((count, GRID * GRID, scenes.LABELS), np.float32), []
+    captions, cells, rows = [], np.empty((count, grid, scenes.LABELS), np.float32), []
     for index in range(count):
         scene = scenes.sample(rng, held_out=held_out)
         captions.append(scenes.caption(scene, rng))
-        placed = scenes.place(scene, 128, 128, rng)
-        cells[index] = scenes.labels(scene.background, placed, 128, 128).reshape(GRID * GRID, -1)
+        placed = scenes.place(scene, width, height, rng)
+        cells[index] = scenes.labels(scene.background, placed, width, height).reshape(grid, -1)
         rows.append(attributes(scene))
     return Examples(*text.tokenize(captions), torch.from_numpy(cells), torch.tensor(rows))
 

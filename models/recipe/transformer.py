@@ -28,12 +28,12 @@ GUIDANCE = (1.0, 5.0)
 MAX_ROWS = 10  # Of tokens, in any of the aspect ratios.
 
 
-def build() -> FluxTransformer2DModel:
+def build(single_blocks: int = 4) -> FluxTransformer2DModel:
     """6 heads, so that 2 and 3 tensor-parallel ranks both divide them."""
     return FluxTransformer2DModel(
         in_channels=64,
         num_layers=2,
-        num_single_layers=4,
+        num_single_layers=single_blocks,
         attention_head_dim=32,
         num_attention_heads=6,
         joint_attention_dim=WIDTH,
@@ -201,6 +201,11 @@ def train(work: Path, budget: loop.Budget, device: torch.device) -> None:
             stepper.load_state_dict(saved)
         average.shadow = state["average"]
         budget.resume(state["budget"])
+    else:
+        start = loop.load(work / "layout.pt", device)
+        model.load_state_dict(start["model"], strict=False)  # The single-stream blocks begin here.
+        head.load_state_dict(start["head"])
+        average = loop.Average(model, average.decay)
     text = Text.load(work, device)
     sets = load_latents(work)
     samplers = [Sampler(sets, text, device, seed=loop.SEED + 1000 * i + budget.step) for i in range(WORKERS)]
