@@ -1,8 +1,8 @@
 """Stage layout: the double-stream blocks alone learn, from a caption and pure noise, what stands where.
 
-Nothing of the picture is left in pure noise, so that every image token has to read its colour and shape from the caption
-at its own place. Learned first and without pictures, this is cheap (a third of the blocks, no velocity), and two
-objects no longer swap their colours; the flow loss alone had not taught that after a hundred thousand pictures.
+Nothing of the picture is left in pure noise, so that every image token has to read its colour and shape from the
+caption at its own place. Learned first and without pictures, this is cheap (a third of the blocks, no autoencoder), and
+two objects no longer swap their colours; the flow loss alone had not taught that after a hundred thousand pictures.
 """
 
 from dataclasses import dataclass
