@@ -16,12 +16,12 @@ class PromptEmbeddings:
     """What the text encoders make of one prompt.
 
     Attributes:
-        tokens: (text_tokens, joint_attention_dim), the T5 output, padding included.
-        pooled: (pooled_projection_dim,), the CLIP pooled output.
+        tokens: (text_tokens, joint_attention_dim), the output of T5 or Qwen3, padding included.
+        pooled: (pooled_projection_dim,), the CLIP pooled output; None for FLUX.2, which takes none.
     """
 
     tokens: torch.Tensor
-    pooled: torch.Tensor
+    pooled: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,17 @@ class DenoiseJob:
     strength: float | None = None
 
     @property
-    def steps_to_run(self) -> int:
-        """Steps that this job takes: all, or with ``strength`` the last ones, as in diffusers' image-to-image."""
+    def first_step(self) -> int:
+        """The step of the whole schedule that this job begins with; diffusers' image-to-image skips the same ones."""
         if self.strength is None:
-            return self.num_inference_steps
-        return max(1, min(int(self.num_inference_steps * self.strength), self.num_inference_steps))
+            return 0
+        steps = self.num_inference_steps
+        return min(int(max(steps - steps * self.strength, 0)), steps - 1)
+
+    @property
+    def steps_to_run(self) -> int:
+        """Steps that this job takes: all, or with ``strength`` those from `first_step` on."""
+        return self.num_inference_steps - self.first_step
 
     @property
     def request_id(self) -> str:
@@ -102,12 +108,12 @@ class DenoiseJob:
 class Conditioning:
     """The tensors of one job; ``negative`` is there exactly when true CFG runs.
 
-    ``source`` is the picture that an edit refers to (Kontext, klein), or that ``strength`` starts from.
+    ``sources`` are the pictures that an edit refers to (Kontext, klein), or the one that ``strength`` starts from.
     """
 
     prompt: PromptEmbeddings
     negative: PromptEmbeddings | None = None
-    source: SourceImage | None = None
+    sources: tuple[SourceImage, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,7 @@ class BranchStep:
 
 @dataclass(frozen=True)
 class RowStep:
-    """One row's part of a plan: take step ``step`` with a decision per branch.
+    """One row's part of a plan: take step ``step``, counted from the job's first, with a decision per branch.
 
     ``last`` returns its latents, ``preview`` its x0 estimate at this step.
     """
