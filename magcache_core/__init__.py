@@ -8,7 +8,7 @@ from magcache_core.choice import choose
 from magcache_core.config import ConfigError, MagCacheConfig
 from magcache_core.hooks import apply_mag_cache, remove_mag_cache
 from magcache_core.plan_data import Plan
-from magcache_core.planner import fill, plan
+from magcache_core.planner import fewest_steps, fill, plan
 from magcache_core.profile_data import BranchCurve, Profile, ProfileError, write_profile
 from magcache_core.profiles import load_profile, pick_profile, profile_names
 from magcache_core.reuse import REUSE_MODES, decisions, reuse_weights
@@ -38,6 +38,7 @@ __all__ = [
     "apply_mag_cache",
     "choose",
     "decisions",
+    "fewest_steps",
     "fill",
     "get_strategy",
     "load_profile",

@@ -51,11 +51,7 @@ def plan(
         ConfigError: a setting is out of range, or no schedule has this budget (the message gives the range).
     """
     reuse = check_reuse(reuse if reuse is not None else profile.reuse)
-    table = profile.branch(branch).costs
-    if table is not None:
-        retention_ratio = 0.0 if retention_ratio is None else retention_ratio
-        max_skip_steps = table.max_skip if max_skip_steps is None else max_skip_steps
-    config = profile.config(steps, branch=branch, retention_ratio=retention_ratio, max_skip_steps=max_skip_steps)
+    config = _bounds(profile, steps, retention_ratio, max_skip_steps, branch)
     if (budget is None) == (max_error is None):
         raise ConfigError("budget", budget, "given, or max_error, but not both")
     if max_error is not None and not max_error >= 0:
@@ -69,6 +65,51 @@ def plan(
             count += 1
     found = search.plan(count, reuse)
     return replace(found, weights=_weights(profile, found.schedule, branch)) if reuse == "fitted" else found
+
+
+def fewest_steps(
+    profile: Profile,
+    steps: int | None = None,
+    *,
+    retention_ratio: float | None = None,
+    max_skip_steps: int | None = None,
+    branch: str = "cond",
+) -> int:
+    """The smallest budget that `plan` takes with the same arguments.
+
+    Raises:
+        ConfigError: a setting is out of range.
+    """
+    config = _bounds(profile, steps, retention_ratio, max_skip_steps, branch)
+    return _fewest(_forced(config), config.max_skip_steps)
+
+
+def _bounds(
+    profile: Profile, steps: int | None, retention_ratio: float | None, max_skip_steps: int | None, branch: str
+) -> MagCacheConfig:
+    """What bounds a plan: steps that must compute, and the longest segment."""
+    table = profile.branch(branch).costs
+    if table is not None:
+        retention_ratio = 0.0 if retention_ratio is None else retention_ratio
+        max_skip_steps = table.max_skip if max_skip_steps is None else max_skip_steps
+    return profile.config(steps, branch=branch, retention_ratio=retention_ratio, max_skip_steps=max_skip_steps)
+
+
+def _forced(config: MagCacheConfig) -> list[bool]:
+    """For each step, whether it must compute: the first, the retained and the protected ones."""
+    retained = max(config.retained_steps, 1)
+    return [step < retained or step in config.protected for step in range(config.num_inference_steps)]
+
+
+def _fewest(forced: Sequence[bool], longest: int) -> int:
+    """Least number of computed steps when no more than ``longest`` in a row may reuse."""
+    count, reused = 0, 0
+    for must in forced:
+        if must or reused == longest:
+            count, reused = count + 1, 0
+        else:
+            reused += 1
+    return count
 
 
 def fill(profile: Profile, schedule: str, reuse: str, branch: str = "cond") -> Plan:
@@ -158,10 +199,9 @@ class _Search:
         self._costs = costs
         self._ratios = config.ratios
         self.steps, gaps, self._lengths = costs.values.shape
-        forced = torch.zeros(self.steps + self._lengths, dtype=torch.bool)
-        forced[: max(config.retained_steps, 1)] = True
-        forced[list(config.protected)] = True
-        self.fewest = self._fewest(forced[: self.steps].tolist())
+        must = _forced(config)
+        self.fewest = _fewest(must, config.max_skip_steps)
+        forced = torch.tensor(must + [False] * self._lengths)
         # [a, l]: some step of a + 1 ... a + l has to compute, so that no segment may hold it.
         blocked = forced.unfold(0, self._lengths, 1)[: self.steps].clone()
         blocked[:, 0] = False
@@ -178,16 +218,6 @@ class _Search:
         self._best = torch.full((self.steps, nowhere + 1), torch.inf)
         self._gaps = torch.zeros((self.steps, self.steps, self._lengths), dtype=torch.long)
         self._filled = 0
-
-    def _fewest(self, forced: Sequence[bool]) -> int:
-        """Least number of computed steps that retention, protected steps and the longest segment allow."""
-        count, reused = 0, 0
-        for must in forced:
-            if must or reused == self._lengths - 1:
-                count, reused = count + 1, 0
-            else:
-                reused += 1
-        return count
 
     def check(self, budget: int) -> int:
         """``budget``, if a schedule can have it."""

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magcache_core import BranchCurve, ConfigError, Plan, Profile, decisions, load_profile, plan
+from magcache_core import BranchCurve, ConfigError, Plan, Profile, decisions, fewest_steps, load_profile, plan
 from magcache_core.costs import CostTable, empty_table
 
 FLUX = load_profile("flux.1-dev")
@@ -177,3 +177,20 @@ def test_the_shipped_profiles_error_falls_with_the_budget() -> None:
         errors = [plan(profile, budget=budget, reuse=reuse).predicted_error for budget in range(4, 29)]
         assert errors == sorted(errors, reverse=True)
         assert errors[-1] == 0.0
+
+
+@given(
+    st.sampled_from(["flux.1-dev", "flux-tiny"]),
+    st.integers(1, 60),
+    st.none() | st.integers(0, 20),
+    st.none() | st.floats(0, 1),
+)
+def test_the_fewest_steps_are_the_smallest_budget(
+    name: str, steps: int, max_skip_steps: int | None, retention_ratio: float | None
+) -> None:
+    profile = load_profile(name)
+    bounds = {"max_skip_steps": max_skip_steps, "retention_ratio": retention_ratio}
+    fewest = fewest_steps(profile, steps, **bounds)
+    assert plan(profile, steps, budget=fewest, **bounds).computed == fewest
+    with pytest.raises(ConfigError, match=f"from {fewest} to {steps}"):
+        plan(profile, steps, budget=fewest - 1, **bounds)
