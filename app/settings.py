@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 Device = Literal["cpu", "cuda"]
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
 def unknown_name(kind: str, name: str, valid: Iterable[str]) -> str:
@@ -125,8 +126,24 @@ class MagCacheSettings(_Section):
     )
 
 
+class QualitySettings(_Section):
+    """Which share of a request's steps each `quality` computes; `auto` follows the `magcache` settings."""
+
+    low: Share = Field(default=0.25, description="Share of the steps that `quality: low` computes.")
+    medium: Share = Field(default=0.4, description="Share of the steps that `quality: medium` computes.")
+    high: Share = Field(default=0.65, description="Share of the steps that `quality: high` (or `hd`) computes.")
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        if not self.low <= self.medium <= self.high:
+            raise ValueError(
+                f"low, medium and high are {self.low:g}, {self.medium:g}, {self.high:g}; none may exceed the next"
+            )
+        return self
+
+
 class HttpSettings(_Section):
-    """Limits on what one HTTP request may carry."""
+    """Limits on what one HTTP request may carry, and how a stream is kept alive."""
 
     max_body_bytes: int = Field(
         default=1 << 20, ge=1024, description="Largest request body; above it the answer is 413."
@@ -134,6 +151,12 @@ class HttpSettings(_Section):
     max_prompt_chars: PositiveInt = Field(
         default=32000,
         description="Longest `prompt` or `negative_prompt` in characters; the encoders truncate far below it.",
+    )
+    heartbeat_s: float = Field(
+        default=10.0,
+        gt=0.0,
+        description="Silence on a stream after which a comment line is sent, well below the idle timeouts of proxies; "
+        "also the longest that a stream's first byte waits for news of the request.",
     )
 
 
@@ -220,7 +243,8 @@ class Settings(_Section):
     )
     sampling: SamplingSettings = Field(default=SamplingSettings(), description="Request defaults and limits.")
     magcache: MagCacheSettings = Field(default=MagCacheSettings(), description="The server's MagCache policy.")
-    http: HttpSettings = Field(default=HttpSettings(), description="Limits on one HTTP request.")
+    quality: QualitySettings = Field(default=QualitySettings(), description="What `quality` means.")
+    http: HttpSettings = Field(default=HttpSettings(), description="Limits on one HTTP request; streams.")
 
     @field_validator("served_model_name")
     @classmethod
