@@ -95,6 +95,14 @@ class MagCacheStrategy:
         """
         return self.apply_residual(hidden, residual[0]), self.apply_residual(context, residual[1])
 
+    def embed_image(self, transformer: Any, latents: torch.Tensor) -> torch.Tensor:
+        """Image tokens as the blocks take them: (rows, tokens, in_channels) -> (rows, tokens, dim).
+
+        `embed` does this for the picture under way; tokens of reference pictures, which stay the same at all steps, can
+        be embedded once.
+        """
+        raise self._no_split()
+
     def embed(
         self,
         transformer: Any,
@@ -143,7 +151,12 @@ def _check(what: str, residual: torch.Tensor, hidden: torch.Tensor) -> None:
 
 
 class _FluxFamily(MagCacheStrategy):
-    """What FLUX.1 and FLUX.2 have in common: how text enters the blocks and how velocities leave them."""
+    """What FLUX.1 and FLUX.2 have in common: how text and images enter the blocks and how velocities leave them."""
+
+    def embed_image(self, transformer: Any, latents: torch.Tensor) -> torch.Tensor:
+        """See `MagCacheStrategy.embed_image`."""
+        embedded: torch.Tensor = transformer.x_embedder(latents)
+        return embedded
 
     def context(self, transformer: Any, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
         """See `MagCacheStrategy.context`."""
@@ -175,7 +188,7 @@ class FluxStrategy(_FluxFamily):
         pooled: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `MagCacheStrategy.embed`; ``timestep`` is FluxPipeline's, already divided by 1000."""
-        hidden = transformer.x_embedder(hidden_states)
+        hidden = self.embed_image(transformer, hidden_states)
         thousandths = timestep.to(hidden.dtype) * 1000
         if guidance is None:
             return hidden, transformer.time_text_embed(thousandths, pooled)
@@ -217,7 +230,7 @@ class Flux2Strategy(_FluxFamily):
         dtype = hidden_states.dtype
         scaled = None if guidance is None else guidance.to(dtype) * 1000
         temb = transformer.time_guidance_embed(timestep.to(dtype) * 1000, scaled)
-        return transformer.x_embedder(hidden_states), temb
+        return self.embed_image(transformer, hidden_states), temb
 
     def blocks(
         self, transformer: Any, hidden: torch.Tensor, context: torch.Tensor, temb: torch.Tensor, rotary: Rotary

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from app.engine.families import Edits
+from app.engine.geometry import Geometry
 from app.engine.loading import load_transformer
 from app.engine.messages import (
     COND,
@@ -21,13 +23,14 @@ from app.engine.messages import (
     DenoiseJob,
     PromptEmbeddings,
     RowStep,
+    SourceImage,
     StepPlan,
     StepResult,
     plan_digest,
 )
 from app.engine.parallel import TensorParallelGroup
-from app.engine.rows import Branch, Row
-from app.engine.sampling import FlowMatchSampler, Geometry, initial_noise, position_ids
+from app.engine.rows import BatchKey, Branch, Row
+from app.engine.sampling import FlowMatchSampler, mix_noise
 from magcache_core import get_strategy
 
 
@@ -62,6 +65,7 @@ class Engine:
         self.transformer = load_transformer(model, self.group, self.device, dtype)
         self.strategy = get_strategy(self.transformer)
         self.sampler = FlowMatchSampler(model)
+        self.family = self.sampler.family
         self.rows: dict[str, Row] = {}
         self._sequence = 0
         self._digest = FIRST_DIGEST
@@ -87,9 +91,9 @@ class Engine:
             self.rows.pop(row_id, None)
         for job, tensors in zip(plan.admit, conditioning, strict=True):
             self.rows[job.row_id] = self._admit(job, tensors)
-        by_shape = sorted(plan.rows, key=self._batch_order)
+        by_shape = sorted(plan.rows, key=self._batch_key)
         previews: dict[str, torch.Tensor] = {}
-        for _, same_shape in groupby(by_shape, key=self._batch_order):
+        for _, same_shape in groupby(by_shape, key=self._batch_key):
             previews |= self._step(list(same_shape))
         latents = {step.row_id: self.rows.pop(step.row_id).latents.cpu() for step in plan.rows if step.last}
         return StepResult(
@@ -112,31 +116,47 @@ class Engine:
         self._sequence += 1
         self._digest = expected
 
-    def _batch_order(self, step: RowStep) -> tuple[int, int, int]:
-        geometry, text_tokens = self.rows[step.row_id].batch_key
-        return geometry.rows, geometry.columns, text_tokens
+    def _batch_key(self, step: RowStep) -> BatchKey:
+        return self.rows[step.row_id].batch_key
 
     def _admit(self, job: DenoiseJob, conditioning: Conditioning) -> Row:
         geometry = Geometry.of(job.width, job.height)
-        sigmas = self.sampler.sigmas(job.num_inference_steps, geometry.tokens)
+        # FLUX's schedule is that of all steps; image-to-image enters it late.
+        sigmas = self.sampler.sigmas(job.num_inference_steps, geometry.tokens)[job.first_step :]
         branches = {COND: self._branch(conditioning.prompt)}
         if conditioning.negative is not None:
             branches[UNCOND] = self._branch(conditioning.negative)
+        latents = self.family.layout.noise(
+            job.seed, geometry, self.transformer.config.in_channels, self.device, self.dtype
+        )
+        if job.strength is not None:
+            (source,) = conditioning.sources
+            latents = mix_noise(source.latents.to(latents), latents, sigmas[0])
+        references = conditioning.sources if self.family.edits is Edits.REFERENCES else ()
         return Row(
             job=job,
             geometry=geometry,
-            latents=initial_noise(job.seed, geometry, self.transformer.config.in_channels, self.device, self.dtype),
+            latents=latents,
             sigmas=sigmas.to(self.device),
             # FluxPipeline rounds the timestep (0..1000) to the latents' dtype before it divides by 1000.
             timesteps=((sigmas[:-1] * 1000).to(self.dtype) / 1000).to(self.device),
             guidance=torch.tensor(job.guidance_scale, dtype=torch.float32, device=self.device),
             branches=branches,
+            references=self._embed_references(references),
+            reference_geometries=tuple(Geometry.of(one.width, one.height) for one in references),
         )
+
+    def _embed_references(self, references: Sequence[SourceImage]) -> torch.Tensor:
+        """(reference tokens, inner_dim), all pictures one after another."""
+        channels = self.transformer.config.in_channels
+        tokens = [torch.empty(0, channels), *(one.latents for one in references)]
+        return self.strategy.embed_image(self.transformer, torch.cat(tokens).to(self.device, self.dtype)[None])[0]
 
     def _branch(self, prompt: PromptEmbeddings) -> Branch:
         tokens = prompt.tokens.to(self.device, self.dtype)
         context = self.strategy.context(self.transformer, tokens[None])[0]
-        return Branch(context, prompt.pooled.to(self.device, self.dtype))
+        pooled = None if prompt.pooled is None else prompt.pooled.to(self.device, self.dtype)
+        return Branch(context, pooled)
 
     def _step(self, row_steps: Sequence[RowStep]) -> dict[str, torch.Tensor]:
         """Take one step of rows of equal shapes: forward pass of all branches, true CFG, Euler; returns previews."""
@@ -165,12 +185,13 @@ class Engine:
 
     def _velocity(self, parts: Sequence[_Part]) -> torch.Tensor:
         """Predicted velocities, (parts, image_tokens, channels), each computed or with a reused residual."""
+        pooled = [part.branch.pooled for part in parts if part.branch.pooled is not None]
         hidden, temb = self.strategy.embed(
             self.transformer,
             torch.stack([part.row.latents for part in parts]),
             torch.stack([part.row.timesteps[part.row_step.step] for part in parts]),
             torch.stack([part.row.guidance for part in parts]) if self.transformer.config.guidance_embeds else None,
-            torch.stack([part.branch.pooled for part in parts]),
+            torch.stack(pooled) if pooled else None,
         )
         computing = [index for index, part in enumerate(parts) if part.step.compute]
         if len(computing) == len(parts):
@@ -188,9 +209,15 @@ class Engine:
 
     def _blocks(self, parts: Sequence[_Part], hidden: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         """Run the block stack on rows that compute and keep their residuals; (parts, image_tokens, inner_dim)."""
+        geometry, text_tokens, references = parts[0].row.batch_key
         context = torch.stack([part.branch.context for part in parts])
-        rotary = self._rotary(parts[0].row.geometry, context.shape[1])
-        output: torch.Tensor = self.strategy.blocks(self.transformer, hidden, context, temb, rotary)
+        rotary = self._rotary(geometry, text_tokens, references)
+        tokens = hidden
+        if references:
+            tokens = torch.cat([hidden, torch.stack([part.row.references for part in parts])], dim=1)
+        output: torch.Tensor = self.strategy.blocks(self.transformer, tokens, context, temb, rotary)
+        # The picture reads its references and nobody reads what becomes of them: they are neither kept nor projected.
+        output = output[:, : geometry.tokens]
         keepers = [index for index, part in enumerate(parts) if part.step.history > 0]
         if keepers:
             residuals = output - hidden
@@ -199,7 +226,9 @@ class Engine:
                 parts[index].branch.store(residuals[index].clone(), parts[index].step.history)
         return output
 
-    def _rotary_embedding(self, geometry: Geometry, text_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        ids = position_ids(geometry, text_tokens).to(self.device, self.dtype)
+    def _rotary_embedding(
+        self, geometry: Geometry, text_tokens: int, references: tuple[Geometry, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = self.family.layout.position_ids(geometry, text_tokens, references).to(self.device)
         rotary: tuple[torch.Tensor, torch.Tensor] = self.transformer.pos_embed(ids)
         return rotary

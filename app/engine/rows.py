@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from app.engine.geometry import Geometry
 from app.engine.messages import BranchStep, DenoiseJob
-from app.engine.sampling import Geometry
+
+BatchKey = tuple[Geometry, int, tuple[Geometry, ...]]
+"""A picture's geometry, its number of text tokens, and the geometries of its reference pictures."""
 
 
 @dataclass
@@ -17,12 +20,12 @@ class Branch:
 
     Attributes:
         context: (text_tokens, inner_dim), the embedded prompt; it is the same at every step, so it is embedded once.
-        pooled: (pooled_projection_dim,).
+        pooled: (pooled_projection_dim,); None for models without.
         residuals: the block stack's last outputs minus its inputs, newest first, each (image_tokens, inner_dim).
     """
 
     context: torch.Tensor
-    pooled: torch.Tensor
+    pooled: torch.Tensor | None
     residuals: deque[torch.Tensor] = field(default_factory=deque)
 
     def store(self, residual: torch.Tensor, history: int) -> None:
@@ -55,9 +58,12 @@ class Row:
 
     Attributes:
         latents: (image_tokens, channels), packed.
-        sigmas: (steps + 1,), float32, on the rank's device.
-        timesteps: (steps,), ``sigmas`` in the transformer's dtype, as FluxPipeline rounds them.
+        sigmas: (steps to run + 1,), float32, on the rank's device.
+        timesteps: (steps to run,), ``sigmas`` in the transformer's dtype, as FluxPipeline rounds them.
         guidance: (), float32, on the rank's device.
+        references: (reference tokens, inner_dim), the embedded reference pictures one after another; they are the same
+            at every step, so they are embedded once. Empty for most pictures.
+        reference_geometries: of the pictures in ``references``.
     """
 
     job: DenoiseJob
@@ -67,11 +73,13 @@ class Row:
     timesteps: torch.Tensor
     guidance: torch.Tensor
     branches: dict[str, Branch]
+    references: torch.Tensor
+    reference_geometries: tuple[Geometry, ...]
 
     @property
-    def batch_key(self) -> tuple[Geometry, int]:
-        """Rows with equal keys have equal tensor shapes and can share a forward pass."""
-        return self.geometry, next(iter(self.branches.values())).context.shape[0]
+    def batch_key(self) -> BatchKey:
+        """Rows with equal keys have equal tensor shapes and position ids, and can share a forward pass."""
+        return self.geometry, next(iter(self.branches.values())).context.shape[0], self.reference_geometries
 
     @property
     def residual_bytes(self) -> int:

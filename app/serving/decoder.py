@@ -8,7 +8,8 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 
-from app.engine.sampling import LATENT_PIXELS, Geometry, unpack
+from app.engine.families import family_of
+from app.engine.geometry import TOKEN_PIXELS, Geometry
 from app.serving.logs import configure_logging
 from app.serving.model_files import local_model
 from app.settings import Settings
@@ -27,7 +28,8 @@ class ImageDecoder:
             .to(self._device)
             .eval()
         )
-        self._processor = VaeImageProcessor(vae_scale_factor=2 * LATENT_PIXELS)
+        self._layout = family_of(local_model(settings.model)).layout
+        self._processor = VaeImageProcessor(vae_scale_factor=TOKEN_PIXELS)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
 
     async def decode(
@@ -49,9 +51,7 @@ class ImageDecoder:
 
     @torch.inference_mode()
     def _decode(self, latents: torch.Tensor, geometry: Geometry, output_format: str, compression: int) -> bytes:
-        config = self._vae.config
-        unpacked = unpack(latents[None].to(self._device, self._vae.dtype), geometry)
-        scaled = unpacked / config.scaling_factor + config.shift_factor
+        scaled = self._layout.to_vae(self._vae, latents[None].to(self._device, self._vae.dtype), geometry)
         pixels = self._vae.decode(scaled, return_dict=False)[0]
         (picture,) = self._processor.postprocess(pixels, output_type="pil")
         file = io.BytesIO()

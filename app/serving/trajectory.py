@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
+from app.engine.geometry import Geometry
 from app.engine.messages import DenoiseJob, MagCacheOptions
-from app.engine.sampling import FlowMatchSampler, Geometry
+from app.engine.sampling import FlowMatchSampler
 from app.settings import Settings
 from magcache_core import Decision, choose, decisions, load_profile, pick_profile
 

@@ -1,10 +1,15 @@
+"""Noise schedules against diffusers' pipelines."""
+
 from __future__ import annotations
 
 import pytest
 import torch
 from diffusers import FluxPipeline
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
-from app.engine.sampling import FlowMatchSampler, Geometry, initial_noise, pack, position_ids, unpack
+from app.engine.geometry import Geometry
+from app.engine.layouts import Flux2Layout
+from app.engine.sampling import FlowMatchSampler
 from tests.local_group import MODEL
 
 
@@ -25,25 +30,7 @@ def _stop_after_first(pipeline: FluxPipeline, *_: object) -> dict[str, object]:
     return {}
 
 
-def test_packing_is_that_of_the_pipeline() -> None:
-    geometry = Geometry.of(160, 96)
-    latents = torch.randn(2, 16, 2 * geometry.rows, 2 * geometry.columns)
-    packed = pack(latents)
-    assert torch.equal(packed, FluxPipeline._pack_latents(latents, 2, 16, 2 * geometry.rows, 2 * geometry.columns))
-    assert torch.equal(unpack(packed, geometry), latents)
-
-
-def test_position_ids_are_those_of_the_pipeline() -> None:
-    geometry = Geometry.of(160, 96)
-    image = FluxPipeline._prepare_latent_image_ids(1, geometry.rows, geometry.columns, "cpu", torch.float32)
-    ids = position_ids(geometry, 5)
-    assert torch.equal(ids[5:], image)
-    assert not ids[:5].any()
-
-
-def test_noise_depends_on_the_seed_alone() -> None:
-    geometry = Geometry.of(128, 128)
-    first, again, other = (initial_noise(seed, geometry, 64, torch.device("cpu"), torch.float32) for seed in (1, 1, 2))
-    assert first.shape == (64, 64)
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+@pytest.mark.parametrize("tokens", [64, 256, 4096, 4300, 4301, 16384])
+@pytest.mark.parametrize("steps", [1, 4, 10, 28, 50, 200])
+def test_flux2_shifts_as_its_pipeline_does(tokens: int, steps: int) -> None:
+    assert Flux2Layout().shift(None, tokens, steps) == pytest.approx(compute_empirical_mu(tokens, steps), rel=1e-12)

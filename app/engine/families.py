@@ -1,0 +1,129 @@
+"""The models that the engine serves, one table: what each takes, how it is sampled, and what it can do with a picture.
+
+What a checkpoint itself says (head counts, guidance embedding, the scheduler's settings) is read from the checkpoint;
+here stands what only the model's pipeline class knows.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from app.engine.layouts import Flux1Layout, Flux2Layout, Layout
+from app.engine.loading import CheckpointError
+
+FEW_STEPS = 8
+"""Up to so many steps a model is distilled so far that hardly any two of its steps are alike."""
+
+
+class Edits(Enum):
+    """What a model does with a source picture."""
+
+    NONE = "none"
+    STRENGTH = "strength"
+    """It starts from the picture with noise on top (image-to-image)."""
+    REFERENCES = "references"
+    """It sees the picture as further tokens beside the one that it paints."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of model.
+
+    Attributes:
+        name: for messages.
+        layout: tokens, noise, position ids and the way to and from the VAE.
+        steps, guidance_scale, text_tokens: what a request gets when nothing else is said; ``guidance_scale`` is None
+            where the model has no guidance embedding.
+        true_cfg: whether a negative prompt has an effect.
+        edits: what the model does with source pictures.
+        max_sources: how many of them it takes at once.
+    """
+
+    name: str
+    layout: Layout
+    steps: int
+    guidance_scale: float | None
+    text_tokens: int
+    true_cfg: bool
+    edits: Edits
+    max_sources: int
+
+    def cache_off_reason(self, has_profile: bool) -> str | None:
+        """Why this model computes every step whatever a request asks for, or None when it may reuse.
+
+        Args:
+            has_profile: there is a MagCache profile for this model, or the operator named one.
+        """
+        if self.steps > FEW_STEPS or has_profile:
+            return None
+        return (
+            f"{self.name} is made for {self.steps} steps: at {FEW_STEPS} or fewer every step is computed, "
+            "unless magcache.profile names a profile that was calibrated for the model"
+        )
+
+
+FLUX_DEV = Family(
+    name="FLUX.1-dev",
+    layout=Flux1Layout(),
+    steps=28,
+    guidance_scale=3.5,
+    text_tokens=512,
+    true_cfg=True,
+    edits=Edits.STRENGTH,
+    max_sources=1,
+)
+FLUX_SCHNELL = replace(
+    FLUX_DEV, name="FLUX.1-schnell", steps=4, guidance_scale=None, text_tokens=256, edits=Edits.NONE, max_sources=0
+)
+FLUX_KONTEXT = replace(FLUX_DEV, name="FLUX.1-Kontext", edits=Edits.REFERENCES)
+FLUX2_KLEIN = Family(
+    name="FLUX.2-klein",
+    layout=Flux2Layout(),
+    steps=4,
+    guidance_scale=None,
+    text_tokens=512,
+    true_cfg=False,
+    edits=Edits.REFERENCES,
+    # The pipeline has no limit of its own; four pictures of a megapixel are 16384 tokens beside the picture's 4096.
+    max_sources=4,
+)
+FLUX2_KLEIN_BASE = replace(FLUX2_KLEIN, name="FLUX.2-klein-base", steps=50, true_cfg=True)
+FAMILIES = (FLUX_DEV, FLUX_SCHNELL, FLUX_KONTEXT, FLUX2_KLEIN, FLUX2_KLEIN_BASE)
+
+
+def family_of(model: Path) -> Family:
+    """The family of a checkpoint, by its pipeline class and what its configuration says about distillation.
+
+    Args:
+        model: a folder in diffusers layout.
+
+    Raises:
+        CheckpointError: a configuration file is missing or damaged, or the pipeline is none that is served.
+    """
+    index = _read_json(model / "model_index.json")
+    pipeline = index.get("_class_name")
+    if pipeline == "FluxPipeline":
+        guided = _read_json(model / "transformer" / "config.json").get("guidance_embeds", False)
+        return FLUX_DEV if guided else FLUX_SCHNELL
+    if pipeline == "FluxKontextPipeline":
+        return FLUX_KONTEXT
+    if pipeline == "Flux2KleinPipeline":
+        return FLUX2_KLEIN if index.get("is_distilled", False) else FLUX2_KLEIN_BASE
+    raise CheckpointError(
+        f"{model / 'model_index.json'} names the pipeline {pipeline!r}; served are FluxPipeline, FluxKontextPipeline "
+        "and Flux2KleinPipeline"
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing: is this a model folder in diffusers layout?") from error
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    return value
