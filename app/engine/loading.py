@@ -19,7 +19,7 @@ from torch import nn
 
 from app.engine.parallel import TensorParallelGroup, local_slices, parallelize, shard_specs
 
-SUPPORTED_TRANSFORMERS = ("FluxTransformer2DModel",)
+SUPPORTED_TRANSFORMERS = ("FluxTransformer2DModel", "Flux2Transformer2DModel")
 INDEX_FILE = "diffusion_pytorch_model.safetensors.index.json"
 SINGLE_FILE = "diffusion_pytorch_model.safetensors"
 
