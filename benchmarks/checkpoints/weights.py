@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import diffusers
 import torch
@@ -130,7 +130,7 @@ def _write_file(path: Path, content: list[Tensor], seed: int) -> None:
         header += b" " * (-len(header) % 8)
         file.write(len(header).to_bytes(8, "little") + header)
         for tensor in content:
-            _write_values(file, draw(tensor, seed))
+            draw(tensor, seed).reshape(-1).view(torch.uint8).numpy().tofile(file)
 
 
 def _header(content: list[Tensor]) -> Mapping[str, Any]:
@@ -144,10 +144,6 @@ def _header(content: list[Tensor]) -> Mapping[str, Any]:
         }
         offset += tensor.bytes
     return header
-
-
-def _write_values(file: BinaryIO, values: torch.Tensor) -> None:
-    file.write(memoryview(values.reshape(-1).view(torch.uint8).numpy()))
 
 
 def parameters(wanted: list[Tensor]) -> Iterator[int]:
