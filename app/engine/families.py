@@ -41,6 +41,8 @@ class Family:
         true_cfg: whether a negative prompt has an effect.
         edits: what the model does with source pictures.
         max_sources: how many of them it takes at once.
+        trained_sizes: (width, height) pairs of reference pictures that the model was trained with; where there are
+            some, a reference is resized to the one nearest in shape.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Family:
     true_cfg: bool
     edits: Edits
     max_sources: int
+    trained_sizes: tuple[tuple[int, int], ...] = ()
 
     def cache_off_reason(self, has_profile: bool) -> str | None:
         """Why this model computes every step whatever a request asks for, or None when it may reuse.
@@ -79,7 +82,13 @@ FLUX_DEV = Family(
 FLUX_SCHNELL = replace(
     FLUX_DEV, name="FLUX.1-schnell", steps=4, guidance_scale=None, text_tokens=256, edits=Edits.NONE, max_sources=0
 )
-FLUX_KONTEXT = replace(FLUX_DEV, name="FLUX.1-Kontext", edits=Edits.REFERENCES)
+_UPRIGHT = ((672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104))
+FLUX_KONTEXT = replace(
+    FLUX_DEV,
+    name="FLUX.1-Kontext",
+    edits=Edits.REFERENCES,
+    trained_sizes=(*_UPRIGHT, (1024, 1024), *((height, width) for width, height in reversed(_UPRIGHT))),
+)
 FLUX2_KLEIN = Family(
     name="FLUX.2-klein",
     layout=Flux2Layout(),

@@ -1,0 +1,146 @@
+"""Tiny checkpoints of every family, diffusers' pipeline of each, and plans written by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from PIL import Image
+
+from app.engine.engine import Engine
+from app.engine.families import Edits, Family, family_of
+from app.engine.geometry import Geometry
+from app.engine.layouts import Flux2Layout
+from app.engine.messages import (
+    FIRST_DIGEST,
+    BranchStep,
+    Conditioning,
+    DenoiseJob,
+    PromptEmbeddings,
+    RowStep,
+    StepPlan,
+    plan_digest,
+)
+from app.serving.source_encoder import SourceEncoder, nearest_trained_size
+from benchmarks.make_checkpoint import make_checkpoint
+from magcache_core import Decision
+
+TEXT_TOKENS = 12
+TEXT_ENCODERS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+
+
+class TinyModel:
+    """One tiny checkpoint beside diffusers' pipeline on it, which is the oracle."""
+
+    def __init__(self, model: str, folder: Path) -> None:
+        base = model == "flux.2-klein-base"
+        make_checkpoint(
+            "flux.2-klein-4b" if base else model, "tiny", folder, components=("transformer", "scheduler", "vae")
+        )
+        if base:  # the undistilled model has the same layout and geometry
+            index = folder / "model_index.json"
+            index.write_text(json.dumps(json.loads(index.read_text()) | {"is_distilled": False}))
+        self.folder = folder
+        self.family: Family = family_of(folder)
+
+    @cached_property
+    def pipeline(self) -> Any:
+        """The pipeline that ``model_index.json`` names, in float32 and without text encoders."""
+        index = diffusers.DiffusionPipeline.load_config(self.folder)
+        absent = {name: None for name in TEXT_ENCODERS if name in index}
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(self.folder, dtype=torch.float32, **absent)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def prompt(self, seed: int) -> PromptEmbeddings:
+        """Random embeddings of the sizes that the transformer takes."""
+        config = self.pipeline.transformer.config
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randn(TEXT_TOKENS, config.joint_attention_dim, generator=generator)
+        if "pooled_projection_dim" not in config:
+            return PromptEmbeddings(tokens)
+        return PromptEmbeddings(tokens, torch.randn(config.pooled_projection_dim, generator=generator))
+
+    def conditioning(self, job: DenoiseJob, pictures: Sequence[Image.Image] = ()) -> Conditioning:
+        """What the service would send along with ``job``: prompts with seeds 1 and 2, encoded source pictures."""
+        encoder = SourceEncoder(self.pipeline.vae, self.family, max_pixels=job.width * job.height)
+        sources = tuple(encoder.encode(np.asarray(one), job.width, job.height) for one in pictures)
+        negative = self.prompt(2) if job.true_cfg_scale > 1 else None
+        return Conditioning(self.prompt(1), negative, sources)
+
+    def reference(self, job: DenoiseJob, pictures: Sequence[Image.Image] = ()) -> torch.Tensor:
+        """Tokens, (image_tokens, channels), that diffusers' pipeline makes for ``job``."""
+        asked: dict[str, Any] = {
+            "width": job.width,
+            "height": job.height,
+            "num_inference_steps": job.num_inference_steps,
+            "generator": torch.Generator("cpu").manual_seed(job.seed),
+            "output_type": "latent",
+            "prompt_embeds": self.prompt(1).tokens[None],
+        }
+        if job.true_cfg_scale > 1:
+            asked["negative_prompt_embeds"] = self.prompt(2).tokens[None]
+        if isinstance(self.family.layout, Flux2Layout):
+            # What is called guidance there is true CFG.
+            latents = self.pipeline(**asked, image=list(pictures) or None, guidance_scale=job.true_cfg_scale).images
+            return self.family.layout.from_vae(self.pipeline.vae, latents)[0]
+        asked |= {"guidance_scale": job.guidance_scale, "true_cfg_scale": job.true_cfg_scale}
+        asked["pooled_prompt_embeds"] = self.prompt(1).pooled[None]
+        if job.true_cfg_scale > 1:
+            asked["negative_pooled_prompt_embeds"] = self.prompt(2).pooled[None]
+        if self.family.edits is Edits.REFERENCES:
+            asked |= {"max_area": job.width * job.height, "_auto_resize": False}
+            for one in pictures:  # the pipeline's own choice of size is a megapixel
+                size = nearest_trained_size(self.family.trained_sizes, *one.size, job.width * job.height)
+                asked["image"] = one.resize(size, Image.Resampling.LANCZOS)
+        return self.pipeline(**asked).images[0]
+
+    @torch.inference_mode()
+    def decode(self, tokens: torch.Tensor, job: DenoiseJob) -> np.ndarray:
+        """Pixels in [0, 1], (height, width, 3)."""
+        vae = self.pipeline.vae
+        latents = self.family.layout.to_vae(vae, tokens[None], Geometry.of(job.width, job.height))
+        pixels = vae.decode(latents, return_dict=False)[0]
+        return self.pipeline.image_processor.postprocess(pixels, output_type="np")[0]
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A picture with structure at several scales."""
+    generator = np.random.default_rng(seed)
+    coarse = Image.fromarray(generator.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    return coarse.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def plans(job: DenoiseJob, decided: Mapping[str, Sequence[Decision]] | None = None) -> list[StepPlan]:
+    """The plans of one job alone; every step computes unless ``decided`` says otherwise, per branch."""
+    formed = []
+    digest = FIRST_DIGEST
+    for step in range(job.steps_to_run):
+        branches = tuple(_branch_step(name, decided[name], step) if decided else BranchStep(name, True, (), 0)
+                         for name in job.branches)  # fmt: skip
+        last = step + 1 == job.steps_to_run
+        plan = StepPlan(step, "", (job,) if step == 0 else (), (RowStep(job.row_id, step, branches, last),))
+        digest = plan_digest(digest, plan)
+        formed.append(replace(plan, digest=digest))
+    return formed
+
+
+def _branch_step(branch: str, decisions: Sequence[Decision], step: int) -> BranchStep:
+    history = max(len(decision.weights) for decision in decisions)
+    return BranchStep(branch, decisions[step].compute, decisions[step].weights, history)
+
+
+def run(engine: Engine, formed: Sequence[StepPlan], conditioning: Conditioning) -> torch.Tensor:
+    """The finished tokens of the job that ``formed`` admits, (image_tokens, channels); on rank 0 only."""
+    result = None
+    for plan in formed:
+        result = engine.execute(plan, [conditioning for _ in plan.admit])
+    assert result is not None
+    return next(iter(result.latents.values()), torch.empty(0))

@@ -1,0 +1,81 @@
+"""The table of models: how a checkpoint is recognised, and what few-step models do with the cache."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from app.engine.families import (
+    FAMILIES,
+    FLUX2_KLEIN,
+    FLUX2_KLEIN_BASE,
+    FLUX_DEV,
+    FLUX_KONTEXT,
+    FLUX_SCHNELL,
+    Edits,
+    Family,
+    family_of,
+)
+from app.engine.loading import CheckpointError
+from tests.local_group import MODEL
+
+
+def write(folder: Path, index: dict[str, object], transformer: dict[str, object] | None = None) -> Path:
+    (folder / "transformer").mkdir()
+    (folder / "model_index.json").write_text(json.dumps(index))
+    if transformer is not None:
+        (folder / "transformer" / "config.json").write_text(json.dumps(transformer))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("index", "transformer", "expected"),
+    [
+        ({"_class_name": "FluxPipeline"}, {"guidance_embeds": True}, FLUX_DEV),
+        ({"_class_name": "FluxPipeline"}, {"guidance_embeds": False}, FLUX_SCHNELL),
+        ({"_class_name": "FluxPipeline"}, {}, FLUX_SCHNELL),
+        ({"_class_name": "FluxKontextPipeline"}, None, FLUX_KONTEXT),
+        ({"_class_name": "Flux2KleinPipeline", "is_distilled": True}, None, FLUX2_KLEIN),
+        ({"_class_name": "Flux2KleinPipeline", "is_distilled": False}, None, FLUX2_KLEIN_BASE),
+    ],
+)
+def test_a_checkpoint_is_recognised(
+    tmp_path: Path, index: dict[str, object], transformer: dict[str, object] | None, expected: Family
+) -> None:
+    assert family_of(write(tmp_path, index, transformer)) is expected
+
+
+def test_the_shipped_model_is_of_the_first_family() -> None:
+    assert family_of(MODEL) is FLUX_DEV
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({"_class_name": "StableDiffusionPipeline"}, "names the pipeline 'StableDiffusionPipeline'; served are Flux"),
+        ({"_class_name": "FluxPipeline"}, r"config\.json is missing"),
+    ],
+)
+def test_another_pipeline_is_refused(tmp_path: Path, index: dict[str, object], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        family_of(write(tmp_path, index))
+    (tmp_path / "model_index.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"model_index\.json is not valid JSON"):
+        family_of(tmp_path)
+
+
+def test_few_step_models_reuse_only_with_a_profile() -> None:
+    off = {family.name for family in FAMILIES if family.cache_off_reason(has_profile=False)}
+    assert off == {FLUX_SCHNELL.name, FLUX2_KLEIN.name}
+    assert not any(family.cache_off_reason(has_profile=True) for family in FAMILIES)
+    reason = FLUX_SCHNELL.cache_off_reason(has_profile=False)
+    assert reason is not None
+    assert reason.startswith("FLUX.1-schnell is made for 4 steps")
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_who_takes_pictures_says_how_many(family: Family) -> None:
+    assert (family.max_sources > 0) == (family.edits is not Edits.NONE)
+    assert not family.trained_sizes or family.edits is Edits.REFERENCES

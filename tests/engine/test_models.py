@@ -1,0 +1,98 @@
+"""Every family against diffusers' pipeline of its own, on tiny random checkpoints in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from PIL import Image
+
+from app.engine.engine import Engine
+from app.engine.messages import DenoiseJob
+from magcache_core import apply_mag_cache, choose, decisions, load_profile, remove_mag_cache
+from tests.engine.models import TinyModel, picture, plans, run
+from tests.local_group import job, psnr
+
+ModelOf = Callable[[str], TinyModel]
+WIDE, TALL = picture(96, 64, seed=1), picture(64, 80, seed=2)
+
+
+@pytest.fixture(scope="module")
+def model_of(tmp_path_factory: pytest.TempPathFactory) -> ModelOf:
+    made: dict[str, TinyModel] = {}
+
+    def model(name: str) -> TinyModel:
+        if name not in made:
+            made[name] = TinyModel(name, tmp_path_factory.mktemp("models") / name)
+        return made[name]
+
+    return model
+
+
+def check_equal(model: TinyModel, asked: DenoiseJob, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert (ours - theirs).norm() / theirs.norm() <= 1e-4
+    assert psnr(model.decode(ours, asked), model.decode(theirs, asked)) >= 60
+
+
+CASES = [
+    ("flux.1-dev", job("a/0", size=(96, 64), steps=5), ()),
+    ("flux.1-dev", job("a/0", size=(64, 64), steps=4, true_cfg_scale=2.5), ()),
+    ("flux.1-schnell", job("a/0", size=(64, 96), steps=4), ()),
+    ("flux.1-kontext-dev", job("a/0", size=(96, 64), steps=4), ()),
+    ("flux.1-kontext-dev", job("a/0", size=(64, 64), steps=4), (WIDE,)),
+    ("flux.1-kontext-dev", job("a/0", size=(64, 96), steps=3, true_cfg_scale=3.0), (TALL,)),
+    ("flux.2-klein-4b", job("a/0", size=(96, 64), steps=4), ()),
+    ("flux.2-klein-4b", job("a/0", size=(96, 96), steps=4), (WIDE,)),
+    ("flux.2-klein-4b", job("a/0", size=(128, 96), steps=4), (WIDE, TALL)),
+    ("flux.2-klein-base", job("a/0", size=(64, 80), steps=5, true_cfg_scale=4.0), (TALL,)),
+]
+Pictures = tuple[Image.Image, ...]
+
+
+@pytest.mark.parametrize(("name", "asked", "pictures"), CASES)
+def test_cache_off_equals_its_pipeline(model_of: ModelOf, name: str, asked: DenoiseJob, pictures: Pictures) -> None:
+    model = model_of(name)
+    ours = run(Engine(model.folder), plans(asked), model.conditioning(asked, pictures))
+    check_equal(model, asked, ours, model.reference(asked, pictures))
+    if pictures:
+        without = run(Engine(model.folder), plans(asked), model.conditioning(asked))
+        assert (ours - without).norm() / ours.norm() > 1e-3, "the picture must matter, or this test shows nothing"
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "pictures"),
+    [
+        ("flux.1-dev", 2.5, ()),
+        ("flux.1-kontext-dev", 1.0, (WIDE,)),
+        ("flux.2-klein-base", 1.0, (WIDE, TALL)),
+        ("flux.2-klein-base", 4.0, (TALL,)),
+    ],
+)
+def test_cache_on_equals_the_hooks(model_of: ModelOf, name: str, scale: float, pictures: Pictures) -> None:
+    """The hooks store the residual of all tokens, the engine that of the picture's: the rest is never painted."""
+    model = model_of(name)
+    asked = job("a/0", size=(96, 96), steps=12, true_cfg_scale=scale)
+    plan = choose(load_profile("flux.1-dev"), 12)
+    assert 3 < plan.schedule.count("C") < 9
+    engine = Engine(model.folder)
+    decided = dict.fromkeys(asked.branches, decisions(plan, engine.sampler.sigmas(12, 36).tolist()))
+    conditioning = model.conditioning(asked, pictures)
+    ours = run(engine, plans(asked, decided), conditioning)
+    apply_mag_cache(model.pipeline.transformer, plan)
+    try:
+        theirs = model.reference(asked, pictures)
+    finally:
+        remove_mag_cache(model.pipeline.transformer)
+    check_equal(model, asked, ours, theirs)
+    uncached = run(Engine(model.folder), plans(asked), conditioning)
+    assert (ours - uncached).norm() / ours.norm() > 1e-3, "the cache must matter, or this test shows nothing"
+
+
+def test_references_are_not_kept(model_of: ModelOf) -> None:
+    model = model_of("flux.1-kontext-dev")
+    asked = job("a/0", size=(64, 64), steps=3)
+    first, *_ = plans(asked, {"cond": decisions(choose(load_profile("flux.1-dev"), 3))})
+    result = Engine(model.folder).execute(first, [model.conditioning(asked, (WIDE,))])
+    width = model.pipeline.transformer.inner_dim
+    assert result.residual_bytes == 16 * width * torch.float32.itemsize

@@ -1,0 +1,91 @@
+"""Every family on two and three ranks (real processes, gloo) against diffusers' pipeline, cache off and on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch.distributed import FileStore
+
+from app.engine.engine import Engine
+from app.engine.messages import Conditioning, DenoiseJob, StepPlan
+from app.engine.parallel import TensorParallelGroup
+from magcache_core import Plan, apply_mag_cache, choose, decisions, load_profile, remove_mag_cache
+from tests.engine.models import TinyModel, picture, plans, run
+from tests.local_group import job, psnr
+
+CASES: dict[str, tuple[DenoiseJob, int]] = {
+    "flux.1-dev": (job("a/0", size=(64, 80), steps=12, true_cfg_scale=2.0), 0),
+    "flux.1-schnell": (job("a/0", size=(64, 96), steps=4), 0),
+    "flux.1-kontext-dev": (job("a/0", size=(64, 80), steps=12), 1),
+    "flux.2-klein-4b": (job("a/0", size=(96, 96), steps=4), 2),
+    "flux.2-klein-base": (job("a/0", size=(64, 80), steps=12, true_cfg_scale=4.0), 1),
+}
+PICTURES = (picture(64, 80, seed=1), picture(80, 64, seed=2))
+Work = list[tuple[list[StepPlan], Conditioning]]
+
+
+def _cached(asked: DenoiseJob) -> Plan | None:
+    """Few-step models run with the cache off."""
+    return choose(load_profile("flux.1-dev"), asked.num_inference_steps) if asked.num_inference_steps > 8 else None
+
+
+def _run_rank(rank: int, size: int, folder: str, work: dict[str, Work]) -> None:
+    torch.set_num_threads(1)
+    store = FileStore(f"{folder}/store", size)
+    group = TensorParallelGroup.join(rank, size, store, torch.device("cpu"), timeout_seconds=120)
+    made = {
+        name: [run(Engine(Path(folder) / name, group), formed, tensors) for formed, tensors in parts]
+        for name, parts in work.items()
+    }
+    if rank == 0:
+        torch.save(made, f"{folder}/made.pt")
+    torch.distributed.barrier()
+    # As in the service, which kills its ranks: gloo's orderly exit may abort when the other one is gone already.
+    os._exit(0)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TinyModel]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: TinyModel(name, folder / name) for name in CASES}
+
+
+@pytest.fixture(scope="module")
+def expected(models: dict[str, TinyModel]) -> dict[str, list[torch.Tensor]]:
+    """What diffusers makes, first with every step computed, then with the cache where the model has one."""
+    found = {}
+    for name, (asked, sources) in CASES.items():
+        model, plan = models[name], _cached(asked)
+        found[name] = [model.reference(asked, PICTURES[:sources])]
+        if plan is not None:
+            apply_mag_cache(model.pipeline.transformer, plan)
+            found[name].append(model.reference(asked, PICTURES[:sources]))
+            remove_mag_cache(model.pipeline.transformer)
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_sharded_equals_the_pipelines(
+    size: int, models: dict[str, TinyModel], expected: dict[str, list[torch.Tensor]]
+) -> None:
+    work: dict[str, Work] = {}
+    for name, (asked, sources) in CASES.items():
+        tensors = models[name].conditioning(asked, PICTURES[:sources])
+        work[name] = [(plans(asked), tensors)]
+        plan = _cached(asked)
+        if plan is not None:
+            sigmas = Engine(models[name].folder).sampler.sigmas(asked.num_inference_steps, 20).tolist()
+            work[name].append((plans(asked, dict.fromkeys(asked.branches, decisions(plan, sigmas))), tensors))
+    folder = next(iter(models.values())).folder.parent
+    (folder / "store").unlink(missing_ok=True)
+    mp.spawn(_run_rank, args=(size, str(folder), work), nprocs=size)
+    made = torch.load(folder / "made.pt")
+    assert made.keys() == expected.keys()
+    for name, (asked, _) in CASES.items():
+        for ours, theirs in zip(made[name], expected[name], strict=True):
+            assert (ours - theirs).norm() / theirs.norm() <= 1e-4, name
+            assert psnr(models[name].decode(ours, asked), models[name].decode(theirs, asked)) >= 60, name
