@@ -48,11 +48,11 @@ def build(settings: Settings) -> Application:
     )
     replica = _deployment(
         FluxReplica,
-        num_replicas=settings.num_replicas,
+        **replica_count(settings),
         # The replica itself only supervises; its ranks take the bundles.
         ray_actor_options={"num_cpus": 0},
         placement_group_bundles=[rank_bundle(settings) for _ in range(settings.tensor_parallel_size)],
-        placement_group_strategy="PACK",
+        placement_group_strategy=settings.placement_group_strategy,
         max_ongoing_requests=settings.max_ongoing_requests,
         max_queued_requests=settings.max_queued_requests,
         **common,
@@ -61,7 +61,7 @@ def build(settings: Settings) -> Application:
         ImagesApi,
         ray_actor_options=helper,
         # Above what may run and wait behind it, so that a full queue is answered and not left hanging.
-        max_ongoing_requests=2 * (settings.max_ongoing_requests * settings.num_replicas + settings.max_queued_requests),
+        max_ongoing_requests=2 * (settings.max_ongoing_requests * settings.max_replicas + settings.max_queued_requests),
         **common,
     )
     return api.bind(
@@ -77,6 +77,22 @@ def _deployment(cls: type, **options: Any) -> Deployment:
     return deployment
 
 
+def replica_count(settings: Settings) -> dict[str, Any]:
+    """Serve's options for the number of groups: fixed, or between the two bounds as the load asks."""
+    autoscaling = settings.autoscaling
+    if autoscaling.max_replicas is None:
+        return {"num_replicas": settings.num_replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": settings.num_replicas,
+            "max_replicas": autoscaling.max_replicas,
+            "target_ongoing_requests": autoscaling.target_ongoing_requests,
+            "upscale_delay_s": autoscaling.upscale_delay_s,
+            "downscale_delay_s": autoscaling.downscale_delay_s,
+        }
+    }
+
+
 def rank_bundle(settings: Settings) -> dict[str, float]:
     """What one rank reserves."""
     cpu = {"CPU": settings.cpus_per_rank}
@@ -84,7 +100,7 @@ def rank_bundle(settings: Settings) -> dict[str, float]:
 
 
 def needed_resources(settings: Settings) -> dict[str, float]:
-    """Logical CPUs and GPUs that all deployments together reserve."""
+    """Logical CPUs and GPUs that all deployments together reserve at the start."""
     ranks = settings.num_replicas * settings.tensor_parallel_size
     on_gpu = [settings.encoder_runs_on, settings.decoder_runs_on].count("cuda")
     gpus = ranks * settings.gpus_per_rank if settings.device == "cuda" else 0.0

@@ -160,6 +160,27 @@ class HttpSettings(_Section):
     )
 
 
+class AutoscalingSettings(_Section):
+    """How the number of tensor-parallel groups follows the load; without `max_replicas` it stays at `num_replicas`."""
+
+    max_replicas: PositiveInt | None = Field(
+        default=None, description="Most groups; `num_replicas` is then the fewest. null keeps their number fixed."
+    )
+    target_ongoing_requests: float = Field(
+        default=4.0,
+        gt=0.0,
+        description="Pictures per group, running or waiting, that autoscaling aims at; about `max_batch_rows`.",
+    )
+    upscale_delay_s: float = Field(
+        default=30.0, ge=0.0, description="Time that the load must ask for more groups before one is added."
+    )
+    downscale_delay_s: float = Field(
+        default=600.0,
+        ge=0.0,
+        description="Time that the load must ask for fewer groups before one is drained: loading takes minutes.",
+    )
+
+
 class Settings(_Section):
     """All settings of one application: the `args` of an application in a Serve config file."""
 
@@ -185,6 +206,11 @@ class Settings(_Section):
     )
     num_replicas: PositiveInt = Field(
         default=1, description="Tensor-parallel groups; each holds a whole copy of the model."
+    )
+    placement_group_strategy: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = Field(
+        default="PACK",
+        description="How the ranks of a group lie on nodes: PACK, on as few as possible, since they exchange "
+        "activations at every layer; SPREAD, on as many as there are. STRICT_ waits for nodes that allow just that.",
     )
     threads_per_rank: int = Field(
         default=0, ge=0, description="CPU threads of one rank's torch; 0 leaves torch's choice."
@@ -245,6 +271,9 @@ class Settings(_Section):
     magcache: MagCacheSettings = Field(default=MagCacheSettings(), description="The server's MagCache policy.")
     quality: QualitySettings = Field(default=QualitySettings(), description="What `quality` means.")
     http: HttpSettings = Field(default=HttpSettings(), description="Limits on one HTTP request; streams.")
+    autoscaling: AutoscalingSettings = Field(
+        default=AutoscalingSettings(), description="How the number of groups follows the load."
+    )
 
     @field_validator("served_model_name")
     @classmethod
@@ -265,6 +294,20 @@ class Settings(_Section):
         if self.dtype == "float16" and self.device == "cpu":
             raise ValueError("dtype is 'float16' on device 'cpu', where it is slow and overflows; choose 'float32'")
         return self
+
+    @model_validator(mode="after")
+    def _autoscaling_has_a_range(self) -> Self:
+        if self.max_replicas < self.num_replicas:
+            raise ValueError(
+                f"autoscaling.max_replicas is {self.max_replicas}; raise it to at least num_replicas, "
+                f"{self.num_replicas}"
+            )
+        return self
+
+    @property
+    def max_replicas(self) -> int:
+        """Most tensor-parallel groups that may run at once."""
+        return self.autoscaling.max_replicas or self.num_replicas
 
     @property
     def model_name(self) -> str:

@@ -50,6 +50,8 @@ def test_helpers_run_where_the_ranks_run_unless_told() -> None:
         ({"num_replicas": "2"}, ("num_replicas",), "valid integer"),
         ({"num_replicas": True}, ("num_replicas",), "valid integer"),
         ({"num_replicas": 0}, ("num_replicas",), "greater than or equal to 1"),
+        ({"num_replicas": 3, "autoscaling": {"max_replicas": 2}}, (), "raise it to at least num_replicas, 3"),
+        ({"placement_group_strategy": "pack"}, ("placement_group_strategy",), "'PACK', 'STRICT_PACK', 'SPREAD'"),
         ({"device": "gpu"}, ("device",), "'cpu' or 'cuda'"),
         ({"dtype": "float16"}, (), "choose 'float32'"),
         ({"model": ""}, ("model",), "at least 1 character"),
