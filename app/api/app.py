@@ -2,16 +2,18 @@
 
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from app.api.backend import Backend
 from app.api.errors import InvalidRequestError, ServiceError
+from app.api.events import STREAM_EVENTS
 from app.api.middleware import RequestMiddleware
 from app.api.replies import error_response
 from app.api.routes import new_service, router
@@ -65,15 +67,16 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     """FastAPI's schema, with the body that the images route reads by hand and without its own kind of error."""
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
-        _, definitions = models_json_schema(
-            [(ImagesRequest, "validation")], ref_template="#/components/schemas/{model}", by_alias=False
-        )
+        by_hand: list[tuple[type[BaseModel], Literal["validation", "serialization"]]] = [(ImagesRequest, "validation")]
+        by_hand += [(event, "serialization") for event in STREAM_EVENTS]
+        _, definitions = models_json_schema(by_hand, ref_template="#/components/schemas/{model}", by_alias=False)
         components = schema["components"]["schemas"]
         components.update(definitions["$defs"])
         for unused in ("HTTPValidationError", "ValidationError"):
             components.pop(unused, None)
         for path in schema["paths"].values():
             for operation in path.values():
-                operation["responses"].pop("422", None)
+                if "HTTPValidationError" in str(operation["responses"].get("422")):
+                    del operation["responses"]["422"]
         app.openapi_schema = schema
     return app.openapi_schema

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -20,6 +21,9 @@ class ImagesJob:
         negative_prompt: present only when true CFG runs.
         n: picture ``i`` of ``n`` uses ``seed + i``.
         output_compression: quality of jpeg and webp, 0 to 100; png ignores it.
+        priority: higher goes first.
+        deadline_s: seconds from the request's arrival to its last picture; None has all the time.
+        partial_images: previews wanted of each picture.
     """
 
     request_id: str
@@ -35,6 +39,37 @@ class ImagesJob:
     magcache: MagCacheOptions
     output_format: OutputFormat
     output_compression: int
+    priority: int = 0
+    deadline_s: float | None = None
+    partial_images: int = 0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where picture ``index`` of a request stands.
+
+    Attributes:
+        step: steps done, 0 while it waits.
+        decision: ``C`` (computed) or ``.`` (reused) of the last step done, empty while it waits.
+        eta_s: estimated seconds to the last step.
+        queue_position: pictures admitted before it, itself counted; 0 once it runs.
+    """
+
+    index: int
+    step: int
+    steps: int
+    decision: str
+    eta_s: float
+    queue_position: int
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What picture ``index`` looks like on the way; ``partial_index`` counts its previews from 0."""
+
+    index: int
+    partial_index: int
+    data: bytes
 
 
 @dataclass(frozen=True)
@@ -47,6 +82,9 @@ class Picture:
     encode_seconds: float
     decode_seconds: float
     total_seconds: float
+
+
+StreamItem = Progress | Preview | Picture
 
 
 @dataclass(frozen=True)
@@ -62,6 +100,16 @@ class Backend(Protocol):
 
     async def generate(self, job: ImagesJob) -> list[Picture]:
         """The ``job.n`` pictures in the order of their seeds."""
+
+    def stream(self, job: ImagesJob, *, progress: bool) -> AsyncGenerator[StreamItem, None]:
+        """What becomes of ``job``, as it happens; closing the generator ends the request.
+
+        First comes a `Progress` for each picture as soon as it is taken, at the end its `Picture`; in between up to
+        ``job.partial_images`` times a `Preview` (a late one is left out) and, with ``progress``, a `Progress` a step.
+        """
+
+    async def cancel(self, request_id: str) -> int:
+        """End every request with this id, wherever it is; returns how many pictures that were."""
 
     async def health(self) -> HealthReport:
         """Whether every part that a picture needs is up."""

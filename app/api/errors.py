@@ -111,6 +111,10 @@ class DeadlineImpossibleError(ServiceError):
         super().__init__(message, param="deadline_s")
         self.soonest_s = soonest_s
 
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"X-Soonest-Seconds": f"{self.soonest_s:.3f}"}
+
 
 class DeadlinePassedError(ServiceError):
     """The deadline passed before the picture was done; its row was freed at the next step boundary: 504."""
@@ -125,6 +129,14 @@ class RequestCancelledError(ServiceError):
     status: int = HTTPStatus.CONFLICT
     type: ErrorType = "invalid_request_error"
     code = "request_cancelled"
+
+
+class RequestNotFoundError(ServiceError):
+    """No request with this id is under way: 404."""
+
+    status: int = HTTPStatus.NOT_FOUND
+    type: ErrorType = "invalid_request_error"
+    code = "request_not_found"
 
 
 class UnavailableError(ServiceError):

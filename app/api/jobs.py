@@ -10,10 +10,11 @@ from http import HTTPStatus
 from typing import get_args
 
 from app.api.backend import ImagesJob, OutputFormat
+from app.api.cache_options import Shape, cache_options
 from app.api.errors import InvalidRequestError, ModelNotFoundError
-from app.api.schemas import MAX_SEED, ImagesRequest, MagCacheBody
-from app.engine.messages import MagCacheOptions
-from app.settings import MagCacheSettings, SamplingSettings, Settings
+from app.api.schemas import MAX_SEED, ImagesRequest, MagCacheBody, Quality
+from app.engine.messages import COND, UNCOND
+from app.settings import SamplingSettings, Settings
 
 # FLUX is distilled with guidance already inside; a mild scale on top steers away from the negative prompt and leaves
 # the colours alone.
@@ -21,15 +22,32 @@ DEFAULT_TRUE_CFG_SCALE = 2.0
 # Drawn seeds stay exact in JSON readers whose only number is a double.
 _DRAWN_SEEDS = 2**53
 _FORMATS: tuple[OutputFormat, ...] = get_args(OutputFormat)
+# The names of DALL-E's days.
+_QUALITIES: dict[str, Quality] = {"standard": "auto", "hd": "high"}
 
 
 @dataclass(frozen=True)
 class Ask:
-    """A job, whether its reply is the bare file, and what the request asked for without effect."""
+    """A job, the form of its reply, and what the request asked for without effect.
+
+    Attributes:
+        as_file: the reply is the bare file.
+        stream: the reply is a stream of events, with ``progress`` of each step.
+        text_tokens: tokens that the model reads, padding and the negative prompt included.
+    """
 
     job: ImagesJob
     as_file: bool
+    stream: bool
+    progress: bool
+    quality: Quality
+    text_tokens: int
     warnings: tuple[str, ...]
+
+    @property
+    def size(self) -> str:
+        """``WIDTHxHEIGHT``."""
+        return f"{self.job.width}x{self.job.height}"
 
 
 def build(request: ImagesRequest, settings: Settings, request_id: str, accept: str = "") -> Ask:
@@ -55,12 +73,20 @@ def build(request: ImagesRequest, settings: Settings, request_id: str, accept: s
     if request.negative_prompt is not None:
         _check_prompt("negative_prompt", request.negative_prompt, settings, may_be_empty=True)
     width, height = _size(request.size, sampling)
-    output_format, as_file = _reply_form(request, accept)
+    stream = request.stream or False
+    _check_stream(request, stream)
+    output_format, as_file = _reply_form(request, "" if stream else accept)
+    if as_file and stream:
+        raise InvalidRequestError(
+            "response_format 'file' is one file, and a stream is events; ask for b64_json", param="response_format"
+        )
     if as_file and n != 1:
         raise InvalidRequestError(f"n is {n}, but a file reply holds one picture; ask for b64_json", param="n")
     if request.output_compression is not None and output_format == "png":
         warnings.append("output_compression is ignored: png is lossless")
     negative_prompt, true_cfg_scale = _true_cfg(request, warnings)
+    branches = (COND,) if negative_prompt is None else (COND, UNCOND)
+    quality = _quality(request)
     job = ImagesJob(
         request_id=request_id,
         prompt=request.prompt,
@@ -72,11 +98,35 @@ def build(request: ImagesRequest, settings: Settings, request_id: str, accept: s
         guidance_scale=sampling.guidance_scale if request.guidance_scale is None else request.guidance_scale,
         true_cfg_scale=true_cfg_scale,
         seed=_seed(request.seed, n),
-        magcache=_magcache(request.magcache or MagCacheBody(), settings.magcache, steps, warnings),
+        magcache=cache_options(
+            request.magcache or MagCacheBody(), quality, settings, Shape(steps, width, height, branches), warnings
+        ),
         output_format=output_format,
         output_compression=100 if request.output_compression is None else request.output_compression,
+        priority=request.priority or 0,
+        deadline_s=request.deadline_s,
+        partial_images=request.partial_images or 0,
     )
-    return Ask(job, as_file, tuple(warnings))
+    return Ask(
+        job=job,
+        as_file=as_file,
+        stream=stream,
+        progress=request.progress or False,
+        quality=quality,
+        text_tokens=sampling.max_sequence_length * len(branches),
+        warnings=tuple(warnings),
+    )
+
+
+def _check_stream(request: ImagesRequest, stream: bool) -> None:
+    for name in ("partial_images", "progress"):
+        if getattr(request, name) and not stream:
+            raise InvalidRequestError(f"{name} comes as events of a stream: set stream to true", param=name)
+
+
+def _quality(request: ImagesRequest) -> Quality:
+    asked = request.quality or "auto"
+    return _QUALITIES.get(asked, asked)  # type: ignore[arg-type]
 
 
 def _at_most(name: str, value: int, limit: int) -> None:
@@ -189,36 +239,3 @@ def _seed(seed: int | None, n: int) -> int:
             f"seed + n - 1 must be at most {MAX_SEED}: each picture has its own seed", param="seed"
         )
     return seed
-
-
-def _magcache(asked: MagCacheBody, server: MagCacheSettings, steps: int, warnings: list[str]) -> MagCacheOptions:
-    enabled = server.enabled if asked.enabled is None else asked.enabled
-    names = ("mag_threshold", "mag_max_skip_steps", "mag_retention_ratio", "computed_steps")
-    budget = asked.computed_steps
-    if budget is not None and budget > steps:
-        raise InvalidRequestError(
-            f"magcache.computed_steps is {budget}; of {steps} steps at most {steps} can be computed",
-            param="magcache.computed_steps",
-        )
-    if budget is not None and asked.mag_threshold is not None:
-        raise InvalidRequestError(
-            "magcache.mag_threshold and magcache.computed_steps exclude each other: a threshold and a number of "
-            "computed steps both decide the schedule",
-            param="magcache.mag_threshold",
-        )
-    idle = [name for name in names if getattr(asked, name) is not None]
-    if idle and not enabled:
-        warnings.append(f"magcache.{', magcache.'.join(idle)} without effect: magcache.enabled is false")
-
-    def pick(name: str) -> float | int | None:
-        value: float | int | None = getattr(asked, name)
-        return getattr(server, name) if value is None else value
-
-    skips = pick("mag_max_skip_steps")
-    return MagCacheOptions(
-        enabled=enabled,
-        mag_threshold=pick("mag_threshold") if budget is None else None,
-        mag_max_skip_steps=None if skips is None else int(skips),
-        mag_retention_ratio=pick("mag_retention_ratio"),
-        computed_steps=budget,
-    )

@@ -31,7 +31,7 @@ def sane_request_id(given: str | None) -> str:
 
 def outcome(status: int) -> str:
     """The metric's outcome of a request that ended with ``status``."""
-    special = {CLIENT_CLOSED_REQUEST: "cancelled", 429: "busy", 503: "unavailable"}
+    special = {CLIENT_CLOSED_REQUEST: "cancelled", 409: "cancelled", 429: "busy", 503: "unavailable"}
     return special.get(status) or ("ok" if status < 400 else "invalid" if status < 500 else "failed")
 
 
@@ -81,6 +81,8 @@ class RequestMiddleware:
             error = ServiceError(f"internal error; quote request id {request_id} to the operator")
             await error_response(error)(scope, receive, send_with_id)
         finally:
+            # A stream that fails has sent its status long before.
+            status = scope["state"].get("failed_with", status) if status < 400 else status
             self._record(scope, request_id, status or 500, time.perf_counter() - started)
 
     def _record(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""From finished pictures to HTTP replies, in OpenAI's JSON or as the bare file."""
+"""From finished pictures to HTTP replies, in OpenAI's JSON or as the bare file; both carry the numbers in headers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from starlette.responses import Response
 from app.api.backend import ImagesJob, Picture
 from app.api.errors import ServiceError
 from app.api.jobs import Ask
-from app.api.schemas import ImageReply, ImagesReply, MagCacheReply, Timings
+from app.api.schemas import ImageReply, ImagesReply, MagCacheReply, Timings, TokenDetails, Usage
+from app.engine.geometry import Geometry
 
 
 class AsciiJSONResponse(Response):
@@ -21,7 +22,12 @@ class AsciiJSONResponse(Response):
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
+        return ascii_json(content)
+
+
+def ascii_json(content: Any) -> bytes:
+    """``content`` as compact JSON on one line."""
+    return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
 def error_response(error: ServiceError) -> Response:
@@ -42,19 +48,34 @@ def timings(picture: Picture) -> Timings:
 
 def pictures_response(ask: Ask, pictures: list[Picture]) -> Response:
     """The reply in the form that the client asked for."""
+    headers = _headers(ask, pictures)
     if ask.as_file:
-        return _file(ask, pictures[0])
+        return Response(pictures[0].data, media_type=f"image/{ask.job.output_format}", headers=headers)
     reply = ImagesReply(
         created=int(time.time()),
-        data=[_image(ask.job, picture) for picture in pictures],
+        data=[image_reply(ask.job, picture) for picture in pictures],
         output_format=ask.job.output_format,
-        size=f"{ask.job.width}x{ask.job.height}",
+        quality=ask.quality,
+        size=ask.size,
+        usage=usage(ask, len(pictures)),
         warnings=list(ask.warnings),
     )
-    return AsciiJSONResponse(reply.model_dump())
+    return AsciiJSONResponse(reply.model_dump(), headers=headers)
 
 
-def _image(job: ImagesJob, picture: Picture) -> ImageReply:
+def usage(ask: Ask, pictures: int) -> Usage:
+    """Tokens of ``ask``'s prompts and of so many pictures."""
+    output = pictures * Geometry.of(ask.job.width, ask.job.height).tokens
+    return Usage(
+        input_tokens=ask.text_tokens,
+        output_tokens=output,
+        total_tokens=ask.text_tokens + output,
+        input_tokens_details=TokenDetails(text_tokens=ask.text_tokens, image_tokens=0),
+    )
+
+
+def image_reply(job: ImagesJob, picture: Picture) -> ImageReply:
+    """One picture as JSON has it."""
     report = picture.report
     return ImageReply(
         b64_json=base64.b64encode(picture.data).decode("ascii"),
@@ -66,25 +87,37 @@ def _image(job: ImagesJob, picture: Picture) -> ImageReply:
             skipped=report.skipped,
             predicted_error=report.predicted_error,
             negative_schedule=report.negative_schedule,
+            lowered_by=report.lowered_by,  # type: ignore[arg-type]  # the scheduler's two words
         ),
         timings=timings(picture),
+        eta_s=report.eta_seconds,
+        queue_position=report.queue_position,
     )
 
 
-def _file(ask: Ask, picture: Picture) -> Response:
-    report, seconds = picture.report, timings(picture).model_dump()
-    headers = {
-        "X-Seed": str(picture.seed),
-        "X-Size": f"{ask.job.width}x{ask.job.height}",
-        "X-MagCache-Enabled": str(ask.job.magcache.enabled).lower(),
-        "X-MagCache-Schedule": report.schedule,
-        "X-MagCache-Computed": str(report.computed),
-        "X-MagCache-Skipped": str(report.skipped),
-        "X-MagCache-Predicted-Error": f"{report.predicted_error:.6g}",
-        "Server-Timing": ", ".join(f"{name[:-2]};dur={value * 1000:.1f}" for name, value in seconds.items()),
+def _headers(ask: Ask, pictures: list[Picture]) -> dict[str, str]:
+    """What the JSON says of the pictures; with several of them a value for each, in their order."""
+    reports = [picture.report for picture in pictures]
+    slowest = max((timings(picture).model_dump() for picture in pictures), key=lambda phases: phases["total_s"])
+    values: dict[str, list[str | None]] = {
+        "X-Seed": [str(picture.seed) for picture in pictures],
+        "X-Eta-Seconds": [f"{report.eta_seconds:.3f}" for report in reports],
+        "X-Queue-Position": [str(report.queue_position) for report in reports],
+        "X-MagCache-Schedule": [report.schedule for report in reports],
+        "X-MagCache-Negative-Schedule": [report.negative_schedule for report in reports],
+        "X-MagCache-Computed": [str(report.computed) for report in reports],
+        "X-MagCache-Skipped": [str(report.skipped) for report in reports],
+        "X-MagCache-Predicted-Error": [f"{report.predicted_error:.6g}" for report in reports],
+        "X-MagCache-Lowered-By": [report.lowered_by for report in reports],
     }
-    if report.negative_schedule is not None:
-        headers["X-MagCache-Negative-Schedule"] = report.negative_schedule
+    headers = {
+        "X-Size": ask.size,
+        "X-MagCache-Enabled": str(ask.job.magcache.enabled).lower(),
+        "Server-Timing": ", ".join(f"{name[:-2]};dur={value * 1000:.1f}" for name, value in slowest.items()),
+    }
+    for name, of_each in values.items():
+        if any(value is not None for value in of_each):
+            headers[name] = ", ".join("none" if value is None else value for value in of_each)
     if ask.warnings:
         headers["X-Warnings"] = "; ".join(ask.warnings)
-    return Response(picture.data, media_type=f"image/{ask.job.output_format}", headers=headers)
+    return headers

@@ -12,12 +12,14 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from starlette.responses import Response
 
-from app.api.backend import Backend
-from app.api.errors import ModelNotFoundError, ServiceError
-from app.api.jobs import build
+from app.api.backend import Backend, Picture
+from app.api.errors import ModelNotFoundError, RequestNotFoundError, ServiceError
+from app.api.events import STREAM_EVENTS, Kind
+from app.api.jobs import Ask, build
 from app.api.middleware import IMAGES_PATH
 from app.api.replies import AsciiJSONResponse, pictures_response, timings
-from app.api.schemas import ErrorReply, HealthReply, ImagesReply, ModelCard, ModelList
+from app.api.schemas import CancelReply, ErrorReply, HealthReply, ImagesReply, ModelCard, ModelList
+from app.api.streaming import stream_response
 from app.api.validation import parse, read_json
 from app.metrics import ApiMetrics, Families, merge_families
 from app.settings import Settings
@@ -35,6 +37,10 @@ class Service:
     registry: CollectorRegistry
     metrics: ApiMetrics
     started: int
+
+    def observe(self, picture: Picture) -> None:
+        """Count one finished picture."""
+        self.metrics.observe_phases(**timings(picture).model_dump())
 
     @property
     def card(self) -> ModelCard:
@@ -54,20 +60,29 @@ def _errors(**descriptions: str) -> dict[int | str, dict[str, Any]]:
 _IMAGES_RESPONSES: Mapping[int | str, dict[str, Any]] = {
     200: {
         "model": ImagesReply,
-        "description": "The pictures; with `response_format: file` or an image type in `Accept` the bare file.",
+        "description": "The pictures; with `response_format: file` or an image type in `Accept` the bare file; with "
+        "`stream` server-sent events.",
         "content": {
             f"image/{name}": {"schema": {"type": "string", "format": "binary"}} for name in ("png", "jpeg", "webp")
+        }
+        | {
+            "text/event-stream": {
+                "schema": {"oneOf": [{"$ref": f"#/components/schemas/{event.__name__}"} for event in STREAM_EVENTS]}
+            }
         },
     },
     **_errors(
         s400="A field is wrong; `param` names it.",
         s404="No such model.",
         s406="`Accept` asks for an image type that does not exist here.",
+        s409="Somebody cancelled the request.",
         s413="The body is too large.",
         s415="The body is not JSON.",
+        s422="`deadline_s` cannot be met; `X-Soonest-Seconds` says what can.",
         s429="The queue is full; `Retry-After` says when to ask again.",
         s500="The pictures could not be made.",
         s503="Not ready; `Retry-After` says when to ask again.",
+        s504="`deadline_s` passed.",
     ),
 }
 
@@ -90,16 +105,41 @@ async def generate(request: Request) -> Response:
     service = _service(request)
     body = parse(await read_json(request, service.settings.http.max_body_bytes))
     ask = build(body, service.settings, request.state.request_id, request.headers.get("accept", ""))
-    job = ask.job
+    return await answer(request, ask)
+
+
+async def answer(request: Request, ask: Ask, kind: Kind = "image_generation") -> Response:
+    """Have the pictures made and reply in the form that was asked for."""
+    service, job = _service(request), ask.job
     logger.info(
-        "request %s: %d picture(s) of %dx%d, %d steps, seed %d, true CFG %s, MagCache %s",
+        "request %s: %d picture(s) of %dx%d, %d steps, seed %d, true CFG %s, MagCache %s%s",
         job.request_id, job.n, job.width, job.height, job.num_inference_steps, job.seed,
         "off" if job.negative_prompt is None else job.true_cfg_scale, "on" if job.magcache.enabled else "off",
+        ", streamed" if ask.stream else "",
     )  # fmt: skip
-    pictures = await service.get_backend().generate(job)
+    backend = service.get_backend()
+    if ask.stream:
+        items = backend.stream(job, progress=ask.progress)
+        return await stream_response(request, ask, items, service.settings.http.heartbeat_s, service.observe, kind)
+    pictures = await backend.generate(job)
     for picture in pictures:
-        service.metrics.observe_phases(**timings(picture).model_dump())
+        service.observe(picture)
     return pictures_response(ask, pictures)
+
+
+@router.delete(
+    "/v1/requests/{request_id}",
+    summary="Cancel a request",
+    tags=["images"],
+    responses=_errors(s404="No such request is under way."),
+)
+async def cancel(request_id: str, request: Request) -> CancelReply:
+    """End every request whose `X-Request-Id` is this; whoever waits for one gets 409."""
+    pictures = await _service(request).get_backend().cancel(request_id)
+    if pictures == 0:
+        raise RequestNotFoundError(f"no request {request_id[:128]!r} is under way; it may be over already")
+    logger.info("request %s: %d picture(s) cancelled by %s", request_id[:128], pictures, request.state.request_id)
+    return CancelReply(id=request_id, pictures=pictures)
 
 
 @router.get(
@@ -166,6 +206,7 @@ async def index(request: Request) -> dict[str, Any]:
         "model": _service(request).settings.model_name,
         "endpoints": {
             f"POST {IMAGES_PATH}": "make pictures (OpenAI's dialect)",
+            "DELETE /v1/requests/{id}": "cancel a request by its X-Request-Id",
             "GET /v1/models": "the served model",
             "GET /health": "200 when pictures can be made, else 503",
             "GET /metrics": "Prometheus metrics",

@@ -10,6 +10,11 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from app.api.backend import OutputFormat
 
 MAX_SEED = 2**63 - 1
+MOST_URGENT = 10
+MAX_PARTIAL_IMAGES = 3
+_DAY_S = 86400.0
+
+Quality = Literal["low", "medium", "high", "auto"]
 
 
 class MagCacheBody(BaseModel):
@@ -29,6 +34,11 @@ class MagCacheBody(BaseModel):
         default=None,
         ge=1,
         description="Compute exactly this many steps, at the best places; instead of `mag_threshold`.",
+    )
+    min_computed_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="The fewest steps to compute when a deadline or a busy server would take some away.",
     )
 
 
@@ -67,12 +77,34 @@ class ImagesRequest(BaseModel):
     )
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED, description="Drawn and returned when left out.")
     magcache: MagCacheBody | None = Field(default=None, description="MagCache settings of this request.")
-    quality: Literal["auto", "standard"] | None = Field(default=None, description="Only `auto`: steps set the quality.")
+    quality: Literal["auto", "low", "medium", "high", "standard", "hd"] | None = Field(
+        default=None,
+        description="Share of the steps that compute: the server's presets `low`, `medium` and `high`, or its default "
+        "policy, `auto`. `standard` is `auto`, `hd` is `high`.",
+    )
+    priority: int | None = Field(
+        default=None,
+        ge=-MOST_URGENT,
+        le=MOST_URGENT,
+        description="Higher goes first when requests wait, 0 by default; who waits long overtakes.",
+    )
+    deadline_s: float | None = Field(
+        default=None,
+        gt=0,
+        le=_DAY_S,
+        description="Seconds from now within which the pictures are wanted: fewer steps compute if that helps, and 422 "
+        "comes at once if it does not.",
+    )
+    stream: bool | None = Field(default=None, description="Answer with server-sent events.")
+    partial_images: int | None = Field(
+        default=None, ge=0, le=MAX_PARTIAL_IMAGES, description="Previews of each picture in a stream, 0 by default."
+    )
+    progress: bool | None = Field(
+        default=None, description="Have a `flux.progress` event of each step in a stream. OpenAI has no such event."
+    )
     background: Literal["auto", "opaque"] | None = Field(default=None, description="FLUX paints opaque pictures only.")
     moderation: Literal["auto", "low"] | None = Field(default=None, description="Accepted; the service moderates not.")
     style: None = Field(default=None, description="OpenAI's styles do not exist here; describe one in the prompt.")
-    stream: Literal[False] | None = Field(default=None, description="Only `false`: the reply comes when it is whole.")
-    partial_images: Literal[0] | None = Field(default=None, description="Only 0, see `stream`.")
     user: str | None = Field(default=None, max_length=256, description="Accepted for OpenAI's clients; not used.")
     safety_identifier: str | None = Field(
         default=None, max_length=256, description="Accepted for OpenAI's clients; not used."
@@ -81,11 +113,9 @@ class ImagesRequest(BaseModel):
 
 # Why a value of an OpenAI field is refused, where the list of valid values does not explain itself.
 REASONS = {
-    "quality": "the steps decide the quality here: set num_inference_steps or magcache",
+    "quality": "for every step, set magcache.enabled to false; for a number of them, magcache.computed_steps",
     "background": "FLUX paints opaque pictures only",
     "style": "this model has no style switch: describe the style in the prompt",
-    "stream": "the reply comes when it is whole",
-    "partial_images": "the reply comes when it is whole",
     "seed": "leave it out for a random one, which the reply names",
 }
 
@@ -99,6 +129,7 @@ class MagCacheReply(BaseModel):
     skipped: int = Field(description="Reused steps, both CFG branches counted.")
     predicted_error: float
     negative_schedule: str | None = Field(description="The schedule of the negative prompt's branch under true CFG.")
+    lowered_by: Literal["deadline", "load"] | None = Field(description="What took computed steps away, if any.")
 
 
 class Timings(BaseModel):
@@ -118,6 +149,24 @@ class ImageReply(BaseModel):
     seed: int = Field(description="The seed that makes this very picture again.")
     magcache: MagCacheReply
     timings: Timings
+    eta_s: float = Field(description="Seconds that denoising was estimated to take at its arrival, queue included.")
+    queue_position: int = Field(description="Pictures before it at its arrival, itself counted; 0: there was room.")
+
+
+class TokenDetails(BaseModel):
+    """Input tokens by kind."""
+
+    text_tokens: int
+    image_tokens: int
+
+
+class Usage(BaseModel):
+    """The request's size in tokens, in OpenAI's form."""
+
+    input_tokens: int
+    output_tokens: int = Field(description="Tokens of the pictures: one for 16x16 pixels.")
+    total_tokens: int
+    input_tokens_details: TokenDetails
 
 
 class ImagesReply(BaseModel):
@@ -125,8 +174,11 @@ class ImagesReply(BaseModel):
 
     created: int = Field(description="Unix time in seconds.")
     data: list[ImageReply]
+    background: Literal["opaque"] = "opaque"
     output_format: OutputFormat
+    quality: Quality
     size: str = Field(examples=["1024x1024"])
+    usage: Usage
     warnings: list[str] = Field(description="What was asked for and had no effect.")
 
 
@@ -143,6 +195,14 @@ class ErrorReply(BaseModel):
     """OpenAI's error envelope."""
 
     error: ErrorBody
+
+
+class CancelReply(BaseModel):
+    """The reply of `DELETE /v1/requests/{id}`."""
+
+    id: str
+    object: Literal["request.cancelled"] = "request.cancelled"
+    pictures: int = Field(description="Pictures that were ended.")
 
 
 class ModelCard(BaseModel):

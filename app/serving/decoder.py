@@ -16,7 +16,7 @@ from app.settings import Settings
 
 
 class ImageDecoder:
-    """Decodes one picture at a time, off the event loop."""
+    """Decodes one picture at a time, off the event loop; finished ones before previews."""
 
     def __init__(self, settings: Settings) -> None:
         configure_logging(settings.log_level)
@@ -31,6 +31,9 @@ class ImageDecoder:
         self._layout = family_of(local_model(settings.model)).layout
         self._processor = VaeImageProcessor(vae_scale_factor=TOKEN_PIXELS)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
+        self._finished = 0  # pictures, not previews, that are in the thread or wait for it
+        self._changed = asyncio.Condition()
+        self._one_preview = asyncio.Lock()
 
     async def decode(
         self, latents: torch.Tensor, width: int, height: int, output_format: str, compression: int
@@ -43,6 +46,26 @@ class ImageDecoder:
             output_format: png, jpeg or webp.
             compression: quality of jpeg and webp, 0 to 100.
         """
+        self._finished += 1
+        try:
+            return await self._in_thread(latents, width, height, output_format, compression)
+        finally:
+            self._finished -= 1
+            async with self._changed:
+                self._changed.notify_all()
+
+    async def preview(
+        self, latents: torch.Tensor, width: int, height: int, output_format: str, compression: int
+    ) -> bytes:
+        """As `decode`, when nothing finished waits: a finished picture is held up by one preview at most."""
+        async with self._one_preview:
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._finished == 0)
+            return await self._in_thread(latents, width, height, output_format, compression)
+
+    async def _in_thread(
+        self, latents: torch.Tensor, width: int, height: int, output_format: str, compression: int
+    ) -> bytes:
         run = asyncio.get_running_loop().run_in_executor
         return await run(self._thread, self._decode, latents, Geometry.of(width, height), output_format, compression)
 

@@ -2,15 +2,19 @@
 
 import asyncio
 import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 
 import ray
 from ray import serve
 
-from app.api.errors import UnavailableError
-from app.engine.messages import Conditioning, DenoiseJob, DenoiseResult
+from app.api.errors import DeadlinePassedError, UnavailableError
+from app.engine.messages import Conditioning, DenoiseJob, DenoiseResult, ProgressEvent
 from app.serving.errors import GroupFailedError
 from app.serving.group import RankGroup
 from app.serving.logs import configure_logging
+from app.serving.news import news_of, until
 from app.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -38,12 +42,54 @@ class FluxReplica:
 
         Raises:
             UnavailableError: the group broke again and again while it held this picture.
+            DeadlinePassedError: the deadline passed while the group was rebuilt.
         """
+        return await self._denoise(job, conditioning, lambda group: None)
+
+    async def follow(
+        self, job: DenoiseJob, conditioning: Conditioning, progress: bool
+    ) -> AsyncGenerator[tuple[ProgressEvent, ...] | DenoiseResult, None]:
+        """As `denoise`, but told of on the way; the last item is the result.
+
+        A picture that is made again after a rebuild begins at step 0 once more, without the previews that were sent.
+
+        Args:
+            progress: yield every step; else only the first news and those with a preview.
+        """
+        groups: asyncio.Queue[RankGroup] = asyncio.Queue()
+        picture = asyncio.create_task(self._denoise(job, conditioning, groups.put_nowait))
+        previews_sent, begun = 0, False
+        try:
+            while (group := await until(picture, groups.get())) is not None:
+                previews_made = 0
+                async for news in news_of(group.coordinator, job.row_id, picture):
+                    events = []
+                    for event in news:
+                        previews_made += event.preview is not None
+                        if event.preview is not None and previews_made <= previews_sent:
+                            event = replace(event, preview=None)
+                        if progress or not begun or event.preview is not None:
+                            events.append(event)
+                        begun = True
+                    previews_sent = max(previews_sent, previews_made)
+                    if events:
+                        yield tuple(events)
+            yield await picture
+        finally:
+            picture.cancel()
+
+    async def _denoise(
+        self, job: DenoiseJob, conditioning: Conditioning, asked: Callable[[RankGroup], None]
+    ) -> DenoiseResult:
+        """Ask one group after another, telling ``asked`` of each, until one makes the picture."""
         reference = ray.put(conditioning)
+        came = time.monotonic()
         for _ in range(self._settings.rebuild_attempts + 1):
             group = self._group
             try:
-                result: DenoiseResult = await group.coordinator.denoise.remote(job, [reference])
+                call = group.coordinator.denoise.remote(_with_time_left(job, time.monotonic() - came), [reference])
+                asked(group)
+                result: DenoiseResult = await call
                 return result
             except asyncio.CancelledError:
                 group.coordinator.cancel.remote(job.row_id)
@@ -110,3 +156,12 @@ class FluxReplica:
         bundles = ray.util.get_current_placement_group()
         assert bundles is not None, "Serve gives every replica the placement group that build() asks for"
         return await RankGroup.build(self._settings, bundles, self._replica, self._rebuilds)
+
+
+def _with_time_left(job: DenoiseJob, spent_s: float) -> DenoiseJob:
+    """``job`` with what is left of its deadline."""
+    if job.deadline_s is None:
+        return job
+    if spent_s >= job.deadline_s:
+        raise DeadlinePassedError("the deadline passed while the tensor-parallel group was rebuilt")
+    return replace(job, deadline_s=job.deadline_s - spent_s)

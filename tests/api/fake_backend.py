@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 
 from PIL import Image
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 
-from app.api.backend import HealthReport, ImagesJob, Picture
+from app.api.backend import HealthReport, ImagesJob, Picture, Preview, Progress, StreamItem
+from app.api.errors import RequestCancelledError
 from app.engine.messages import DenoiseReport
 from app.metrics import CoordinatorMetrics
 
@@ -19,30 +20,68 @@ SCHEDULE = "CCC..C.."
 
 
 class FakeBackend:
-    """Answers at once; ``error`` makes it fail, ``hold`` makes it wait until cancelled."""
+    """Answers at once; ``error`` makes it fail, ``hold`` makes it wait until cancelled.
+
+    A stream fails with ``late_error`` after its first progress, and is silent for ``silence_s`` before its end.
+    """
 
     def __init__(self) -> None:
         self.jobs: list[ImagesJob] = []
         self.error: Exception | None = None
+        self.late_error: Exception | None = None
+        self.silence_s = 0.0
         self.hold = False
         self.taken = asyncio.Event()
         self.cancelled = 0
         self.ready = True
+        self.lowered_by: str | None = None
+        self.held: dict[str, asyncio.Event] = {}
         self.registry = CollectorRegistry()
         self.coordinator = CoordinatorMetrics(self.registry, model="flux-tiny", replica="r0")
 
     async def generate(self, job: ImagesJob) -> list[Picture]:
+        await self._take(job)
+        await self._maybe_hold(job)
+        return [self._picture(job, job.seed + index) for index in range(job.n)]
+
+    async def stream(self, job: ImagesJob, *, progress: bool) -> AsyncGenerator[StreamItem, None]:
+        await self._take(job)
+        for index in range(job.n):
+            yield Progress(index, 0, len(SCHEDULE), "", 1.5, 2)
+        if self.late_error is not None:
+            raise self.late_error
+        await self._maybe_hold(job)
+        for index in range(job.n):
+            for step, decision in enumerate(SCHEDULE if progress else "", 1):
+                yield Progress(index, step, len(SCHEDULE), decision, 1.5 - step / 8, 0)
+            for partial_index in range(job.partial_images):
+                yield Preview(index, partial_index, self._file(job, 60 * partial_index))
+            await asyncio.sleep(self.silence_s)
+            yield self._picture(job, job.seed + index)
+
+    async def cancel(self, request_id: str) -> int:
+        ended = self.held.pop(request_id, None)
+        if ended is None:
+            return 0
+        ended.set()
+        return self.jobs[-1].n
+
+    async def _take(self, job: ImagesJob) -> None:
         self.jobs.append(job)
         self.taken.set()
         if self.error is not None:
             raise self.error
-        if self.hold:
-            try:
-                await asyncio.Event().wait()
-            except asyncio.CancelledError:
-                self.cancelled += 1
-                raise
-        return [self._picture(job, job.seed + index) for index in range(job.n)]
+
+    async def _maybe_hold(self, job: ImagesJob) -> None:
+        if not self.hold:
+            return
+        ended = self.held[job.request_id] = asyncio.Event()
+        try:
+            await ended.wait()
+        except (asyncio.CancelledError, GeneratorExit):
+            self.cancelled += 1
+            raise
+        raise RequestCancelledError("the request was cancelled")
 
     def _picture(self, job: ImagesJob, seed: int) -> Picture:
         report = DenoiseReport(
@@ -53,13 +92,19 @@ class FakeBackend:
             negative_schedule=None if job.negative_prompt is None else SCHEDULE,
             queue_seconds=0.01,
             denoise_seconds=0.2,
-            batch_rows_mean=1.0,
+            eta_seconds=1.5,
+            queue_position=2,
+            lowered_by=self.lowered_by,
         )
         self.coordinator.observe_request(report)
+        data = self._file(job, seed)
+        return Picture(data, seed, report, encode_seconds=0.02, decode_seconds=0.03, total_seconds=0.26)
+
+    def _file(self, job: ImagesJob, colour: int) -> bytes:
         file = io.BytesIO()
-        picture = Image.new("RGB", (job.width, job.height), (seed % 256, seed // 256 % 256, 128))
+        picture = Image.new("RGB", (job.width, job.height), (colour % 256, colour // 256 % 256, 128))
         picture.save(file, job.output_format.upper(), quality=job.output_compression)
-        return Picture(file.getvalue(), seed, report, encode_seconds=0.02, decode_seconds=0.03, total_seconds=0.26)
+        return file.getvalue()
 
     async def health(self) -> HealthReport:
         return HealthReport(self.ready, {"replicas": int(self.ready)})

@@ -63,13 +63,17 @@ async def test_everything_that_a_request_may_say(client: httpx.AsyncClient, back
             "mag_threshold": 0.1,
             "mag_max_skip_steps": 2,
             "mag_retention_ratio": 0.25,
+            "min_computed_steps": 3,
         },
+        "priority": -3,
+        "deadline_s": 60,
         "quality": "auto",
         "background": "opaque",
         "moderation": "low",
         "style": None,
         "stream": False,
         "partial_images": 0,
+        "progress": False,
         "user": "somebody",
         "safety_identifier": None,
     }
@@ -79,11 +83,20 @@ async def test_everything_that_a_request_may_say(client: httpx.AsyncClient, back
     assert (job.n, job.width, job.height, job.num_inference_steps) == (2, 192, 64, 8)
     assert (job.guidance_scale, job.true_cfg_scale, job.negative_prompt) == (2.0, 3.0, "blue")
     assert (job.seed, job.output_format, job.output_compression) == (2**63 - 2, "webp", 80)
-    assert job.magcache == MagCacheOptions(True, 0.1, 2, 0.25)
+    assert job.magcache == MagCacheOptions(True, 0.1, 2, 0.25, min_computed_steps=3)
+    assert (job.priority, job.deadline_s, job.partial_images) == (-3, 60.0, 0)
 
     reply = response.json()
-    assert set(reply) == {"created", "data", "output_format", "size", "warnings"}
+    assert set(reply) == {"created", "data", "background", "output_format", "quality", "size", "usage", "warnings"}
     assert (reply["output_format"], reply["size"], reply["warnings"]) == ("webp", "192x64", [])
+    assert (reply["background"], reply["quality"]) == ("opaque", "auto")
+    # Two prompts of 32 tokens each, two pictures of 12 x 4 tokens.
+    assert reply["usage"] == {
+        "input_tokens": 64,
+        "output_tokens": 96,
+        "total_tokens": 160,
+        "input_tokens_details": {"text_tokens": 64, "image_tokens": 0},
+    }
     assert [item["seed"] for item in reply["data"]] == [2**63 - 2, 2**63 - 1]
     first = reply["data"][0]
     picture = Image.open(io.BytesIO(base64.b64decode(first["b64_json"])))
@@ -95,7 +108,9 @@ async def test_everything_that_a_request_may_say(client: httpx.AsyncClient, back
         "skipped": 4,
         "predicted_error": 0.125,
         "negative_schedule": SCHEDULE,
+        "lowered_by": None,
     }
+    assert (first["eta_s"], first["queue_position"]) == (1.5, 2)
     assert first["timings"] == {"queue_s": 0.01, "encode_s": 0.02, "denoise_s": 0.2, "decode_s": 0.03, "total_s": 0.26}
 
 

@@ -50,7 +50,7 @@ def test_steps_by_decision_and_branch() -> None:
 
 def test_requests_and_gauges() -> None:
     registry, metrics = _metrics()
-    metrics.observe_request(DenoiseReport("CC..", 2, 6, 0.1, None, 0.0, 0.1, 1.0))
+    metrics.observe_request(DenoiseReport("CC..", 2, 6, 0.1, None, 0.0, 0.1))
     metrics.running(3)
     metrics.waiting(2)
     metrics.residual_bytes(4096)

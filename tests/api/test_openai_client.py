@@ -63,6 +63,9 @@ def test_a_picture(openai_client: openai.OpenAI) -> None:
         assert item.model_extra["seed"] == 3 + index
         assert item.model_extra["magcache"]["schedule"] == SCHEDULE
     assert (reply.size, reply.output_format) == ("192x128", "jpeg")
+    assert (reply.quality, reply.background) == ("auto", "opaque")
+    assert reply.usage is not None
+    assert reply.usage.output_tokens == 2 * 12 * 8
     assert reply.model_extra == {"warnings": []}
     assert reply._request_id
 
@@ -91,8 +94,8 @@ def test_errors_become_the_clients_exceptions(openai_client: openai.OpenAI, back
         openai_client.images.generate(prompt="a", model="gpt-image-1")
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as streaming:
-        openai_client.images.generate(prompt="a", stream=True)
-    assert streaming.value.param == "stream"
+        openai_client.images.generate(prompt="a", stream=True, partial_images=5)
+    assert streaming.value.param == "partial_images"
     with pytest.raises(openai.APIStatusError) as large:
         openai_client.images.generate(prompt="x" * (1 << 20))
     assert large.value.status_code == 413

@@ -1,0 +1,148 @@
+"""Server-sent events over HTTP: a real status before the first byte, signs of life, and an end that ends the work."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from app.api.backend import Picture, Progress, StreamItem
+from app.api.errors import ServiceError
+from app.api.events import HEARTBEAT, Kind, error_event, event_of
+from app.api.jobs import Ask
+
+logger = logging.getLogger(__name__)
+
+
+class Paced:
+    """The items of a generator, with a word when none comes for a while. A wait cut short loses no item."""
+
+    def __init__(self, items: AsyncGenerator[StreamItem, None], patience_s: float) -> None:
+        self._items = items
+        self._patience_s = patience_s
+        self._next: asyncio.Task[StreamItem] | None = None
+
+    async def next(self) -> StreamItem | None:
+        """The next item, or None when it takes longer than the patience lasts.
+
+        Raises:
+            StopAsyncIteration: there are no more.
+        """
+        if self._next is None:
+            self._next = asyncio.create_task(anext(self._items))
+        await asyncio.wait({self._next}, timeout=self._patience_s)
+        if not self._next.done():
+            return None
+        done, self._next = self._next, None
+        return done.result()
+
+    async def aclose(self) -> None:
+        """End the generator, wherever it is."""
+        if self._next is not None:
+            self._next.cancel()
+            await asyncio.wait({self._next})
+        await self._items.aclose()
+
+
+async def stream_response(
+    request: Request,
+    ask: Ask,
+    items: AsyncGenerator[StreamItem, None],
+    heartbeat_s: float,
+    observe: Callable[[Picture], None],
+    kind: Kind = "image_generation",
+) -> Response:
+    """Answer with ``items`` as events, once the first of them has shown that the request is taken.
+
+    Args:
+        heartbeat_s: silence after which a comment is sent; the reply begins after it at the latest.
+        observe: told of each finished picture.
+
+    Raises:
+        ServiceError: the request failed before anything was sent; it gets a status like any other.
+    """
+    paced = Paced(items, heartbeat_s)
+    try:
+        first = await paced.next()
+    except BaseException:
+        await paced.aclose()
+        raise
+    return EventStream(_events(request, ask, paced, first, observe, kind), _headers(ask, first))
+
+
+class EventStream(StreamingResponse):
+    """Sends events until they end, or until the client is gone, which ends them."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None], headers: dict[str, str]) -> None:
+        super().__init__(self._counted(events), headers=headers)
+        self._events = events
+        self._complete = False
+
+    async def _counted(self, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+        async for event in events:
+            yield event
+        self._complete = True
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve the reply; the generator is closed in any case, and so the work behind it."""
+        async with aclosing(self._events):
+            await super().__call__(scope, receive, send)
+        if not self._complete:
+            raise ClientDisconnect
+
+
+async def _events(
+    request: Request,
+    ask: Ask,
+    paced: Paced,
+    item: StreamItem | None,
+    observe: Callable[[Picture], None],
+    kind: Kind,
+) -> AsyncGenerator[bytes, None]:
+    try:
+        while True:
+            if isinstance(item, Picture):
+                observe(item)
+            event = HEARTBEAT if item is None else event_of(ask, item, kind)
+            if event is not None:
+                yield event
+            item = await paced.next()
+    except StopAsyncIteration:
+        pass
+    except ServiceError as error:
+        yield _told(request, error)
+    except Exception:
+        request_id = request.state.request_id
+        logger.exception("request %s failed in its stream", request_id)
+        yield _told(request, ServiceError(f"internal error; quote request id {request_id} to the operator"))
+    finally:
+        await paced.aclose()
+
+
+def _told(request: Request, error: ServiceError) -> bytes:
+    # The reply's status went out as 200; logs and metrics get the one that fits.
+    request.state.failed_with = error.status
+    return error_event(error)
+
+
+def _headers(ask: Ask, first: StreamItem | None) -> dict[str, str]:
+    """What is known when the reply begins; proxies are told to pass the events on at once."""
+    headers = {
+        "Cache-Control": "no-cache",
+        "X-Accel-Buffering": "no",
+        "X-Size": ask.size,
+        "X-Seed": ", ".join(str(ask.job.seed + index) for index in range(ask.job.n)),
+        "X-MagCache-Enabled": str(ask.job.magcache.enabled).lower(),
+    }
+    if isinstance(first, Progress):
+        headers |= {"X-Eta-Seconds": f"{first.eta_s:.3f}", "X-Queue-Position": str(first.queue_position)}
+    if ask.warnings:
+        headers["X-Warnings"] = "; ".join(ask.warnings)
+    return headers

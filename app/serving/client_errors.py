@@ -1,0 +1,43 @@
+"""What went wrong behind the ingress, as the client is told."""
+
+import ray
+from ray.serve.exceptions import BackPressureError, RayServeException
+
+from app.api.errors import BusyError, DeadlineImpossibleError, InvalidRequestError, ServiceError, UnavailableError
+from magcache_core import ConfigError
+
+
+def client_error(error: BaseException, other_phases_s: float) -> BaseException:
+    """The error to raise in the ingress for one that a call to another part raised; ``error`` if nobody foresaw it.
+
+    Args:
+        other_phases_s: what the request took before it was denoised, and will take afterwards.
+    """
+    cause = innermost(error)
+    if isinstance(cause, DeadlineImpossibleError):
+        # The coordinator knows its part only; the client asked for the whole.
+        soonest_s = cause.soonest_s + other_phases_s
+        return DeadlineImpossibleError(f"{cause.message}; the whole request takes {soonest_s:.2f} s", soonest_s)
+    if isinstance(cause, ServiceError):
+        return cause
+    if isinstance(cause, BackPressureError):
+        return BusyError(retry_after_s=1.0)
+    if isinstance(cause, ConfigError):
+        return InvalidRequestError(
+            f"magcache.computed_steps={cause.value!r} is not allowed here: it must be {cause.allowed}",
+            param="magcache.computed_steps",
+        )
+    if isinstance(cause, (ray.exceptions.RayActorError, RayServeException)):
+        return UnavailableError(f"a part of the service is restarting: {cause}")
+    return error
+
+
+def innermost(error: BaseException) -> BaseException:
+    """The first error of a group, out of the wrappers with their stacks that Ray puts around it at each call."""
+    while True:
+        if isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        elif isinstance(error, ray.exceptions.RayTaskError):
+            error = error.cause
+        else:
+            return error

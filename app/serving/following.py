@@ -1,0 +1,75 @@
+"""One picture followed from the ingress while a replica denoises it: progress, previews, and the result."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import aclosing
+
+import torch
+from ray.serve.handle import DeploymentHandle
+
+from app.api.backend import Preview, Progress, StreamItem
+from app.engine.messages import Conditioning, DenoiseJob, DenoiseResult, ProgressEvent
+from app.serving.calls import items_of, result_of
+
+logger = logging.getLogger(__name__)
+
+FileForm = tuple[int, int, str, int]
+"""Width, height, format and compression of a picture file, as `ImageDecoder` takes them."""
+
+
+class Follower:
+    """Tells of one picture. Previews are decoded beside it: a late one is left out and holds nothing up."""
+
+    def __init__(
+        self,
+        replica: DeploymentHandle,
+        decoder: DeploymentHandle,
+        form: FileForm,
+        index: int,
+        tell: Callable[[StreamItem], None],
+    ) -> None:
+        self._replica = replica.options(stream=True)
+        self._decoder = decoder
+        self._form = form
+        self._index = index
+        self._tell = tell
+        self._previews = 0
+        self._decoding: set[asyncio.Task[None]] = set()
+
+    async def result(self, job: DenoiseJob, conditioning: Conditioning, progress: bool) -> DenoiseResult:
+        """Have ``job`` denoised; with ``progress`` tell of each step, else of its beginning and its previews only."""
+        result: DenoiseResult | None = None
+        async with aclosing(items_of(self._replica.follow.remote(job, conditioning, progress))) as items:
+            async for item in items:
+                if isinstance(item, DenoiseResult):
+                    result = item
+                else:
+                    self._pass_on(item)
+        assert result is not None, "a replica's stream ends with the result or an error"
+        return result
+
+    def stop_previews(self) -> None:
+        """Leave out the previews that are not decoded yet; called when the picture is there, or never will be."""
+        for task in self._decoding:
+            task.cancel()
+
+    def _pass_on(self, events: tuple[ProgressEvent, ...]) -> None:
+        for event in events:
+            self._tell(
+                Progress(self._index, event.step, event.steps, event.decision, event.eta_s, event.queue_position)
+            )
+            if event.preview is not None:
+                task = asyncio.create_task(self._preview(event.preview, self._previews))
+                self._previews += 1
+                self._decoding.add(task)
+                task.add_done_callback(self._decoded)
+
+    async def _preview(self, latents: torch.Tensor, partial_index: int) -> None:
+        data: bytes = await result_of(self._decoder.preview.remote(latents, *self._form))
+        self._tell(Preview(self._index, partial_index, data))
+
+    def _decoded(self, task: asyncio.Task[None]) -> None:
+        self._decoding.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.warning("a preview could not be decoded and is left out: %s", task.exception())
