@@ -17,7 +17,7 @@ from PIL import Image
 from app.engine.engine import Engine
 from app.engine.families import Edits, Family, family_of
 from app.engine.geometry import Geometry
-from app.engine.layouts import Flux2Layout
+from app.engine.layouts import Flux2Layout, unpack
 from app.engine.messages import (
     FIRST_DIGEST,
     BranchStep,
@@ -95,6 +95,14 @@ class TinyModel:
         asked["pooled_prompt_embeds"] = self.prompt(1).pooled[None]
         if job.true_cfg_scale > 1:
             asked["negative_pooled_prompt_embeds"] = self.prompt(2).pooled[None]
+        if job.strength is not None:
+            # Given as latents: the pipeline would sample them from the VAE's posterior, the service takes its mode.
+            (source,) = self.conditioning(job, pictures).sources
+            geometry = Geometry.of(job.width, job.height)
+            asked |= {"image": unpack(source.latents[None], geometry), "strength": job.strength}
+            image_to_image = diffusers.FluxImg2ImgPipeline(**self.pipeline.components)
+            image_to_image.set_progress_bar_config(disable=True)
+            return image_to_image(**asked).images[0]
         if self.family.edits is Edits.REFERENCES:
             asked |= {"max_area": job.width * job.height, "_auto_resize": False}
             for one in pictures:  # the pipeline's own choice of size is a megapixel

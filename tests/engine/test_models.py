@@ -10,7 +10,7 @@ from PIL import Image
 
 from app.engine.engine import Engine
 from app.engine.messages import DenoiseJob
-from magcache_core import apply_mag_cache, choose, decisions, load_profile, remove_mag_cache
+from magcache_core import apply_mag_cache, choose, decisions, fill, load_profile, remove_mag_cache
 from tests.engine.models import TinyModel, picture, plans, run
 from tests.local_group import job, psnr
 
@@ -96,3 +96,27 @@ def test_references_are_not_kept(model_of: ModelOf) -> None:
     result = Engine(model.folder).execute(first, [model.conditioning(asked, (WIDE,))])
     width = model.pipeline.transformer.inner_dim
     assert result.residual_bytes == 16 * width * torch.float32.itemsize
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+@pytest.mark.parametrize(("steps", "strength"), [(7, 0.6), (10, 0.3), (5, 1.0), (6, 0.05), (28, 0.999)])
+def test_strength_equals_image_to_image(model_of: ModelOf, steps: int, strength: float, scale: float) -> None:
+    model = model_of("flux.1-dev")
+    asked = job("a/0", size=(64, 48), steps=steps, strength=strength, true_cfg_scale=scale)
+    ours = run(Engine(model.folder), plans(asked), model.conditioning(asked, (WIDE,)))
+    check_equal(model, asked, ours, model.reference(asked, (WIDE,)))
+
+
+def test_strength_with_the_cache_equals_the_hooks(model_of: ModelOf) -> None:
+    model = model_of("flux.1-dev")
+    asked = job("a/0", size=(64, 48), steps=12, strength=0.7)
+    assert (asked.first_step, asked.steps_to_run) == (3, 9)
+    plan = fill(load_profile("flux.1-dev"), "CCCC.C...C.C", "residual")
+    decided = {"cond": decisions(plan)[asked.first_step :]}
+    ours = run(Engine(model.folder), plans(asked, decided), model.conditioning(asked, (WIDE,)))
+    apply_mag_cache(model.pipeline.transformer, plan)
+    try:
+        theirs = model.reference(asked, (WIDE,))
+    finally:
+        remove_mag_cache(model.pipeline.transformer)
+    check_equal(model, asked, ours, theirs)
