@@ -3,8 +3,8 @@
     python -m benchmarks.make_checkpoint --model flux.1-dev --scale tiny --out out/flux-dev-tiny
 
 Folders, file names, tensor names, dtype (bfloat16), configurations, and where weights are split into files are those of
-the published repository; values are random and the tokenizers are trained on the spot. Left out are the copies of the same
-weights for other programs that stand beside the folders, which nothing here reads. ``full`` has the real geometry
+the published repository; values are random and the tokenizers are trained on the spot. Left out are the copies of the
+same weights for other programs that stand beside the folders, which nothing here reads. ``full`` has the real geometry
 (34 GB for FLUX.1, 16 GB for FLUX.2-klein-4B) and is written tensor by tensor in the memory of the largest one.
 """
 

@@ -6,14 +6,12 @@ here stands what only the model's pipeline class knows.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
 
+from app.engine.checkpoint_files import CheckpointError, read_json
 from app.engine.layouts import Flux1Layout, Flux2Layout, Layout
-from app.engine.loading import CheckpointError
 
 FEW_STEPS = 8
 """Up to so many steps a model is distilled so far that hardly any two of its steps are alike."""
@@ -113,10 +111,10 @@ def family_of(model: Path) -> Family:
     Raises:
         CheckpointError: a configuration file is missing or damaged, or the pipeline is none that is served.
     """
-    index = _read_json(model / "model_index.json")
+    index = read_json(model / "model_index.json")
     pipeline = index.get("_class_name")
     if pipeline == "FluxPipeline":
-        guided = _read_json(model / "transformer" / "config.json").get("guidance_embeds", False)
+        guided = read_json(model / "transformer" / "config.json").get("guidance_embeds", False)
         return FLUX_DEV if guided else FLUX_SCHNELL
     if pipeline == "FluxKontextPipeline":
         return FLUX_KONTEXT
@@ -126,13 +124,3 @@ def family_of(model: Path) -> Family:
         f"{model / 'model_index.json'} names the pipeline {pipeline!r}; served are FluxPipeline, FluxKontextPipeline "
         "and Flux2KleinPipeline"
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: is this a model folder in diffusers layout?") from error
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    return value

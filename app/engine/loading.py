@@ -6,26 +6,24 @@ is the shard, not the model.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
 from diffusers.hooks.tensor_parallel import TPShardSpec
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from app.engine.parallel import TensorParallelGroup, local_slices, parallelize, shard_specs
+from app.engine.checkpoint_files import CheckpointError, SafetensorsFile, read_json
+from app.engine.parallel import TensorParallelGroup, local_ranges, parallelize, shard_specs
 
 SUPPORTED_TRANSFORMERS = ("FluxTransformer2DModel", "Flux2Transformer2DModel")
-INDEX_FILE = "diffusion_pytorch_model.safetensors.index.json"
-SINGLE_FILE = "diffusion_pytorch_model.safetensors"
+WEIGHTS = "diffusion_pytorch_model"
+"""What the names of diffusers' weight files begin with; transformers' begin with ``model``."""
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
-
-class CheckpointError(ValueError):
-    """A checkpoint folder that cannot be served; the message names the file or number and what to do."""
+Shape = tuple[int, ...]
 
 
 def load_transformer(
@@ -44,73 +42,90 @@ def load_transformer(
         ValueError: the group's size does not divide the attention heads.
     """
     folder = model / "transformer"
-    config = read_config(folder)
-    with torch.device("meta"):
-        transformer = getattr(diffusers, config["_class_name"]).from_config(config)
+    transformer = meta_transformer(folder)
     specs = shard_specs(transformer, group.size)
-    expected = {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
-    for file in weight_files(folder):
-        for name, tensor in _read_shard(file, expected, specs, group):
-            del expected[name]
+    with ExitStack() as stack:
+        files = [stack.enter_context(SafetensorsFile(path)) for path in weight_files(folder)]
+        check_tensors(folder, shapes(transformer), files)
+        for name, tensor in _read_shard(files, specs, group):
             _place(transformer, name, tensor.to(device=device, dtype=dtype))
-    if expected:
-        names = ", ".join(sorted(expected)[:3])
-        raise CheckpointError(f"{folder} lacks {len(expected)} tensors of the transformer, among them {names}")
     parallelize(transformer, specs, group)
     return transformer.eval().requires_grad_(False)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read a transformer's ``config.json`` and check that its class is one that the engine can run."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: is this a model folder in diffusers layout?")
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+def meta_transformer(folder: Path) -> diffusers.ModelMixin:
+    """The transformer that ``folder``'s ``config.json`` describes, without memory for its parameters.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or names a class that the engine can't run.
+    """
+    config = read_json(folder / "config.json")
     if config.get("_class_name") not in SUPPORTED_TRANSFORMERS:
         supported = ", ".join(SUPPORTED_TRANSFORMERS)
-        raise CheckpointError(f"{path} names the class {config.get('_class_name')!r}; supported are {supported}")
-    return config
+        raise CheckpointError(
+            f"{folder / 'config.json'} names the class {config.get('_class_name')!r}; supported are {supported}"
+        )
+    with torch.device("meta"):
+        return getattr(diffusers, config["_class_name"]).from_config(config)
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path, stem: str = WEIGHTS) -> list[Path]:
     """The safetensors files of a component, from its index when it is sharded. Pickled weights are never read."""
-    index = folder / INDEX_FILE
+    index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        files = [folder / name for name in names]
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index} has no weight_map: download it again")
+        files = [folder / name for name in sorted(set(weight_map.values()))]
     else:
-        files = [folder / SINGLE_FILE]
+        files = [folder / f"{stem}.safetensors"]
     for file in files:
         if not file.is_file():
-            pickled = sorted(path.name for path in folder.glob("*.bin"))
+            pickled = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
             hint = f" ({pickled[0]} is a pickle and is refused: convert it to safetensors)" if pickled else ""
             raise CheckpointError(f"{file} is missing{hint}")
     return files
 
 
+def shapes(model: nn.Module) -> dict[str, Shape]:
+    """The shape of every parameter, by name; tied parameters once."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def check_tensors(folder: Path, expected: Mapping[str, Shape], files: list[SafetensorsFile]) -> None:
+    """Compare what the ``files`` in ``folder`` hold with ``expected``, from their headers alone.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown, twice there or of another shape.
+    """
+    left = dict(expected)
+    for file in files:
+        for name, stored in file.tensors.items():
+            if name not in expected:
+                raise CheckpointError(
+                    f"{file.path} holds the tensor {name!r}, which the {folder.name} of config.json does not have"
+                )
+            if name not in left:
+                raise CheckpointError(f"{file.path} holds {name} once more: delete files that the index doesn't name")
+            if stored.shape != left.pop(name):
+                raise CheckpointError(
+                    f"{file.path}: {name} has shape {stored.shape}, config.json asks for {expected[name]}"
+                )
+    if left:
+        names = ", ".join(sorted(left)[:3])
+        raise CheckpointError(f"{folder} lacks {len(left)} tensors of the {folder.name}, among them {names}")
+
+
 def _read_shard(
-    file: Path, expected: dict[str, tuple[int, ...]], specs: dict[str, TPShardSpec], group: TensorParallelGroup
+    files: list[SafetensorsFile], specs: Mapping[str, TPShardSpec], group: TensorParallelGroup
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    try:
-        with safe_open(file, framework="pt", device="cpu") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
-                if name not in expected:
-                    raise CheckpointError(f"{file} holds the tensor {name!r}, which the transformer does not have")
-                whole = tensors.get_slice(name)
-                if tuple(whole.get_shape()) != expected[name]:
-                    raise CheckpointError(
-                        f"{file}: {name} has shape {tuple(whole.get_shape())}, config.json asks for {expected[name]}"
-                    )
-                spec = specs.get(name)
-                parts = [whole[index or ...] for index in local_slices(spec, group.rank, group.size)]
-                yield name, parts[0] if len(parts) == 1 else torch.cat(parts, dim=spec.dim if spec else 0)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}): download it again") from error
+    for file in files:
+        for name in file.tensors:
+            spec = specs.get(name)
+            ranges = local_ranges(spec, group.rank, group.size)
+            yield name, file.read(name, spec.dim or 0 if spec else 0, ranges)
 
 
 def _place(transformer: nn.Module, name: str, tensor: torch.Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
-    setattr(transformer.get_submodule(owner), leaf, nn.Parameter(tensor.contiguous(), requires_grad=False))
+    setattr(transformer.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))

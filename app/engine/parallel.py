@@ -78,20 +78,20 @@ def shard_specs(transformer: nn.Module, size: int) -> dict[str, TPShardSpec]:
     return specs
 
 
-def local_slices(spec: TPShardSpec | None, rank: int, size: int) -> list[tuple[slice, ...]]:
-    """Index tuples of the pieces of a parameter that ``rank`` holds, to be joined along ``spec.dim``.
+def local_ranges(spec: TPShardSpec | None, rank: int, size: int) -> list[tuple[int, int]]:
+    """The ranges (begin, end) along ``spec.dim`` of what ``rank`` holds of a parameter; empty when it holds all of it.
 
-    A packed projection has one piece per fused block, so that heads and MLP columns of a rank stay together.
+    A packed projection has one range per fused block, so that heads and MLP columns of a rank stay together.
     """
     if spec is None or spec.dim is None or spec.block_sizes is None:
-        return [()]
-    pieces = []
+        return []
+    ranges = []
     offset = 0
     for block in spec.block_sizes:
         width = block // size
-        pieces.append((slice(None),) * spec.dim + (slice(offset + rank * width, offset + (rank + 1) * width),))
+        ranges.append((offset + rank * width, offset + (rank + 1) * width))
         offset += block
-    return pieces
+    return ranges
 
 
 def parallelize(transformer: nn.Module, specs: Mapping[str, TPShardSpec], group: TensorParallelGroup) -> None:

@@ -43,8 +43,8 @@ T5: Mapping[Scale, dict[str, Any]] = {
     "tiny": {"d_model": 64, "d_ff": 128, "num_layers": 2, "num_heads": 4, "d_kv": 16},
 }
 
-# Qwen/Qwen3-4B. FLUX.2-klein's prompt embedding is the hidden states after layers 9, 18 and 27, so that smaller ones can't
-# have fewer than 28 layers.
+# Qwen/Qwen3-4B. FLUX.2-klein's prompt embedding is the hidden states after layers 9, 18 and 27: smaller ones can't have
+# fewer than 28 layers.
 QWEN3: Mapping[Scale, dict[str, Any]] = {
     "full": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32}
     | {"num_key_value_heads": 8, "head_dim": 128},

@@ -9,9 +9,13 @@ import torch
 from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 
-from app.engine.loading import INDEX_FILE, SINGLE_FILE, CheckpointError, load_transformer
+from app.engine.checkpoint_files import CheckpointError
+from app.engine.loading import load_transformer
 from app.engine.parallel import TensorParallelGroup
 from tests.local_group import MODEL
+
+SINGLE_FILE = "diffusion_pytorch_model.safetensors"
+INDEX_FILE = "diffusion_pytorch_model.safetensors.index.json"
 
 
 def load(model: Path) -> FluxTransformer2DModel:
