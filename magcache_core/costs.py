@@ -48,6 +48,23 @@ class CostTable:
         """Longest measured segment, in reused steps."""
         return self.segments["residual"].shape[2] - 1
 
+    def longest(self, steps: int) -> int:
+        """The longest segment of a run of ``steps`` steps, in reused steps, that spans no more than a measured one."""
+        return self.max_skip * (steps - 1) // max(self.steps - 1, 1)
+
+    def tail(self, first: int) -> CostTable:
+        """The costs of a run that begins at step ``first``; segments are kept to the lengths that fit into it."""
+        steps = self.steps - first
+        reach = min(self.max_skip, steps - 1)
+
+        def cut(tables: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            kept = {mode: table[first:, : reach + 2, : reach + 1].clone() for mode, table in tables.items()}
+            for table in kept.values():  # the new first step has nothing before it to extrapolate from
+                table[0, 0] = kept["residual"][0, 0]
+            return kept
+
+        return CostTable(cut(self.pairwise), cut(self.segments), self.gram[first:, first:], self.sensitivity[first:])
+
     def nearest_mode(self, mode: str) -> str:
         """The measured mode that stands for ``mode``: itself, or plain reuse."""
         return mode if mode in self.segments else "residual"
@@ -66,7 +83,7 @@ class CostTable:
                         for axis, size in enumerate(shape))  # fmt: skip
         gap = torch.where(g == 0, 0.0, (g * scale).clamp(min=1.0, max=self.max_skip + 1))
         result = _trilinear(_extended(self.segments[mode]), a * scale, gap, length * scale)
-        exists = (g <= a) & ((g > 0) | (a == 0)) & (a + length <= steps - 1) & (length * scale <= self.max_skip)
+        exists = (g <= a) & ((g > 0) | (a == 0)) & (a + length <= steps - 1) & (length <= self.longest(steps))
         return torch.where(exists, result, torch.inf)
 
     @lru_cache(maxsize=64)  # noqa: B019

@@ -87,12 +87,16 @@ def fewest_steps(
 def _bounds(
     profile: Profile, steps: int | None, retention_ratio: float | None, max_skip_steps: int | None, branch: str
 ) -> MagCacheConfig:
-    """What bounds a plan: steps that must compute, and the longest segment."""
+    """What bounds a plan: steps that must compute, and the longest segment, which is no longer than a measured one."""
     table = profile.branch(branch).costs
-    if table is not None:
-        retention_ratio = 0.0 if retention_ratio is None else retention_ratio
-        max_skip_steps = table.max_skip if max_skip_steps is None else max_skip_steps
-    return profile.config(steps, branch=branch, retention_ratio=retention_ratio, max_skip_steps=max_skip_steps)
+    config = profile.config(steps, branch=branch, retention_ratio=retention_ratio, max_skip_steps=max_skip_steps)
+    if table is None:
+        return config
+    longest = min(
+        table.max_skip if max_skip_steps is None else config.max_skip_steps,
+        table.longest(config.num_inference_steps),
+    )
+    return replace(config, retention_ratio=0.0 if retention_ratio is None else retention_ratio, max_skip_steps=longest)
 
 
 def _forced(config: MagCacheConfig) -> list[bool]:

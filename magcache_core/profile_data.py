@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,16 @@ class BranchCurve:
     norm_stds: tuple[float, ...] = ()
     cos_dises: tuple[float, ...] = ()
     costs: CostTable | None = None
+
+    def tail(self, first: int) -> BranchCurve:
+        """The curve of a run that begins at step ``first``; see `Profile.tail`."""
+        return BranchCurve(
+            # As in any run, no ratio leads to the first step.
+            norm_ratios=(1.0, *self.norm_ratios[first + 1 :]),
+            norm_stds=self.norm_stds[first:],
+            cos_dises=self.cos_dises[first:],
+            costs=None if self.costs is None else self.costs.tail(first),
+        )
 
 
 @dataclass(frozen=True)
@@ -136,6 +147,25 @@ class Profile:
     def source_steps(self, num_inference_steps: int) -> tuple[int, ...]:
         """For each step of a run of ``num_inference_steps``, the profile's step that stands for it (nearest index)."""
         return tuple(nearest_index(i, num_inference_steps, self.steps) for i in range(num_inference_steps))
+
+    def tail(self, first_step: int, num_inference_steps: int) -> Profile:
+        """The profile of a run that enters a schedule of ``num_inference_steps`` late, as image-to-image does.
+
+        Residuals behave by noise level, so such a run takes the end of the curve, from the step nearest to
+        ``first_step``; its recommended budget is its share of the whole run's.
+        """
+        first = nearest_index(first_step, num_inference_steps, self.steps) if first_step else 0
+        if first == 0:
+            return self
+        steps = self.steps - first
+        return replace(
+            self,
+            steps=steps,
+            sigmas=self.sigmas[first:],
+            branches={name: curve.tail(first) for name, curve in self.branches.items()},
+            protected_steps=tuple(step - first for step in self.protected_steps if step >= first),
+            budget=None if self.budget is None else math.ceil(self.budget * steps / self.steps),
+        )
 
     def check_transformer(self, class_name: str) -> None:
         """Raise `ProfileError` unless the profile was measured on this transformer class."""

@@ -191,6 +191,8 @@ def test_the_fewest_steps_are_the_smallest_budget(
     profile = load_profile(name)
     bounds = {"max_skip_steps": max_skip_steps, "retention_ratio": retention_ratio}
     fewest = fewest_steps(profile, steps, **bounds)
-    assert plan(profile, steps, budget=fewest, **bounds).computed == fewest
+    found = plan(profile, steps, budget=fewest, **bounds)
+    assert (found.computed, len(found.schedule)) == (fewest, steps)
+    assert math.isfinite(found.predicted_error), "a segment longer than any that was measured"
     with pytest.raises(ConfigError, match=f"from {fewest} to {steps}"):
         plan(profile, steps, budget=fewest - 1, **bounds)

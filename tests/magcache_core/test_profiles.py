@@ -15,6 +15,7 @@ from magcache_core import (
     ConfigError,
     Profile,
     ProfileError,
+    choose,
     load_profile,
     pick_profile,
     profile_names,
@@ -171,3 +172,26 @@ def test_profile_defaults_are_checked() -> None:
     profile: Profile = replace(FLUX, threshold=-1.0)
     with pytest.raises(ConfigError, match="threshold"):
         profile.config()
+
+
+@pytest.mark.parametrize("name", ["flux.1-dev", "flux-tiny"])
+@pytest.mark.parametrize("first", [0, 3, 14, 27])
+def test_a_tail_is_the_end_of_the_curve(name: str, first: int) -> None:
+    whole = load_profile(name)
+    tail = whole.tail(first, whole.steps)
+    assert tail.steps == whole.steps - first
+    assert tail.ratios == (1.0, *whole.ratios[first + 1 :])
+    assert tail.sigmas == whole.sigmas[first:]
+    found = choose(tail, tail.steps)
+    assert len(found.schedule) == tail.steps
+    assert math.isfinite(found.predicted_error)
+    costs, known = tail.branch().costs, whole.branch().costs
+    if costs is not None and known is not None and first < whole.steps - 3:
+        assert costs.segments["fitted"][2, 2, 1] == known.segments["fitted"][first + 2, 2, 1]
+        assert costs.segments["fitted"][0, 0, 1] == known.segments["residual"][first, 0, 1]
+
+
+def test_a_tail_of_another_step_count_begins_at_the_nearest_step() -> None:
+    assert FLUX.tail(5, 10).ratios[1:] == FLUX.ratios[16:]  # step 5 of 9 is step 15 of 27
+    assert FLUX.tail(5, 10).protected_steps == ()
+    assert FLUX.tail(3, 10).protected_steps == (11 - 9,)
