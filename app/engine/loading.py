@@ -20,7 +20,9 @@ from app.engine.parallel import TensorParallelGroup, local_ranges, parallelize, 
 
 SUPPORTED_TRANSFORMERS = ("FluxTransformer2DModel", "Flux2Transformer2DModel")
 WEIGHTS = "diffusion_pytorch_model"
-"""What the names of diffusers' weight files begin with; transformers' begin with ``model``."""
+"""What the names of diffusers' weight files begin with."""
+ENCODER_WEIGHTS = "model"
+"""What the names of transformers' weight files begin with."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 Shape = tuple[int, ...]

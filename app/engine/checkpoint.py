@@ -1,0 +1,153 @@
+"""Check a whole checkpoint before anything starts: every part's files, classes, tensor names and shapes, and the split.
+
+Only configurations and the headers of the weight files are read, so that it takes seconds and no memory, and what is
+wrong is one message at start-up instead of a rank, an encoder or a decoder that dies later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+
+from app.engine.checkpoint_files import CheckpointError, SafetensorsFile, read_json
+from app.engine.families import family_of
+from app.engine.loading import ENCODER_WEIGHTS, WEIGHTS, check_tensors, meta_transformer, shapes, weight_files
+from app.engine.parallel import shard_specs
+
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
+"""What a tokenizer can be read from: any of these sets of files."""
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What a pipeline's folder must hold: component folders with their classes, and its tokenizers' folders."""
+
+    classes: Mapping[str, str]
+    tokenizers: tuple[str, ...]
+
+
+_FLUX1 = _Layout(
+    classes={
+        "transformer": "FluxTransformer2DModel",
+        "vae": "AutoencoderKL",
+        "text_encoder": "CLIPTextModel",
+        "text_encoder_2": "T5EncoderModel",
+    },
+    tokenizers=("tokenizer", "tokenizer_2"),
+)
+_KLEIN = _Layout(
+    classes={
+        "transformer": "Flux2Transformer2DModel",
+        "vae": "AutoencoderKLFlux2",
+        "text_encoder": "Qwen3ForCausalLM",
+    },
+    tokenizers=("tokenizer",),
+)
+_LAYOUTS = {"FluxPipeline": _FLUX1, "FluxKontextPipeline": _FLUX1, "Flux2KleinPipeline": _KLEIN}
+
+
+def check_checkpoint(model: Path, tensor_parallel_size: int) -> None:
+    """Raise what would make serving ``model`` fail, as far as its files' headers tell.
+
+    Args:
+        model: a folder in diffusers layout.
+        tensor_parallel_size: ranks that share the transformer.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or a pickle, or a part is of another class or lacks a tensor.
+        ValueError: the ranks can't share the attention heads evenly.
+    """
+    family_of(model)  # an unknown pipeline is one of its errors
+    index = read_json(model / "model_index.json")
+    layout = _LAYOUTS[index["_class_name"]]
+    for name, expected in layout.classes.items():
+        _check_class(model, index, name, expected)
+    shard_specs(meta_transformer(model / "transformer"), tensor_parallel_size)
+    for name, expected in layout.classes.items():
+        _check_weights(model / name, expected)
+    for name in layout.tokenizers:
+        _check_tokenizer(model / name)
+    scheduler = read_json(model / "scheduler" / "scheduler_config.json").get("_class_name")
+    if scheduler != SCHEDULER:
+        raise CheckpointError(f"{model / 'scheduler'} names the class {scheduler!r}; sampling needs {SCHEDULER}")
+
+
+def _check_class(model: Path, index: Mapping[str, Any], name: str, expected: str) -> None:
+    entry = index.get(name)
+    listed = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
+    if listed != expected:
+        raise CheckpointError(f"{model / 'model_index.json'}: {name} is {listed!r}; this pipeline's is {expected}")
+    path = model / name / "config.json"
+    config = read_json(path)
+    classes = config.get("architectures") or [config.get("_class_name")]
+    if expected not in classes:
+        raise CheckpointError(f"{path} names the class {classes[0]!r}; supported is {expected}")
+
+
+def _check_weights(folder: Path, expected: str) -> None:
+    is_encoder = not hasattr(diffusers, expected)
+    path = folder / "config.json"
+    config = read_json(path)
+    try:
+        part = _meta_encoder(expected, config) if is_encoder else _meta_part(expected, config)
+    except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path} does not describe a {expected}: {reason}") from error
+    with ExitStack() as stack:
+        stem = ENCODER_WEIGHTS if is_encoder else WEIGHTS
+        files = [stack.enter_context(SafetensorsFile(path)) for path in weight_files(folder, stem)]
+        if is_encoder:
+            _check_encoder(folder, part, files)
+        else:
+            check_tensors(folder, shapes(part) | _buffers(part), files)
+
+
+def _meta_part(name: str, config: dict[str, Any]) -> nn.Module:
+    with torch.device("meta"):
+        part: nn.Module = getattr(diffusers, name).from_config(config)
+    return part
+
+
+def _meta_encoder(name: str, config: dict[str, Any]) -> nn.Module:
+    cls = getattr(transformers, name)
+    with torch.device("meta"):
+        encoder: nn.Module = cls(cls.config_class.from_dict(config))
+    return encoder
+
+
+def _buffers(part: nn.Module) -> dict[str, tuple[int, ...]]:
+    saved = part.state_dict()
+    return {name: tuple(buffer.shape) for name, buffer in part.named_buffers() if name in saved}
+
+
+def _check_encoder(folder: Path, part: nn.Module, files: list[SafetensorsFile]) -> None:
+    """Text encoders may hold more than their class takes, and transformers fills in what they lack with noise.
+
+    Some names have lost their first word since the weights were published (``text_model.embeddings...``).
+    """
+    stored = {name: tensor.shape for file in files for name, tensor in file.tensors.items()}
+    stored |= {name.partition(".")[2]: shape for name, shape in stored.items() if name.startswith("text_model.")}
+    expected = shapes(part)
+    missing = sorted(expected.keys() - stored.keys())
+    if missing:
+        raise CheckpointError(f"{folder} lacks {len(missing)} tensors of the text encoder, among them {missing[0]}")
+    for name, shape in expected.items():
+        if stored[name] != shape:
+            raise CheckpointError(f"{folder}: {name} has shape {stored[name]}, config.json asks for {shape}")
+
+
+def _check_tokenizer(folder: Path) -> None:
+    read_json(folder / "tokenizer_config.json")
+    if not any(all((folder / name).is_file() for name in names) for names in TOKENIZER_FILES):
+        choices = " or ".join(" with ".join(names) for names in TOKENIZER_FILES)
+        raise CheckpointError(f"{folder} has no tokenizer: it needs {choices}")
