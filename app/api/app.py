@@ -11,13 +11,14 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from app.api import edits
 from app.api.backend import Backend
 from app.api.errors import InvalidRequestError, ServiceError
 from app.api.events import STREAM_EVENTS
 from app.api.middleware import RequestMiddleware
 from app.api.replies import error_response
 from app.api.routes import new_service, router
-from app.api.schemas import ImagesRequest
+from app.api.schemas import EditsRequest, ImagesRequest
 from app.settings import Settings
 
 
@@ -37,6 +38,7 @@ def create_app(settings: Settings, get_backend: Callable[[], Backend], *, id_add
     )
     app.state.service = service = new_service(settings, get_backend)
     app.include_router(router)
+    app.include_router(edits.router)
     app.add_middleware(RequestMiddleware, metrics=service.metrics, id_added_in_front=id_added_in_front)
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -67,7 +69,10 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     """FastAPI's schema, with the body that the images route reads by hand and without its own kind of error."""
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
-        by_hand: list[tuple[type[BaseModel], Literal["validation", "serialization"]]] = [(ImagesRequest, "validation")]
+        by_hand: list[tuple[type[BaseModel], Literal["validation", "serialization"]]] = [
+            (ImagesRequest, "validation"),
+            (EditsRequest, "validation"),
+        ]
         by_hand += [(event, "serialization") for event in STREAM_EVENTS]
         _, definitions = models_json_schema(by_hand, ref_template="#/components/schemas/{model}", by_alias=False)
         components = schema["components"]["schemas"]

@@ -6,11 +6,20 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import numpy as np
 from prometheus_client.metrics_core import Metric
 
+from app.engine.families import Family
 from app.engine.messages import DenoiseReport, MagCacheOptions
 
 OutputFormat = Literal["png", "jpeg", "webp"]
+
+
+@dataclass(frozen=True, eq=False)
+class SourcePicture:
+    """A picture to edit: ``pixels`` are (height, width, 3), uint8, upright RGB."""
+
+    pixels: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -24,6 +33,8 @@ class ImagesJob:
         priority: higher goes first.
         deadline_s: seconds from the request's arrival to its last picture; None has all the time.
         partial_images: previews wanted of each picture.
+        sources: pictures to edit; none for a picture from a prompt alone.
+        strength: image-to-image, in (0, 1]: the share of the steps that run on the one source.
     """
 
     request_id: str
@@ -42,6 +53,8 @@ class ImagesJob:
     priority: int = 0
     deadline_s: float | None = None
     partial_images: int = 0
+    sources: tuple[SourcePicture, ...] = ()
+    strength: float | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +123,9 @@ class Backend(Protocol):
 
     async def cancel(self, request_id: str) -> int:
         """End every request with this id, wherever it is; returns how many pictures that were."""
+
+    async def family(self) -> Family:
+        """What kind of model is served."""
 
     async def health(self) -> HealthReport:
         """Whether every part that a picture needs is up."""

@@ -116,14 +116,22 @@ class DeadlineImpossibleError(ServiceError):
         return {"X-Soonest-Seconds": f"{self.soonest_s:.3f}"}
 
 
-class DeadlinePassedError(ServiceError):
+class FinalError(ServiceError):
+    """OpenAI's clients would ask again by themselves after this status, and the header keeps them from it."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"X-Should-Retry": "false"}
+
+
+class DeadlinePassedError(FinalError):
     """The deadline passed before the picture was done; its row was freed at the next step boundary: 504."""
 
     status: int = HTTPStatus.GATEWAY_TIMEOUT
     code = "deadline_passed"
 
 
-class RequestCancelledError(ServiceError):
+class RequestCancelledError(FinalError):
     """Somebody ended the request with ``DELETE /v1/requests/{id}``: 409."""
 
     status: int = HTTPStatus.CONFLICT

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import get_args
 
-from app.api.backend import ImagesJob, OutputFormat
+from app.api.backend import ImagesJob, OutputFormat, SourcePicture
 from app.api.cache_options import Shape, cache_options
 from app.api.errors import InvalidRequestError, ModelNotFoundError
 from app.api.schemas import MAX_SEED, ImagesRequest, MagCacheBody, Quality
-from app.engine.messages import COND, UNCOND
+from app.engine.messages import COND, UNCOND, first_step
 from app.settings import SamplingSettings, Settings
 
 # FLUX is distilled with guidance already inside; a mild scale on top steers away from the negative prompt and leaves
@@ -50,11 +50,19 @@ class Ask:
         return f"{self.job.width}x{self.job.height}"
 
 
-def build(request: ImagesRequest, settings: Settings, request_id: str, accept: str = "") -> Ask:
+def build(
+    request: ImagesRequest,
+    settings: Settings,
+    request_id: str,
+    accept: str = "",
+    sources: tuple[SourcePicture, ...] = (),
+    strength: float | None = None,
+) -> Ask:
     """The job that ``request`` asks for.
 
     Args:
         accept: the Accept header; an image type in it asks for the bare file.
+        sources, strength: what an edit adds, see `ImagesJob`.
 
     Raises:
         ServiceError: the request is beyond the server's limits or contradicts itself; ``param`` names the field.
@@ -87,6 +95,7 @@ def build(request: ImagesRequest, settings: Settings, request_id: str, accept: s
     negative_prompt, true_cfg_scale = _true_cfg(request, warnings)
     branches = (COND,) if negative_prompt is None else (COND, UNCOND)
     quality = _quality(request)
+    shape = Shape(steps - first_step(steps, strength), width, height, branches)
     job = ImagesJob(
         request_id=request_id,
         prompt=request.prompt,
@@ -98,14 +107,14 @@ def build(request: ImagesRequest, settings: Settings, request_id: str, accept: s
         guidance_scale=sampling.guidance_scale if request.guidance_scale is None else request.guidance_scale,
         true_cfg_scale=true_cfg_scale,
         seed=_seed(request.seed, n),
-        magcache=cache_options(
-            request.magcache or MagCacheBody(), quality, settings, Shape(steps, width, height, branches), warnings
-        ),
+        magcache=cache_options(request.magcache or MagCacheBody(), quality, settings, shape, warnings),
         output_format=output_format,
         output_compression=100 if request.output_compression is None else request.output_compression,
         priority=request.priority or 0,
         deadline_s=request.deadline_s,
         partial_images=request.partial_images or 0,
+        sources=sources,
+        strength=strength,
     )
     return Ask(
         job=job,

@@ -19,6 +19,7 @@ from app.metrics import ApiMetrics
 logger = logging.getLogger(__name__)
 
 IMAGES_PATH = "/v1/images/generations"
+EDITS_PATH = "/v1/images/edits"
 # nginx's status for a client that left before the answer; no such reply is ever sent.
 CLIENT_CLOSED_REQUEST = 499
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -91,5 +92,5 @@ class RequestMiddleware:
         # Probes and scrapes come every few seconds for ever: not worth a line each unless they fail.
         level = logging.DEBUG if method == "GET" and status < 400 else logging.INFO
         logger.log(level, "request %s: %s %.200r -> %d in %.3f s", request_id, method, path, status, seconds)
-        if path == IMAGES_PATH and method == "POST":
+        if path in (IMAGES_PATH, EDITS_PATH) and method == "POST":
             self.metrics.observe_request(outcome(status), status, seconds)

@@ -16,9 +16,9 @@ from app.api.backend import Backend, Picture
 from app.api.errors import ModelNotFoundError, RequestNotFoundError, ServiceError
 from app.api.events import STREAM_EVENTS, Kind
 from app.api.jobs import Ask, build
-from app.api.middleware import IMAGES_PATH
+from app.api.middleware import EDITS_PATH, IMAGES_PATH
 from app.api.replies import AsciiJSONResponse, pictures_response, timings
-from app.api.schemas import CancelReply, ErrorReply, HealthReply, ImagesReply, ModelCard, ModelList
+from app.api.schemas import CancelReply, ErrorReply, HealthReply, ImagesReply, ImagesRequest, ModelCard, ModelList
 from app.api.streaming import stream_response
 from app.api.validation import parse, read_json
 from app.metrics import ApiMetrics, Families, merge_families
@@ -57,7 +57,7 @@ def _errors(**descriptions: str) -> dict[int | str, dict[str, Any]]:
     return {code.lstrip("s"): {"model": ErrorReply, "description": text} for code, text in descriptions.items()}
 
 
-_IMAGES_RESPONSES: Mapping[int | str, dict[str, Any]] = {
+IMAGES_RESPONSES: Mapping[int | str, dict[str, Any]] = {
     200: {
         "model": ImagesReply,
         "description": "The pictures; with `response_format: file` or an image type in `Accept` the bare file; with "
@@ -91,7 +91,7 @@ _IMAGES_RESPONSES: Mapping[int | str, dict[str, Any]] = {
     IMAGES_PATH,
     summary="Make pictures",
     tags=["images"],
-    responses=dict(_IMAGES_RESPONSES),
+    responses=dict(IMAGES_RESPONSES),
     # The body is read by hand, for the size limit and for errors that name the field; the schema is declared here.
     openapi_extra={
         "requestBody": {
@@ -103,7 +103,7 @@ _IMAGES_RESPONSES: Mapping[int | str, dict[str, Any]] = {
 async def generate(request: Request) -> Response:
     """OpenAI's image generation, with FLUX's and MagCache's own settings beside OpenAI's."""
     service = _service(request)
-    body = parse(await read_json(request, service.settings.http.max_body_bytes))
+    body = parse(await read_json(request, service.settings.http.max_body_bytes), ImagesRequest)
     ask = build(body, service.settings, request.state.request_id, request.headers.get("accept", ""))
     return await answer(request, ask)
 
@@ -206,6 +206,7 @@ async def index(request: Request) -> dict[str, Any]:
         "model": _service(request).settings.model_name,
         "endpoints": {
             f"POST {IMAGES_PATH}": "make pictures (OpenAI's dialect)",
+            f"POST {EDITS_PATH}": "edit pictures (OpenAI's dialect)",
             "DELETE /v1/requests/{id}": "cancel a request by its X-Request-Id",
             "GET /v1/models": "the served model",
             "GET /health": "200 when pictures can be made, else 503",

@@ -111,6 +111,24 @@ class ImagesRequest(BaseModel):
     )
 
 
+class EditsRequest(ImagesRequest):
+    """The fields of `POST /v1/images/edits`, beside the pictures."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"prompt": "make the circle green", "seed": 7}})
+
+    size: str | None = Field(
+        default=None, description="`WIDTHxHEIGHT` in pixels, or `auto` for the shape of the (first) picture."
+    )
+    strength: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="For models that start from the picture: how much of it may change, 0.6 by default; it is the share "
+        "of the steps that run.",
+    )
+    input_fidelity: Literal["high", "low"] | None = Field(default=None, description="Accepted; without effect.")
+
+
 # Why a value of an OpenAI field is refused, where the list of valid values does not explain itself.
 REASONS = {
     "quality": "for every step, set magcache.enabled to false; for a number of them, magcache.computed_steps",

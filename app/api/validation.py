@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from http import HTTPStatus
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import ValidationError
 from starlette.requests import Request
@@ -13,8 +13,8 @@ from app.api.errors import InvalidRequestError
 from app.api.schemas import REASONS, ImagesRequest, MagCacheBody
 from app.settings import unknown_name
 
-_REQUEST_NAMES = [*ImagesRequest.model_fields, "cfg_scale"]
 _MAGCACHE_NAMES = [*MagCacheBody.model_fields]
+Body = TypeVar("Body", bound=ImagesRequest)
 
 
 async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
@@ -47,8 +47,8 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def parse(body: dict[str, Any]) -> ImagesRequest:
-    """``body`` as an ``ImagesRequest``.
+def parse(body: dict[str, Any], schema: type[Body]) -> Body:
+    """``body`` as a ``schema``.
 
     Raises:
         InvalidRequestError: with the first bad field as ``param`` and every bad field in the message.
@@ -62,12 +62,12 @@ def parse(body: dict[str, Any]) -> ImagesRequest:
         name: value for name, value in body.items() if not (name in ("cfg_scale", "true_cfg_scale") and value is None)
     }
     try:
-        return ImagesRequest.model_validate(body)
+        return schema.model_validate(body)
     except ValidationError as error:
         details = error.errors(include_url=False, include_context=False)
     codes = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
     raise InvalidRequestError(
-        "; ".join(_explain(detail) for detail in details[:5]),
+        "; ".join(_explain(detail, [*schema.model_fields, "cfg_scale"]) for detail in details[:5]),
         param=_param(details[0]["loc"]),
         code=codes.get(details[0]["type"], "invalid_value"),
     )
@@ -77,11 +77,11 @@ def _param(loc: tuple[int | str, ...]) -> str:
     return ".".join(str(part)[:80] for part in loc)
 
 
-def _explain(detail: Any) -> str:
+def _explain(detail: Any, names: list[str]) -> str:
     """One validation error in a sentence: field, what is wrong, what came instead."""
     name = _param(detail["loc"])
     if detail["type"] == "extra_forbidden":
-        return unknown_name("field", name, _REQUEST_NAMES if len(detail["loc"]) == 1 else _nested_names())
+        return unknown_name("field", name, names if len(detail["loc"]) == 1 else _nested_names())
     if detail["type"] == "missing":
         return f"{name}: this field is required"
     message = detail["msg"][0].lower() + detail["msg"][1:]

@@ -13,6 +13,7 @@ from prometheus_client.metrics_core import Metric
 
 from app.api.backend import HealthReport, ImagesJob, Picture, Preview, Progress, StreamItem
 from app.api.errors import RequestCancelledError
+from app.engine.families import FLUX_DEV, Family
 from app.engine.messages import DenoiseReport
 from app.metrics import CoordinatorMetrics
 
@@ -22,20 +23,24 @@ SCHEDULE = "CCC..C.."
 class FakeBackend:
     """Answers at once; ``error`` makes it fail, ``hold`` makes it wait until cancelled.
 
-    A stream fails with ``late_error`` after its first progress, and is silent for ``silence_s`` before its end.
+    A stream begins after ``start_s``, fails with ``late_error`` after its first progress, and is silent for
+    ``silence_s`` before its end.
     """
 
     def __init__(self) -> None:
         self.jobs: list[ImagesJob] = []
         self.error: Exception | None = None
         self.late_error: Exception | None = None
+        self.start_s = 0.0
         self.silence_s = 0.0
         self.hold = False
         self.taken = asyncio.Event()
+        self.holding = asyncio.Event()
         self.cancelled = 0
         self.ready = True
         self.lowered_by: str | None = None
         self.held: dict[str, asyncio.Event] = {}
+        self.kind = FLUX_DEV
         self.registry = CollectorRegistry()
         self.coordinator = CoordinatorMetrics(self.registry, model="flux-tiny", replica="r0")
 
@@ -46,6 +51,7 @@ class FakeBackend:
 
     async def stream(self, job: ImagesJob, *, progress: bool) -> AsyncGenerator[StreamItem, None]:
         await self._take(job)
+        await asyncio.sleep(self.start_s)
         for index in range(job.n):
             yield Progress(index, 0, len(SCHEDULE), "", 1.5, 2)
         if self.late_error is not None:
@@ -76,6 +82,7 @@ class FakeBackend:
         if not self.hold:
             return
         ended = self.held[job.request_id] = asyncio.Event()
+        self.holding.set()
         try:
             await ended.wait()
         except (asyncio.CancelledError, GeneratorExit):
@@ -105,6 +112,9 @@ class FakeBackend:
         picture = Image.new("RGB", (job.width, job.height), (colour % 256, colour // 256 % 256, 128))
         picture.save(file, job.output_format.upper(), quality=job.output_compression)
         return file.getvalue()
+
+    async def family(self) -> Family:
+        return self.kind
 
     async def health(self) -> HealthReport:
         return HealthReport(self.ready, {"replicas": int(self.ready)})

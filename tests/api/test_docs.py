@@ -1,13 +1,24 @@
-"""docs/api.md names every field, error code, header and metric that there is."""
+"""docs/api.md names every field, event, error code, header and metric that there is."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import httpx
 from prometheus_client import CollectorRegistry
 
-from app.api.schemas import ImagesReply, ImagesRequest, MagCacheBody, MagCacheReply, Timings
+from app.api.events import STREAM_EVENTS
+from app.api.schemas import (
+    CancelReply,
+    ImageReply,
+    ImagesReply,
+    ImagesRequest,
+    MagCacheBody,
+    MagCacheReply,
+    Timings,
+    Usage,
+)
 from app.metrics import ApiMetrics, CoordinatorMetrics
 from tests.api.fake_backend import FakeBackend
 
@@ -17,9 +28,16 @@ TEXT = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8
 def test_fields() -> None:
     for name in [*ImagesRequest.model_fields, "cfg_scale", *MagCacheBody.model_fields]:
         assert f"`{name}`" in TEXT, name
-    for model in (ImagesReply, MagCacheReply, Timings):
+    for model in (ImagesReply, ImageReply, MagCacheReply, Timings, Usage, CancelReply):
         for name in model.model_fields:
             assert f'"{name}"' in TEXT, name
+
+
+def test_events() -> None:
+    for event in STREAM_EVENTS:
+        kinds = get_args(event.model_fields["type"].annotation)
+        for name in [*(kind for kind in kinds if not kind.startswith("image_edit")), *event.model_fields]:
+            assert name == "type" or f"`{name}`" in TEXT, name
 
 
 def test_metrics() -> None:
@@ -43,6 +61,6 @@ async def test_headers_of_a_bare_file(client: httpx.AsyncClient, backend: FakeBa
     body = {"prompt": "a", "response_format": "file", "negative_prompt": "b", "output_compression": 3}
     response = await client.post("/v1/images/generations", json=body)
     ours = [name for name in response.headers if name.startswith(("x-", "server-"))]
-    assert len(ours) == 11
-    for name in ours:
+    assert len(ours) == 13
+    for name in [*ours, "x-magcache-lowered-by", "x-soonest-seconds"]:
         assert f"`{name}`" in TEXT.lower(), name

@@ -189,6 +189,70 @@ async def test_a_request_overrides_the_servers_magcache(backend: FakeBackend) ->
 
 
 @pytest.mark.parametrize(
+    ("fields", "computed", "said"),
+    [
+        ({"quality": "low"}, 7, "low"),
+        ({"quality": "medium"}, 12, "medium"),
+        ({"quality": "high"}, 19, "high"),
+        ({"quality": "hd"}, 19, "high"),
+        ({"quality": "standard"}, None, "auto"),
+        ({"quality": "auto"}, None, "auto"),
+        ({}, None, "auto"),
+        ({"quality": "low", "num_inference_steps": 1}, 1, "low"),
+        ({"quality": "low", "num_inference_steps": 100}, 25, "low"),
+        # Not the share, but the fewest that the request's other settings allow.
+        ({"quality": "low", "magcache": {"mag_max_skip_steps": 1}}, 14, "low"),
+        ({"quality": "low", "magcache": {"mag_retention_ratio": 0.5}}, 15, "low"),
+        ({"quality": "low", "magcache": {"min_computed_steps": 5}}, 7, "low"),
+    ],
+)
+async def test_quality_is_a_share_of_computed_steps(
+    client: httpx.AsyncClient, backend: FakeBackend, fields: dict[str, Any], computed: int | None, said: str
+) -> None:
+    response = await client.post(URL, json={**PROMPT, **fields})
+    assert response.status_code == 200, response.text
+    assert backend.jobs[0].magcache.computed_steps == computed
+    assert backend.jobs[0].magcache.enabled
+    assert response.json()["quality"] == said
+
+
+async def test_a_quality_asks_for_reuse_where_the_server_has_none_by_default(backend: FakeBackend) -> None:
+    settings = Settings(magcache=MagCacheSettings(enabled=False, mag_threshold=0.2))
+    app = create_app(settings, lambda: backend)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client:
+        for fields in ({"quality": "low"}, {"quality": "auto"}):
+            assert (await client.post(URL, json={**PROMPT, **fields})).status_code == 200
+    low, auto = (job.magcache for job in backend.jobs)
+    assert (low.enabled, low.computed_steps, low.mag_threshold) == (True, 7, None)
+    assert (auto.enabled, auto.computed_steps) == (False, None)
+
+
+async def test_a_quality_without_a_profile_is_refused(backend: FakeBackend) -> None:
+    app = create_app(Settings(model="acme/other"), lambda: backend)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client:
+        response = await client.post(URL, json={**PROMPT, "quality": "low"})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "quality"
+
+
+async def test_what_lowered_a_schedule_is_said(client: httpx.AsyncClient, backend: FakeBackend) -> None:
+    backend.lowered_by = "deadline"
+    response = await client.post(URL, json={**PROMPT, "n": 2, "deadline_s": 5, "priority": 10})
+    assert [image["magcache"]["lowered_by"] for image in response.json()["data"]] == ["deadline", "deadline"]
+    assert response.headers["x-magcache-lowered-by"] == "deadline, deadline"
+    assert (backend.jobs[0].deadline_s, backend.jobs[0].priority) == (5.0, 10)
+
+
+async def test_json_replies_carry_the_numbers_of_each_picture_in_headers(client: httpx.AsyncClient) -> None:
+    headers = (await client.post(URL, json={**PROMPT, "seed": 5, "n": 2})).headers
+    assert headers["x-seed"] == "5, 6"
+    assert headers["x-magcache-schedule"] == f"{SCHEDULE}, {SCHEDULE}"
+    assert (headers["x-eta-seconds"], headers["x-queue-position"]) == ("1.500, 1.500", "2, 2")
+    assert "x-magcache-lowered-by" not in headers
+    assert headers["server-timing"].endswith("total;dur=260.0")
+
+
+@pytest.mark.parametrize(
     ("fields", "accept", "media_type"),
     [
         ({"response_format": "file"}, "*/*", "image/png"),
@@ -243,6 +307,7 @@ async def test_a_file_reply_carries_the_numbers_in_headers(client: httpx.AsyncCl
     assert headers["x-magcache-schedule"] == headers["x-magcache-negative-schedule"] == SCHEDULE
     assert (headers["x-magcache-computed"], headers["x-magcache-skipped"]) == ("4", "4")
     assert headers["x-magcache-predicted-error"] == "0.125"
+    assert (headers["x-eta-seconds"], headers["x-queue-position"]) == ("1.500", "2")
     assert headers["server-timing"] == (
         "queue;dur=10.0, encode;dur=20.0, denoise;dur=200.0, decode;dur=30.0, total;dur=260.0"
     )

@@ -5,37 +5,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-import socket
 import threading
-from collections.abc import Iterator
 
 import openai
 import pytest
-import uvicorn
-from fastapi import FastAPI
 from PIL import Image
 
-from app.api.errors import BusyError
+from app.api.errors import BusyError, DeadlinePassedError, RequestCancelledError, ServiceError
 from tests.api.fake_backend import SCHEDULE, FakeBackend
-
-
-@pytest.fixture
-def base_url(app: FastAPI) -> Iterator[str]:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-        server.should_exit = True
-        thread.join(timeout=10)
-
-
-@pytest.fixture
-def openai_client(base_url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=base_url, api_key="unused", max_retries=0, timeout=10) as client:
-        yield client
 
 
 def test_a_picture(openai_client: openai.OpenAI) -> None:
@@ -114,6 +91,20 @@ def test_the_clients_own_retries_get_through(base_url: str, backend: FakeBackend
     with openai.OpenAI(base_url=base_url, api_key="unused", max_retries=2, timeout=10) as client:
         assert client.images.generate(prompt="a").data
     assert len(backend.jobs) == 2
+
+
+@pytest.mark.parametrize("error", [RequestCancelledError("ended"), DeadlinePassedError("too late")])
+def test_the_client_does_not_ask_again_for_what_was_ended(
+    base_url: str, backend: FakeBackend, error: ServiceError
+) -> None:
+    with (
+        openai.OpenAI(base_url=base_url, api_key="unused", max_retries=2, timeout=10) as client,
+        backend.failing(error),
+        pytest.raises(openai.APIStatusError) as caught,
+    ):
+        client.images.generate(prompt="a")
+    assert (caught.value.status_code, caught.value.code) == (error.status, error.code)
+    assert len(backend.jobs) == 1
 
 
 def test_the_raw_file(openai_client: openai.OpenAI) -> None:

@@ -12,7 +12,15 @@ from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
 from app.api.app import create_app
-from app.api.errors import BusyError, GenerationError, InvalidRequestError, ServiceError, UnavailableError
+from app.api.errors import (
+    BusyError,
+    DeadlineImpossibleError,
+    GenerationError,
+    InvalidRequestError,
+    RequestCancelledError,
+    ServiceError,
+    UnavailableError,
+)
 from app.settings import Settings
 from tests.api.fake_backend import FakeBackend
 
@@ -204,6 +212,8 @@ async def test_the_openapi_document_is_whole(client: httpx.AsyncClient, app: Fas
         UnavailableError("starting"),
         GenerationError("decoder"),
         InvalidRequestError("bad", param="n", code="c", status=422, headers={"A": "b"}),
+        DeadlineImpossibleError("too soon", soonest_s=1.5),
+        RequestCancelledError("ended"),
     ],
 )
 def test_errors_survive_pickling(error: ServiceError) -> None:

@@ -1,0 +1,229 @@
+"""Streams: OpenAI's events for OpenAI's client, and a beginning, a pause, an error and an end as HTTP wants them."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from fastapi import FastAPI
+from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent
+from PIL import Image
+
+from app.api.app import create_app
+from app.api.errors import BusyError, DeadlineImpossibleError, DeadlinePassedError, GenerationError
+from app.settings import HttpSettings, Settings
+from tests.api.fake_backend import SCHEDULE, FakeBackend
+
+URL = "/v1/images/generations"
+STREAM = {"prompt": "a red circle", "stream": True, "seed": 7}
+
+
+def events_of(text: str) -> list[dict[str, Any]]:
+    """The events of a stream; each names its type twice, and comments are none."""
+    events = []
+    for block in text.strip().split("\n\n"):
+        if not block.startswith(":"):
+            name, data = block.split("\n")
+            events.append(json.loads(data.removeprefix("data: ")))
+            assert name == f"event: {events[-1]['type']}"
+    return events
+
+
+def picture_of(b64_json: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(b64_json)))
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_the_openai_client_streams(openai_client: openai.OpenAI) -> None:
+    stream = openai_client.images.generate(
+        prompt="a red circle",
+        model="flux-tiny",
+        size="192x128",
+        output_format="webp",
+        quality="hd",
+        stream=True,
+        partial_images=2,
+        extra_body={"seed": 3},
+    )
+    *partial, completed = list(stream)
+    assert [type(event) for event in partial] == [ImageGenPartialImageEvent] * 2
+    assert [event.partial_image_index for event in partial] == [0, 1]
+    assert isinstance(completed, ImageGenCompletedEvent)
+    for event in (*partial, completed):
+        # Strictly: what the client builds without complaint need not be what its types say.
+        type(event).model_validate(event.model_dump(), strict=True)
+        assert (event.size, event.quality, event.background, event.output_format) == (
+            "192x128", "high", "opaque", "webp"
+        )  # fmt: skip
+        assert picture_of(event.b64_json).size == (192, 128)
+    assert completed.usage.output_tokens == 12 * 8
+    assert completed.usage.total_tokens == completed.usage.input_tokens + completed.usage.output_tokens
+    assert completed.model_extra is not None
+    assert completed.model_extra["magcache"]["schedule"] == SCHEDULE
+    assert (completed.model_extra["seed"], completed.model_extra["eta_s"]) == (3, 1.5)
+
+
+async def test_the_async_openai_client_streams(base_url: str) -> None:
+    async with openai.AsyncOpenAI(base_url=base_url, api_key="unused", max_retries=0, timeout=10) as client:
+        stream = await client.images.generate(prompt="a", stream=True)
+        assert [event.type async for event in stream] == ["image_generation.completed"]
+
+
+def test_the_openai_client_takes_progress_events_for_what_they_say_they_are(openai_client: openai.OpenAI) -> None:
+    stream = openai_client.images.generate(prompt="a", stream=True, extra_body={"progress": True})
+    events = list(stream)
+    assert [event.type for event in events] == ["flux.progress"] * 9 + ["image_generation.completed"]
+    last = events[-2].model_dump()
+    assert (last["step"], last["steps"], last["decision"], last["queue_position"]) == (8, 8, ".", 0)
+
+
+async def test_the_events_of_several_pictures_name_theirs(client: httpx.AsyncClient, backend: FakeBackend) -> None:
+    response = await client.post(URL, json={**STREAM, "n": 2, "partial_images": 1, "progress": True})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    events = events_of(response.text)
+    of_each = [[event for event in events if event["index"] == index] for index in range(2)]
+    for index, mine in enumerate(of_each):
+        kinds = [event["type"] for event in mine]
+        assert kinds == ["flux.progress"] * 9 + ["image_generation.partial_image", "image_generation.completed"]
+        assert "".join(event["decision"] for event in mine[:9]) == SCHEDULE
+        assert mine[-1]["seed"] == 7 + index
+    assert backend.jobs[0].partial_images == 1
+
+
+async def test_nobody_gets_what_he_did_not_ask_for(client: httpx.AsyncClient) -> None:
+    response = await client.post(URL, json=STREAM, headers={"Accept": "image/png"})
+    assert [event["type"] for event in events_of(response.text)] == ["image_generation.completed"]
+
+
+async def test_the_headers_tell_what_is_known_at_the_beginning(client: httpx.AsyncClient) -> None:
+    body = {**STREAM, "n": 2, "output_compression": 3}
+    headers = (await client.post(URL, json=body, headers={"X-Request-Id": "mine"})).headers
+    for name, value in {
+        "x-request-id": "mine",
+        "x-eta-seconds": "1.500",
+        "x-queue-position": "2",
+        "x-seed": "7, 8",
+        "x-size": "128x128",
+        "x-magcache-enabled": "true",
+        "cache-control": "no-cache",
+        "x-accel-buffering": "no",
+    }.items():
+        assert headers[name] == value
+    assert "png is lossless" in headers["x-warnings"]
+
+
+async def test_an_error_before_the_first_byte_has_its_status(client: httpx.AsyncClient, backend: FakeBackend) -> None:
+    for error, status, header, value in (
+        (BusyError(2.1), 429, "retry-after", "3"),
+        (DeadlineImpossibleError("too soon", soonest_s=1.25), 422, "x-soonest-seconds", "1.250"),
+        (RuntimeError("secret"), 500, "content-type", "application/json"),
+    ):
+        with backend.failing(error):
+            response = await client.post(URL, json=STREAM)
+        assert (response.status_code, response.headers[header]) == (status, value)
+        assert "secret" not in response.text
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "outcome"),
+    [
+        (DeadlinePassedError("it passed"), "deadline_passed", "failed"),
+        (GenerationError("the decoder failed"), "generation_failed", "failed"),
+        (RuntimeError("secret"), "internal_error", "failed"),
+    ],
+)
+async def test_a_later_error_is_the_last_event(
+    client: httpx.AsyncClient, backend: FakeBackend, error: Exception, code: str, outcome: str
+) -> None:
+    backend.late_error = error
+    response = await client.post(URL, json={**STREAM, "progress": True})
+    assert response.status_code == 200
+    *_, last = events_of(response.text)
+    assert last["type"] == "error"
+    assert last["error"]["code"] == code
+    assert set(last["error"]) == {"message", "type", "param", "code"}
+    assert "secret" not in response.text
+    counted = (await client.get("/metrics")).text
+    assert f'flux_requests_total{{outcome="{outcome}",status_class="5xx"}} 1.0' in counted
+
+
+def test_the_openai_client_raises_a_later_error(openai_client: openai.OpenAI, backend: FakeBackend) -> None:
+    backend.late_error = DeadlinePassedError("it passed")
+    with pytest.raises(openai.APIError, match="it passed") as caught:
+        list(openai_client.images.generate(prompt="a", stream=True))
+    assert caught.value.code == "deadline_passed"
+
+
+async def test_silence_is_filled(backend: FakeBackend) -> None:
+    settings = Settings(http=HttpSettings(heartbeat_s=0.01))
+    app = create_app(settings, lambda: backend)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client:
+        backend.silence_s = 0.1
+        text = (await client.post(URL, json=STREAM)).text
+        assert text.count(": still at work\n\n") >= 2
+        assert [event["type"] for event in events_of(text)] == ["image_generation.completed"]
+        # Also when nothing is known yet: the reply begins, and what it could not say stands in the events.
+        backend.start_s = 0.1
+        late = await client.post(URL, json=STREAM)
+        assert late.text.startswith(":")
+        assert "x-eta-seconds" not in late.headers
+        assert [event["type"] for event in events_of(late.text)] == ["image_generation.completed"]
+
+
+def test_the_openai_client_does_not_see_signs_of_life(app: FastAPI, base_url: str, backend: FakeBackend) -> None:
+    impatient = Settings(http=HttpSettings(heartbeat_s=0.01))
+    app.state.service = replace(app.state.service, settings=impatient)
+    backend.silence_s = 0.1
+    with openai.OpenAI(base_url=base_url, api_key="unused", max_retries=0, timeout=10) as client:
+        events = list(client.images.generate(prompt="a", stream=True))
+    assert [event.type for event in events] == ["image_generation.completed"]
+
+
+def test_a_client_that_leaves_ends_the_work(base_url: str, backend: FakeBackend) -> None:
+    backend.hold = True
+    with httpx.Client(timeout=10) as client:
+        body = {**STREAM, "progress": True}
+        with client.stream("POST", f"{base_url}/images/generations", json=body) as response:
+            assert next(response.iter_lines()) == "event: flux.progress"
+        wait_for(lambda: backend.cancelled == 1)
+        metrics = base_url.replace("/v1", "/metrics")
+        cancelled = 'flux_requests_total{outcome="cancelled",status_class="4xx"} 1.0'
+        wait_for(lambda: cancelled in client.get(metrics).text)
+
+
+async def test_a_cancelled_request_is_told_so(client: httpx.AsyncClient, backend: FakeBackend) -> None:
+    backend.hold = True
+    for stream in (False, True):
+        body = {"prompt": "a", "n": 3, "stream": stream}
+        waiting = asyncio.create_task(client.post(URL, json=body, headers={"X-Request-Id": "mine"}))
+        await asyncio.wait_for(backend.holding.wait(), 10)
+        backend.holding.clear()
+        assert (await client.delete("/v1/requests/others")).status_code == 404
+        reply = await client.delete("/v1/requests/mine")
+        assert reply.json() == {"id": "mine", "object": "request.cancelled", "pictures": 3}
+        response = await waiting
+        if stream:
+            error = events_of(response.text)[-1]["error"]
+        else:
+            assert response.status_code == 409
+            error = response.json()["error"]
+        assert error["code"] == "request_cancelled"
+        again = await client.delete("/v1/requests/mine")
+        assert (again.status_code, again.json()["error"]["code"]) == (404, "request_not_found")
+    counted = (await client.get("/metrics")).text
+    assert 'flux_requests_total{outcome="cancelled",status_class="4xx"} 2.0' in counted
