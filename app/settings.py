@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Device = Literal["cpu", "cuda"]
+Placement = Literal["cpu", "gpu"]
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -142,6 +143,29 @@ class QualitySettings(_Section):
         return self
 
 
+class TextEncoderSettings(_Section):
+    """The text encoders: CLIP and T5 for FLUX.1, Qwen3 for FLUX.2-klein."""
+
+    placement: Literal["cpu", "gpu", "offload"] | None = Field(
+        default=None,
+        description="Where they run: `gpu`; `cpu`, which needs no GPU memory and takes seconds per new prompt for a full "
+        "T5; or `offload`, which keeps them in host memory and brings them to the GPU for each new prompt. null is `gpu` "
+        "where `device` is `cuda`, else `cpu`.",
+    )
+
+
+class VaeSettings(_Section):
+    """The VAE, which decodes pictures and encodes those to edit."""
+
+    placement: Placement | None = Field(
+        default=None, description="Where it runs; null is `gpu` where `device` is `cuda`, else `cpu`."
+    )
+    tiling: bool = Field(
+        default=False,
+        description="Work on large pictures in overlapping tiles: less memory, more time, and tiles may show faintly.",
+    )
+
+
 class HttpSettings(_Section):
     """Limits on what one HTTP request may carry, and how a stream is kept alive."""
 
@@ -189,6 +213,11 @@ class Settings(_Section):
         min_length=1,
         description="Local folder in diffusers' layout, or a Hugging Face hub id.",
     )
+    revision: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Commit, tag or branch of a model on the hub; null is its newest, which may change under you.",
+    )
     served_model_name: str | None = Field(
         default=None, min_length=1, description="The model's name over HTTP; null is the last part of `model`."
     )
@@ -196,11 +225,6 @@ class Settings(_Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="Precision of weights and activations; bfloat16 for FLUX on GPUs."
     )
-    encoder_device: Device | None = Field(
-        default=None,
-        description="Where the text encoders run; null is `device`. `cpu` frees GPU memory, at some latency.",
-    )
-    decoder_device: Device | None = Field(default=None, description="Where the VAE decodes; null is `device`.")
     tensor_parallel_size: PositiveInt = Field(
         default=1, description="Ranks that share one transformer; must divide its attention heads (FLUX.1: 24)."
     )
@@ -268,6 +292,8 @@ class Settings(_Section):
         default="INFO", description="Least severe line to log."
     )
     sampling: SamplingSettings = Field(default=SamplingSettings(), description="Request defaults and limits.")
+    text_encoder: TextEncoderSettings = Field(default=TextEncoderSettings(), description="The text encoders.")
+    vae: VaeSettings = Field(default=VaeSettings(), description="The VAE.")
     magcache: MagCacheSettings = Field(default=MagCacheSettings(), description="The server's MagCache policy.")
     quality: QualitySettings = Field(default=QualitySettings(), description="What `quality` means.")
     http: HttpSettings = Field(default=HttpSettings(), description="Limits on one HTTP request; streams.")
@@ -316,13 +342,15 @@ class Settings(_Section):
 
     @property
     def encoder_runs_on(self) -> Device:
-        """Where the text encoders run."""
-        return self.encoder_device or self.device
+        """Where the text encoders run, offloaded between prompts or not."""
+        placement = self.text_encoder.placement
+        return self.device if placement is None else "cpu" if placement == "cpu" else "cuda"
 
     @property
     def decoder_runs_on(self) -> Device:
-        """Where the VAE decodes."""
-        return self.decoder_device or self.device
+        """Where the VAE runs."""
+        placement = self.vae.placement
+        return self.device if placement is None else "cpu" if placement == "cpu" else "cuda"
 
 
 def describe(section: type[BaseModel] = Settings, prefix: str = "") -> Iterator[tuple[str, str, str]]:

@@ -33,8 +33,11 @@ def test_the_models_name(model: str, served: str | None, name: str) -> None:
 
 
 def test_helpers_run_where_the_ranks_run_unless_told() -> None:
-    settings = Settings(device="cuda", encoder_device="cpu")
+    settings = Settings(device="cuda", text_encoder={"placement": "cpu"})
     assert (settings.encoder_runs_on, settings.decoder_runs_on) == ("cpu", "cuda")
+    settings = Settings(device="cuda", text_encoder={"placement": "offload"}, vae={"placement": "cpu"})
+    assert (settings.encoder_runs_on, settings.decoder_runs_on) == ("cuda", "cpu")
+    assert Settings(device="cpu", vae={"placement": "gpu"}).decoder_runs_on == "cuda"
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ class Coordinator:
     def __init__(self, settings: Settings, ranks: Sequence[ActorHandle], replica: str, rebuilds: int) -> None:
         configure_logging(settings.log_level)
         self._ranks = list(ranks)
-        self._planner = TrajectoryPlanner(settings, FlowMatchSampler(local_model(settings.model)))
+        self._planner = TrajectoryPlanner(settings, FlowMatchSampler(local_model(settings.model, settings.revision)))
         self._scheduler = StepScheduler(settings.max_batch_rows)
         self._registry = CollectorRegistry()
         self._metrics = CoordinatorMetrics(self._registry, settings.model_name, replica)

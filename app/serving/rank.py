@@ -43,7 +43,7 @@ class Rank:
             meeting_point: rank 0's store; None for a single rank, which needs no process group.
         """
         settings = self._settings
-        model: Path = local_model(settings.model)
+        model: Path = local_model(settings.model, settings.revision)
         device = torch.device(settings.device, 0) if settings.device == "cuda" else torch.device("cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device)
