@@ -125,6 +125,34 @@ class MagCacheSettings(_Section):
     mag_retention_ratio: Fraction | None = Field(
         default=None, description="Leading share of the steps that always computes; null is the profile's."
     )
+    min_computed_share: Share = Field(
+        default=0.25,
+        description="Least share of the steps that a deadline or a busy server may leave computed, whatever a request "
+        "allows.",
+    )
+
+
+class ElasticSettings(_Section):
+    """Fewer computed steps under load. A schedule that the client chose itself is lowered only as far as it allows."""
+
+    enabled: bool = Field(
+        default=False, description="Lower the computed steps of new pictures while the queue is long."
+    )
+    start_wait_s: float = Field(
+        default=5.0, ge=0.0, description="Queue wait in seconds from which computed steps are lowered."
+    )
+    full_wait_s: float = Field(
+        default=20.0,
+        gt=0.0,
+        description="Queue wait in seconds at which they are at their floor: the request's `min_computed_steps`, or "
+        "`magcache.min_computed_share`.",
+    )
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        if self.full_wait_s <= self.start_wait_s:
+            raise ValueError(f"full_wait_s is {self.full_wait_s:g}; raise it above start_wait_s, {self.start_wait_s:g}")
+        return self
 
 
 class QualitySettings(_Section):
@@ -175,6 +203,15 @@ class HttpSettings(_Section):
     max_prompt_chars: PositiveInt = Field(
         default=32000,
         description="Longest `prompt` or `negative_prompt` in characters; the encoders truncate far below it.",
+    )
+    max_edit_bytes: int = Field(
+        default=32 << 20, ge=1024, description="Largest body of an edit, pictures included; above it the answer is 413."
+    )
+    max_source_pixels: int = Field(
+        default=1 << 24,
+        ge=4096,
+        le=1 << 26,
+        description="Largest picture to edit, width x height; it bounds the memory that one upload takes once decoded.",
     )
     heartbeat_s: float = Field(
         default=10.0,
@@ -261,15 +298,33 @@ class Settings(_Section):
         description="Time that the start waits for the cluster to have the CPUs and GPUs needed before it fails; raise "
         "it where nodes join late or an autoscaler adds them.",
     )
-    max_batch_rows: PositiveInt = Field(default=8, description="Most pictures that share one forward pass.")
+    max_batch_rows: PositiveInt = Field(
+        default=8, description="Most pictures under way at once; bounds the memory of latents and residuals."
+    )
+    max_batch_tokens: PositiveInt = Field(
+        default=2304,
+        description="Most image and text tokens that one step computes, both CFG branches counted; pictures that reuse "
+        "cost none. Bounds a step's time and activations. Pictures under way have twice as many at most.",
+    )
+    max_waiting_pictures: PositiveInt = Field(
+        default=256, description="Pictures that wait in one group's queue before new ones are refused with 429."
+    )
+    patience_s: float = Field(
+        default=60.0,
+        gt=0.0,
+        description="Queue order: each picture is due this long after its arrival, or at its deadline if that is "
+        "sooner, and a level of priority is worth as much. A higher one goes first until the other has waited longer.",
+    )
     plans_in_flight: int = Field(
         default=3, ge=1, le=64, description="Step plans sent ahead of their results, so that ranks never wait for one."
     )
     max_ongoing_requests: PositiveInt = Field(
-        default=64, description="Requests that a replica works on or holds at once."
+        default=320,
+        description="Pictures that Serve hands to a replica at once; room for max_batch_rows and max_waiting_pictures, "
+        "so that they wait where their order is decided.",
     )
     max_queued_requests: PositiveInt = Field(
-        default=256, description="Requests that wait for a replica before new ones are refused as busy."
+        default=256, description="Pictures that wait for a replica before new ones are refused as busy."
     )
     hang_timeout_s: float = Field(
         default=120.0,
@@ -295,6 +350,7 @@ class Settings(_Section):
     text_encoder: TextEncoderSettings = Field(default=TextEncoderSettings(), description="The text encoders.")
     vae: VaeSettings = Field(default=VaeSettings(), description="The VAE.")
     magcache: MagCacheSettings = Field(default=MagCacheSettings(), description="The server's MagCache policy.")
+    elastic: ElasticSettings = Field(default=ElasticSettings(), description="Quality under load.")
     quality: QualitySettings = Field(default=QualitySettings(), description="What `quality` means.")
     http: HttpSettings = Field(default=HttpSettings(), description="Limits on one HTTP request; streams.")
     autoscaling: AutoscalingSettings = Field(
@@ -334,6 +390,30 @@ class Settings(_Section):
     def max_replicas(self) -> int:
         """Most tensor-parallel groups that may run at once."""
         return self.autoscaling.max_replicas or self.num_replicas
+
+    @model_validator(mode="after")
+    def _batch_holds_the_largest_picture(self) -> Self:
+        tokens = 2 * self.picture_tokens(self.sampling.max_pixels)
+        if self.max_batch_tokens < tokens:
+            raise ValueError(
+                f"max_batch_tokens is {self.max_batch_tokens}; the largest picture with true CFG has {tokens} tokens: "
+                "raise max_batch_tokens, or lower sampling.max_pixels or sampling.max_sequence_length"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pictures_wait_in_the_coordinator(self) -> Self:
+        needed = self.max_batch_rows + self.max_waiting_pictures
+        if self.max_ongoing_requests < needed:
+            raise ValueError(
+                f"max_ongoing_requests is {self.max_ongoing_requests}; raise it to at least {needed}, max_batch_rows "
+                "and max_waiting_pictures together, or lower those"
+            )
+        return self
+
+    def picture_tokens(self, pixels: int) -> int:
+        """Image and text tokens of one CFG branch of a picture: a token stands for 16 x 16 pixels."""
+        return pixels // 256 + self.sampling.max_sequence_length
 
     @property
     def model_name(self) -> str:

@@ -123,8 +123,8 @@ class EditsRequest(ImagesRequest):
         default=None,
         gt=0,
         le=1,
-        description="For models that start from the picture: how much of it may change, 0.6 by default; it is the share "
-        "of the steps that run.",
+        description="For models that start from the picture: how much of it may change, 0.6 by default; the share of "
+        "the steps that run.",
     )
     input_fidelity: Literal["high", "low"] | None = Field(default=None, description="Accepted; without effect.")
 

@@ -54,6 +54,11 @@ class MagCacheOptions:
     min_computed_steps: int | None = None
 
 
+def first_step(steps: int, strength: float | None) -> int:
+    """The step of a schedule of ``steps`` that image-to-image begins with; diffusers skips the same ones."""
+    return 0 if strength is None else min(int(max(steps - steps * strength, 0)), steps - 1)
+
+
 @dataclass(frozen=True)
 class DenoiseJob:
     """One picture to denoise. ``row_id`` is unique in the service and begins with ``<request id>/``.
@@ -65,6 +70,7 @@ class DenoiseJob:
         deadline_s: seconds from the job's arrival at the coordinator to its last step; None has all the time.
         partial_images: previews (x0 estimates) wanted on the way, evenly spread over the steps.
         strength: image-to-image, in (0, 1]: the share of the steps that run on the source; None starts from noise.
+        source_tokens: image tokens of the reference pictures that every step reads beside the picture's own.
     """
 
     row_id: str
@@ -79,14 +85,12 @@ class DenoiseJob:
     deadline_s: float | None = None
     partial_images: int = 0
     strength: float | None = None
+    source_tokens: int = 0
 
     @property
     def first_step(self) -> int:
-        """The step of the whole schedule that this job begins with; diffusers' image-to-image skips the same ones."""
-        if self.strength is None:
-            return 0
-        steps = self.num_inference_steps
-        return min(int(max(steps - steps * self.strength, 0)), steps - 1)
+        """The step of the whole schedule that this job begins with."""
+        return first_step(self.num_inference_steps, self.strength)
 
     @property
     def steps_to_run(self) -> int:
@@ -164,7 +168,7 @@ class StepResult:
     """A rank's answer to one plan.
 
     ``latents`` holds finished rows and ``previews`` the x0 estimates asked for, each (image_tokens, channels), by row
-    id and on rank 0 only.
+    id and on rank 0 only. ``idle_seconds`` is how long the rank waited for this plan while it held rows to step.
     """
 
     rank: int
@@ -174,6 +178,7 @@ class StepResult:
     residual_bytes: int
     latents: dict[str, torch.Tensor]
     previews: dict[str, torch.Tensor] = field(default_factory=dict)
+    idle_seconds: float = 0.0
 
 
 FIRST_DIGEST = "0" * 16
@@ -181,8 +186,15 @@ FIRST_DIGEST = "0" * 16
 
 def plan_digest(previous: str, plan: StepPlan) -> str:
     """The digest that ``plan`` must carry when the history so far has ``previous``; its own does not count."""
-    content = plan.sequence, plan.admit, plan.rows, plan.drop
-    return hashlib.blake2b(f"{previous}{content!r}".encode(), digest_size=8).hexdigest()
+    rows = ";".join(map(_row_text, plan.rows))
+    content = f"{previous} {plan.sequence} {plan.admit!r} {plan.drop!r} {rows}"
+    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+
+
+def _row_text(row: RowStep) -> str:
+    # Each rank hashes each plan between two steps, and a dataclass's own repr takes five times as long.
+    parts = ",".join(f"{b.branch} {b.compute} {b.weights} {b.history}" for b in row.branches)
+    return f"{row.row_id!r} {row.step} {row.last} {row.preview} {parts}"
 
 
 @dataclass(frozen=True)
@@ -224,7 +236,6 @@ class DenoiseReport:
     negative_schedule: str | None
     queue_seconds: float
     denoise_seconds: float
-    batch_rows_mean: float
     eta_seconds: float = 0.0
     queue_position: int = 0
     lowered_by: str | None = None

@@ -13,7 +13,8 @@ from ray.serve.handle import DeploymentHandle
 
 from app.api.backend import HealthReport, ImagesJob, Picture, StreamItem
 from app.api.errors import DeadlinePassedError
-from app.engine.messages import Conditioning, DenoiseJob, DenoiseResult, PromptEmbeddings
+from app.engine.families import Family
+from app.engine.messages import Conditioning, DenoiseJob, DenoiseResult, PromptEmbeddings, SourceImage
 from app.metrics import merge_families
 from app.serving.calls import result_of
 from app.serving.client_errors import client_error
@@ -54,6 +55,7 @@ class ServeBackend:
         self._replica = replica
         self._decoder = decoder
         self._flights = Flights()
+        self._family: Family | None = None
         self._decode_s: dict[int, float] = {}  # running mean by pixels, to be kept free before a deadline
 
     async def generate(self, job: ImagesJob) -> list[Picture]:
@@ -98,10 +100,13 @@ class ServeBackend:
         embeddings: list[PromptEmbeddings] = await asyncio.gather(
             *(result_of(self._encoder.encode.remote(prompt)) for prompt in prompts)
         )
-        return Conditioning(embeddings[0], None if job.negative_prompt is None else embeddings[1])
+        sources: list[SourceImage] = await asyncio.gather(
+            *(result_of(self._decoder.encode.remote(source.pixels, job.width, job.height)) for source in job.sources)
+        )
+        return Conditioning(embeddings[0], None if job.negative_prompt is None else embeddings[1], tuple(sources))
 
     async def _picture(self, order: _Order, index: int, conditioning: Conditioning, encode_s: float) -> Picture:
-        denoise, form = self._denoise_job(order, index), _file_form(order.job)
+        denoise, form = self._denoise_job(order, index, conditioning), _file_form(order.job)
         if order.tell is None:
             result: DenoiseResult = await result_of(self._replica.denoise.remote(denoise, conditioning))
             data, decode_s = await self._decode(result, order.job)
@@ -129,7 +134,7 @@ class ServeBackend:
     def _decode_estimate_s(self, job: ImagesJob) -> float:
         return self._decode_s.get(job.width * job.height, 0.0)
 
-    def _denoise_job(self, order: _Order, index: int) -> DenoiseJob:
+    def _denoise_job(self, order: _Order, index: int, conditioning: Conditioning) -> DenoiseJob:
         job = order.job
         return DenoiseJob(
             # A client may send one X-Request-Id twice; rows must stay apart.
@@ -144,6 +149,9 @@ class ServeBackend:
             priority=job.priority,
             deadline_s=self._left_s(order),
             partial_images=job.partial_images,
+            strength=job.strength,
+            # With strength the one source turns into the picture, and no step reads it beside.
+            source_tokens=0 if job.strength else sum(len(source.latents) for source in conditioning.sources),
         )
 
     def _left_s(self, order: _Order) -> float | None:
@@ -155,6 +163,15 @@ class ServeBackend:
             raise DeadlinePassedError(f"deadline_s {deadline_s:g} passed while the prompt was encoded")
         # Too little is left to the coordinator to say: it knows what would be possible.
         return max(deadline_s - order.elapsed_s - self._decode_estimate_s(order.job), _LEAST_LEFT_S)
+
+    async def family(self) -> Family:
+        """What kind of model is served; asked once of the decoder, which has its files."""
+        if self._family is None:
+            try:
+                self._family = await result_of(self._decoder.family.remote())
+            except Exception as error:
+                raise client_error(error, 0.0) from error
+        return self._family
 
     async def health(self) -> HealthReport:
         """Ready when the encoder, the decoder and at least one coordinator, and so a whole group, answer."""

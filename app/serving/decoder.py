@@ -1,34 +1,41 @@
-"""The image decoder: finished latents through the VAE into an encoded picture."""
+"""The VAE's deployment: finished latents into picture files, and pictures to edit into latents."""
 
 import asyncio
 import io
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoModel
 from diffusers.image_processor import VaeImageProcessor
 
-from app.engine.families import family_of
+from app.engine.families import Family, family_of
 from app.engine.geometry import TOKEN_PIXELS, Geometry
+from app.engine.messages import SourceImage
 from app.serving.logs import configure_logging
 from app.serving.model_files import local_model
+from app.serving.source_encoder import SourceEncoder
 from app.settings import Settings
 
 
 class ImageDecoder:
-    """Decodes one picture at a time, off the event loop; finished ones before previews."""
+    """Works on one picture at a time, off the event loop; finished ones before previews."""
 
     def __init__(self, settings: Settings) -> None:
         configure_logging(settings.log_level)
         self._device = torch.device(settings.decoder_runs_on)
+        model = local_model(settings.model, settings.revision)
+        self._family = family_of(model)
         self._vae = (
-            AutoencoderKL.from_pretrained(
-                local_model(settings.model), subfolder="vae", dtype=getattr(torch, settings.dtype)
+            AutoModel.from_pretrained(
+                model, subfolder="vae", dtype=getattr(torch, settings.dtype), use_safetensors=True
             )
             .to(self._device)
             .eval()
         )
-        self._layout = family_of(local_model(settings.model)).layout
+        if settings.vae.tiling:
+            self._vae.enable_tiling()
+        self._sources = SourceEncoder(self._vae, self._family, settings.sampling.max_pixels)
         self._processor = VaeImageProcessor(vae_scale_factor=TOKEN_PIXELS)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
         self._finished = 0  # pictures, not previews, that are in the thread or wait for it
@@ -69,12 +76,21 @@ class ImageDecoder:
         run = asyncio.get_running_loop().run_in_executor
         return await run(self._thread, self._decode, latents, Geometry.of(width, height), output_format, compression)
 
+    async def encode(self, pixels: np.ndarray, width: int, height: int) -> SourceImage:
+        """A picture to edit as tokens; see `SourceEncoder.encode`."""
+        run = asyncio.get_running_loop().run_in_executor
+        return await run(self._thread, self._sources.encode, pixels, width, height)
+
+    async def family(self) -> Family:
+        """What kind of model this is, as its files say."""
+        return self._family
+
     async def ping(self) -> None:
         """Answer when this deployment is up."""
 
     @torch.inference_mode()
     def _decode(self, latents: torch.Tensor, geometry: Geometry, output_format: str, compression: int) -> bytes:
-        scaled = self._layout.to_vae(self._vae, latents[None].to(self._device, self._vae.dtype), geometry)
+        scaled = self._family.layout.to_vae(self._vae, latents[None].to(self._device, self._vae.dtype), geometry)
         pixels = self._vae.decode(scaled, return_dict=False)[0]
         (picture,) = self._processor.postprocess(pixels, output_type="pil")
         file = io.BytesIO()
