@@ -14,19 +14,22 @@ from ray.serve import Application, Deployment
 from app.serving.decoder import ImageDecoder
 from app.serving.encoder import PromptEncoder
 from app.serving.ingress import ImagesApi
+from app.serving.preflight import check_here
 from app.serving.replica import FluxReplica
 from app.settings import Settings
 
 CONSTRUCTOR_ATTEMPTS = 3
-"""A checkpoint that does not load fails the deployment with its reason soon, instead of being tried for long."""
+"""A part that does not come up fails the deployment with its reason soon; a hub that answers late gets another try."""
 
 
 def build(settings: Settings) -> Application:
     """Bind the deployments that ``settings`` ask for.
 
     Raises:
+        ValueError: the checkpoint cannot be served so, as far as this machine has its folder.
         RuntimeError: the cluster lacks the CPUs or GPUs that the deployments reserve.
     """
+    check_here(settings)
     check_resources(settings)
     helper = {"num_cpus": settings.cpus_per_helper}
     common: dict[str, Any] = {

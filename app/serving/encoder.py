@@ -1,11 +1,16 @@
-"""The prompt encoder: CLIP and T5 as diffusers' FluxPipeline runs them, with the last prompts' results kept."""
+"""The prompt encoder: a checkpoint's text encoders as its diffusers pipeline runs them; the last results are kept."""
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from itertools import chain
+from pathlib import Path
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline, Flux2KleinPipeline
+from torch import nn
 
 from app.engine.messages import PromptEmbeddings
 from app.serving.logs import configure_logging
@@ -13,15 +18,49 @@ from app.serving.model_files import local_model
 from app.settings import Settings
 
 
+class TextEncoders:
+    """CLIP and T5, or Qwen3, with their tokenizers."""
+
+    def __init__(
+        self, model: Path, max_sequence_length: int, dtype: torch.dtype, device: torch.device | str, *, offload: bool
+    ) -> None:
+        """Load them from the folder ``model``; with ``offload`` they are on ``device`` only while they work."""
+        # The pipeline class that the checkpoint names knows its encoders; nothing else of it is loaded.
+        self._pipeline = DiffusionPipeline.from_pretrained(
+            model, transformer=None, vae=None, dtype=dtype, use_safetensors=True
+        )
+        self._modules = [part for part in self._pipeline.components.values() if isinstance(part, nn.Module)]
+        self._max_sequence_length = max_sequence_length
+        self._device = torch.device(device)
+        self._offload = offload
+        if not offload:
+            self._pipeline.to(self._device)
+
+    @torch.inference_mode()
+    def encode(self, prompt: str) -> PromptEmbeddings:
+        """The embeddings of ``prompt``, on the CPU."""
+        with visiting(self._modules, self._device) if self._offload else nullcontext():
+            options = {"device": self._device, "max_sequence_length": self._max_sequence_length}
+            if isinstance(self._pipeline, Flux2KleinPipeline):
+                tokens, _ = self._pipeline.encode_prompt(prompt, **options)
+                return PromptEmbeddings(tokens[0].cpu())
+            tokens, pooled, _ = self._pipeline.encode_prompt(prompt, prompt_2=None, **options)
+            return PromptEmbeddings(tokens[0].cpu(), pooled[0].cpu())
+
+
 class PromptEncoder:
     """Encodes one prompt at a time, off the event loop; equal prompts that arrive together are encoded once."""
 
     def __init__(self, settings: Settings) -> None:
         configure_logging(settings.log_level)
-        self._settings = settings
-        self._pipeline = FluxPipeline.from_pretrained(
-            local_model(settings.model), transformer=None, vae=None, dtype=getattr(torch, settings.dtype)
-        ).to(settings.encoder_runs_on)
+        self._encoders = TextEncoders(
+            local_model(settings.model, settings.revision),
+            settings.sampling.max_sequence_length,
+            getattr(torch, settings.dtype),
+            settings.encoder_runs_on,
+            offload=settings.text_encoder.placement == "offload",
+        )
+        self._entries = settings.prompt_cache_entries
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
         self._cache: OrderedDict[str, PromptEmbeddings] = OrderedDict()
         self._under_way: dict[str, asyncio.Future[PromptEmbeddings]] = {}
@@ -34,7 +73,7 @@ class PromptEncoder:
             return cached
         under_way = self._under_way.get(prompt)
         if under_way is None:
-            under_way = asyncio.get_running_loop().run_in_executor(self._thread, self._encode, prompt)
+            under_way = asyncio.get_running_loop().run_in_executor(self._thread, self._encoders.encode, prompt)
             self._under_way[prompt] = under_way
             under_way.add_done_callback(lambda done: self._keep(prompt, done))
         # One client's disconnect must not take the result from another who waits for the same prompt.
@@ -43,17 +82,32 @@ class PromptEncoder:
     async def ping(self) -> None:
         """Answer when this deployment is up."""
 
-    @torch.inference_mode()
-    def _encode(self, prompt: str) -> PromptEmbeddings:
-        tokens, pooled, _ = self._pipeline.encode_prompt(
-            prompt, prompt_2=None, max_sequence_length=self._settings.sampling.max_sequence_length
-        )
-        return PromptEmbeddings(tokens[0].cpu(), pooled[0].cpu())
-
     def _keep(self, prompt: str, done: "asyncio.Future[PromptEmbeddings]") -> None:
         del self._under_way[prompt]
         if done.cancelled() or done.exception() is not None:
             return
         self._cache[prompt] = done.result()
-        while len(self._cache) > self._settings.prompt_cache_entries:
+        while len(self._cache) > self._entries:
             self._cache.popitem(last=False)
+
+
+@contextmanager
+def visiting(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Have the ``modules`` on ``device`` for a while. Their own tensors stay where they are and need no way back."""
+    at_home = [
+        (part, name, tensor)
+        for module in modules
+        for part in module.modules()
+        for name, tensor in chain(part.named_parameters(recurse=False), part.named_buffers(recurse=False))
+    ]
+    away: dict[torch.Tensor, torch.Tensor] = {}  # tied weights travel once
+    try:
+        for part, name, tensor in at_home:
+            if tensor not in away:
+                moved = tensor.detach().to(device, non_blocking=True)
+                away[tensor] = nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
+            setattr(part, name, away[tensor])
+        yield
+    finally:
+        for part, name, tensor in at_home:
+            setattr(part, name, tensor)

@@ -15,6 +15,7 @@ from app.serving.errors import GroupFailedError
 from app.serving.group import RankGroup
 from app.serving.logs import configure_logging
 from app.serving.news import news_of, until
+from app.serving.preflight import fetch_and_check
 from app.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ class FluxReplica:
         self._reports: asyncio.Queue[tuple[RankGroup, Exception]] = asyncio.Queue()
         self._settled = asyncio.Condition()
         self._replica = serve.get_replica_context().replica_id.unique_id
+        await asyncio.to_thread(fetch_and_check, settings)
         self._group = await self._build()
         self._watch_task = asyncio.create_task(self._watch())
 
