@@ -4,6 +4,7 @@ Serve validates the arguments only when the parameter's annotation is a real cla
 the evaluation of annotations.
 """
 
+import logging
 import time
 from typing import Any
 
@@ -14,9 +15,12 @@ from ray.serve import Application, Deployment
 from app.serving.decoder import ImageDecoder
 from app.serving.encoder import PromptEncoder
 from app.serving.ingress import ImagesApi
+from app.serving.logs import configure_logging
 from app.serving.preflight import check_here
 from app.serving.replica import FluxReplica
 from app.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 CONSTRUCTOR_ATTEMPTS = 3
 """A part that does not come up fails the deployment with its reason soon; a hub that answers late gets another try."""
@@ -123,18 +127,26 @@ def check_resources(settings: Settings) -> None:
         return
     needed = needed_resources(settings)
     until = time.monotonic() + settings.resources_timeout_s
-    while True:
-        has = ray.cluster_resources()
-        missing = [name for name, amount in needed.items() if has.get(name, 0.0) + 1e-6 < amount]
-        if not missing:
-            return
+    told = False
+    while shortage := _shortage(settings, needed):
         if time.monotonic() >= until:
-            break
+            raise RuntimeError(shortage)
+        if not told:
+            configure_logging(settings.log_level)
+            logger.warning("%s Waiting up to %g s for more.", shortage, settings.resources_timeout_s)
+            told = True
         time.sleep(1.0)
+
+
+def _shortage(settings: Settings, needed: dict[str, float]) -> str | None:
+    has = ray.cluster_resources()
+    missing = [name for name, amount in needed.items() if has.get(name, 0.0) + 1e-6 < amount]
+    if not missing:
+        return None
     wants = " and ".join(f"{needed[name]:g} {name}s" for name in missing)
     holds = " and ".join(f"{has.get(name, 0.0):g}" for name in missing)
     advice = " For a machine without GPUs there is deployments/flux-tiny.yaml." if "GPU" in missing else ""
-    raise RuntimeError(
+    return (
         f"{settings.model_name} at tensor_parallel_size {settings.tensor_parallel_size} with "
         f"{settings.num_replicas} replica(s) on {settings.device} needs {wants}; the Ray cluster has {holds}. Add "
         f"nodes, or lower tensor_parallel_size, num_replicas, gpus_per_rank or cpus_per_rank.{advice}"
