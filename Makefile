@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 CHECKED := $(wildcard app magcache_core models/recipe benchmarks scripts tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test lint format train clean
+.PHONY: help setup demo serve test bench lint format train clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ serve: setup ## Serve deployments/flux-tiny.yaml (another: CONFIG=deployments/fl
 
 test: setup ## Run all tests (some of them: ARGS="tests/engine -k tp2")
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: setup ## Measure serving against diffusers' own, 12 minutes (ARGS=--quick: does it run?)
+	$(BIN)/python -m benchmarks.serving $(ARGS)
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check $(CHECKED)

@@ -1,0 +1,1 @@
+"""What `benchmarks.serving` measures, with what, and how the figures are drawn."""

@@ -1,0 +1,114 @@
+"""The systems that are compared, each behind Ray Serve on this machine with the same number of threads."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import ray
+import yaml
+from ray import serve
+
+from app.main import build
+from app.settings import Settings
+from benchmarks.serve.load import Wish
+from benchmarks.serve.peers import Batched, OneAtATime, application
+from magcache_core import load_profile
+
+MODEL = Path("models/flux-tiny").resolve()
+PROFILE = "flux-tiny"
+THREADS = 2
+CONFIG = Path("deployments/flux-tiny.yaml")
+
+
+@dataclass(frozen=True)
+class System:
+    """One thing to measure: a name for tables and plots, and how to make its Serve application."""
+
+    name: str
+    label: str
+    application: Callable[[], serve.Application]
+
+
+def ours(tensor_parallel_size: int, model: Path = MODEL, **changes: Any) -> serve.Application:
+    """This service with the threshold rule that diffusers has, so that both compute the same steps."""
+    args = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["applications"][0]["args"]
+    profile = load_profile(PROFILE)
+    rule = {
+        "mag_threshold": profile.threshold,
+        "mag_max_skip_steps": profile.max_skip_steps,
+        "mag_retention_ratio": profile.retention_ratio,
+    }
+    args |= {
+        "model": str(model),
+        "tensor_parallel_size": tensor_parallel_size,
+        "threads_per_rank": THREADS // tensor_parallel_size,
+        "log_level": "WARNING",
+        "magcache": args["magcache"] | rule,
+    }
+    return build(Settings(**(args | changes)))
+
+
+SYSTEMS = (
+    System("pipeline", "diffusers, one at a time", lambda: application(OneAtATime, str(MODEL), PROFILE, THREADS)),
+    System("batched", "diffusers, @serve.batch", lambda: application(Batched, str(MODEL), PROFILE, THREADS)),
+    System("ours-tp1", "this service, tp 1", lambda: ours(1)),
+    System("ours-tp2", "this service, tp 2", lambda: ours(2)),
+)
+
+
+@contextlib.contextmanager
+def cluster() -> Iterator[str]:
+    """A Ray of its own with Serve's proxy on a free port; yields the URL."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    try:
+        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+        yield f"http://127.0.0.1:{port}"
+        serve.shutdown()
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def running(application: serve.Application) -> Iterator[None]:
+    """``application`` at the cluster's URL."""
+    serve.run(application, name="measured", route_prefix="/")
+    try:
+        yield
+    finally:
+        serve.delete("measured")
+
+
+def ask(url: str, wish: Wish, **extra: Any) -> dict[str, Any]:
+    """The first picture of one reply, without its file."""
+    reply = httpx.post(f"{url}/v1/images/generations", json=wish.body | extra, timeout=180.0)
+    reply.raise_for_status()
+    image: dict[str, Any] = reply.json()["data"][0]
+    del image["b64_json"]
+    return image
+
+
+def metric(url: str, name: str) -> float:
+    """A metric of ours, summed over its labels; 0 before its first sample."""
+    text = httpx.get(f"{url}/metrics", timeout=30.0).text
+    return sum(float(value) for value in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE))
+
+
+def settle(url: str, wish: Wish, attempts: int = 60) -> None:
+    """Return when the application answers."""
+    for _ in range(attempts):
+        with contextlib.suppress(httpx.HTTPError):
+            ask(url, wish)
+            return
+        time.sleep(1.0)
+    raise RuntimeError(f"{url} did not answer within {attempts} attempts")

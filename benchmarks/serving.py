@@ -1,0 +1,190 @@
+"""This service against what one would write instead, over HTTP on this machine: ``python -m benchmarks.serving``.
+
+flux-tiny, mixed sizes and step counts, the same threads and the same computed steps everywhere: diffusers' pipeline
+with diffusers' MagCache in one Serve deployment, one picture at a time and with ``@serve.batch``, and this service with
+one and with two tensor-parallel ranks. Closed loops and Poisson arrivals; beside them the bare pipeline without Serve,
+and what MagCache saves in the denoising phase on flux-tiny and on a random checkpoint of 160 million parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import ray
+import torch
+
+from benchmarks.serve.checkpoint import write_checkpoint
+from benchmarks.serve.load import closed_loop, open_loop, summarise, workload
+from benchmarks.serve.peers import CachedPipeline
+from benchmarks.serve.phases import speed_up
+from benchmarks.serve.plots import draw
+from benchmarks.serve.systems import MODEL, PROFILE, SYSTEMS, THREADS, cluster, ours, running, settle
+
+# A picture is in time when it comes within so many times what the bare pipeline takes for one.
+DEADLINE_FACTOR = 5.0
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured.
+
+    Attributes:
+        closed: clients of each closed loop, and how many requests they share.
+        open_seconds: length of each run with Poisson arrivals.
+        open_loads: arrival rates, as multiples of what the bare pipeline makes in a second.
+        repetitions: pictures of each kind that the speed-up is the median of.
+        large: shape of the random checkpoint, where it differs from `BLOCKS`.
+    """
+
+    closed: tuple[tuple[int, int], ...] = ((1, 24), (4, 48), (16, 96), (64, 192))
+    open_seconds: float = 10.0
+    open_loads: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
+    repetitions: int = 9
+    large: tuple[tuple[str, int], ...] = ()
+
+
+QUICK = Effort(
+    closed=((1, 2), (2, 4)),
+    open_seconds=1.0,
+    open_loads=(0.5,),
+    repetitions=1,
+    large=(("num_layers", 1), ("num_single_layers", 1)),
+)
+
+
+def bare_loop(count: int) -> dict[str, float]:
+    """The pipeline alone, in a process like those that serve: one picture after another, PNG files included."""
+
+    class Loop:
+        def __init__(self) -> None:
+            self._pipeline = CachedPipeline(str(MODEL), PROFILE, THREADS)
+
+        def run(self, seed: int) -> list[float]:
+            seconds = []
+            for wish in workload(count, seed):
+                started = time.perf_counter()
+                self._pipeline([wish])
+                seconds.append(time.perf_counter() - started)
+            return seconds
+
+    actor: Any = ray.remote(num_cpus=1)(Loop).remote()
+    ray.get(actor.run.remote(0))
+    seconds = ray.get(actor.run.remote(1))
+    ray.kill(actor)
+    return {"p50_s": round(statistics.median(seconds), 4), "throughput": round(len(seconds) / sum(seconds), 4)}
+
+
+def measure(url: str, effort: Effort, bare: dict[str, float]) -> dict[str, Any]:
+    """All loads on the system that listens at ``url``."""
+    deadline_s = DEADLINE_FACTOR * bare["p50_s"]
+    settle(url, workload(1, seed=9)[0])
+    asyncio.run(closed_loop(url, workload(8, seed=2), clients=4))  # warms up batches of several sizes
+    closed = []
+    for clients, count in effort.closed:
+        outcomes = asyncio.run(closed_loop(url, workload(count, seed=1), clients))
+        closed.append({"clients": clients, **summarise(outcomes, deadline_s)})
+    arrivals = []
+    for load in effort.open_loads:
+        rate = load * bare["throughput"]
+        wishes = workload(max(2, round(rate * effort.open_seconds)), seed=4)
+        outcomes = asyncio.run(open_loop(url, wishes, rate, seed=4))
+        arrivals.append({"load": load, "rate": round(rate, 3), **summarise(outcomes, deadline_s)})
+    return {"closed": closed, "open": arrivals}
+
+
+def targets(document: dict[str, Any]) -> dict[str, Any]:
+    """The figures that were to be reached, with what was."""
+    systems, phases = document["systems"], document["denoising"]
+    busiest = min(len(systems["pipeline"]["closed"]) - 1, 2)  # 16 clients in a full run
+
+    def throughput(name: str) -> float:
+        value: float = systems[name]["closed"][busiest]["throughput"]
+        return value
+
+    def single(name: str) -> float:
+        value: float = systems[name]["closed"][0]["p50_s"]
+        return value
+
+    wanted: Sequence[tuple[str, float, str, float]] = (
+        ("latency of one client, ours / pipeline", single("ours-tp1") / single("pipeline"), "<=", 1.0),
+        ("throughput, ours / pipeline", throughput("ours-tp1") / throughput("pipeline"), ">=", 2.0),
+        ("speed-up / possible, flux-tiny", phases["flux-tiny"]["ratio"], ">=", 0.85),
+        ("speed-up / possible, random-160m", phases["random-160m"]["ratio"], ">=", 0.95),
+        ("control-plane gap / computed step, flux-tiny", phases["flux-tiny"]["gap_share"], "<=", 0.05),
+    )
+    return {
+        name: {
+            "measured": round(value, 3),
+            "wanted": f"{relation} {bound:g}",
+            "reached": value <= bound if relation == "<=" else value >= bound,
+        }
+        for name, value, relation, bound in wanted
+    }
+
+
+def run(effort: Effort) -> dict[str, Any]:
+    """Everything, one system after another."""
+    started = time.perf_counter()
+    document: dict[str, Any] = {
+        "machine": f"{platform.machine()} CPU, {len(os.sched_getaffinity(0))} cores, fp32",
+        "software": f"torch {torch.__version__}, diffusers {diffusers.__version__}, Ray {ray.__version__}",
+        "threads": THREADS,
+        "effort": asdict(effort),
+        "systems": {},
+        "denoising": {},
+    }
+    with cluster() as url, tempfile.TemporaryDirectory() as folder:
+        document["bare"] = bare = bare_loop(effort.closed[0][1])
+        document["deadline_s"] = round(DEADLINE_FACTOR * bare["p50_s"], 3)
+        print("bare pipeline", json.dumps(bare), flush=True)
+        for system in SYSTEMS:
+            with running(system.application()):
+                figures = measure(url, effort, bare)
+                document["systems"][system.name] = {"label": system.label, **figures}
+                for figure in (*figures["closed"], *figures["open"]):
+                    print(system.label, json.dumps(figure), flush=True)
+                if system.name == "ours-tp1":
+                    document["denoising"]["flux-tiny"] = speed_up(url, effort.repetitions)
+        large = Path(folder) / "random"
+        parameters = write_checkpoint(MODEL, large, **dict(effort.large))
+        with running(ours(1, large)):
+            settle(url, workload(1, seed=9)[0])
+            document["denoising"]["random-160m"] = {"parameters": parameters, **speed_up(url, effort.repetitions)}
+    document["targets"] = targets(document)
+    document["seconds"] = round(time.perf_counter() - started, 1)
+    return document
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a few requests: does everything run?")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/serving.json"))
+    parser.add_argument("--plot", type=Path, default=Path("benchmarks/results/serving.png"))
+    args = parser.parse_args()
+    document = run(QUICK if args.quick else Effort())
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    draw(document, args.plot)
+    print("denoising", json.dumps(document["denoising"]))
+    for name, target in document["targets"].items():
+        word = "reached" if target["reached"] else "MISSED"
+        print(f"{word}: {name}: {target['measured']} (wanted {target['wanted']})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
