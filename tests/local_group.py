@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,8 @@ from diffusers import FluxPipeline
 from app.engine.engine import Engine
 from app.engine.messages import Conditioning, DenoiseJob, MagCacheOptions, PromptEmbeddings, StepPlan
 from app.engine.sampling import FlowMatchSampler
-from app.serving.scheduler import StepScheduler
+from app.serving.entry import Entry
+from app.serving.intake import Intake
 from app.serving.trajectory import TrajectoryPlanner
 from app.settings import MagCacheSettings, Settings
 
@@ -28,26 +31,54 @@ def job(row_id: str, *, size: tuple[int, int] = (128, 128), steps: int = 28, see
     return DenoiseJob(row_id, width, height, steps, seed=seed, **values)
 
 
-def plans(
-    jobs: Sequence[DenoiseJob], profile: str = "flux.1-dev", max_batch_rows: int = 8, arrivals: Sequence[int] = ()
-) -> list[StepPlan]:
-    """All plans that the coordinator's scheduler forms for ``jobs``; job i arrives before tick ``arrivals[i]``."""
-    settings = Settings(magcache=MagCacheSettings(profile=profile))
-    planner = TrajectoryPlanner(settings, FlowMatchSampler(MODEL))
-    scheduler = StepScheduler(max_batch_rows)
-    due = dict(enumerate(arrivals))
-    waiting = list(enumerate(jobs))
+@dataclass(frozen=True)
+class Formed:
+    """What became of some jobs: the plans, each picture's table entry, and the table at the end."""
+
+    plans: list[StepPlan]
+    entries: dict[str, Entry]
+    intake: Intake
+
+
+def form(
+    jobs: Sequence[DenoiseJob],
+    settings: Settings,
+    arrivals: Sequence[int] = (),
+    cancellations: Mapping[str, int] | None = None,
+) -> Formed:
+    """Form all plans for ``jobs`` as the coordinator does.
+
+    Args:
+        arrivals: job i is there before tick ``arrivals[i]``; 0 where nothing is said.
+        cancellations: row ids, and the tick before which each is cancelled.
+    """
+    now = [0.0]
+    intake = Intake(settings, TrajectoryPlanner(settings, FlowMatchSampler(MODEL)), lambda: now[0])
+    scheduler = intake.scheduler
+    coming = sorted(zip_longest(arrivals, jobs, fillvalue=0), key=lambda pair: pair[0])
+    leaving = dict(cancellations or {})
+    entries: dict[str, Entry] = {}
     formed: list[StepPlan] = []
-    tick = 0
-    while waiting or scheduler.running or scheduler.waiting:
-        for index, arriving in [pair for pair in waiting if due.get(pair[0], 0) <= tick]:
-            scheduler.submit(arriving, planner.trajectories(arriving))
-            waiting.remove((index, arriving))
+    while coming or not scheduler.empty:
+        while coming and coming[0][0] <= now[0]:
+            arriving = coming.pop(0)[1]
+            entries[arriving.row_id] = intake.take(arriving)
+        for row_id in [row_id for row_id, tick in leaving.items() if tick <= now[0] and row_id in entries]:
+            scheduler.cancel(row_id)
+            del leaving[row_id]
         plan = scheduler.next_plan()
         if plan is not None:
             formed.append(plan)
-        tick += 1
-    return formed
+        now[0] += 1
+    return Formed(formed, entries, intake)
+
+
+def plans(
+    jobs: Sequence[DenoiseJob], profile: str = "flux.1-dev", max_batch_rows: int = 8, arrivals: Sequence[int] = ()
+) -> list[StepPlan]:
+    """All plans for ``jobs``; see `form`."""
+    settings = Settings(magcache=MagCacheSettings(profile=profile), max_batch_rows=max_batch_rows)
+    return form(jobs, settings, arrivals).plans
 
 
 def execute(

@@ -11,18 +11,36 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 from ray.actor import ActorHandle
 
+from app.api.errors import DeadlinePassedError, RequestCancelledError
 from app.engine.engine import PlanMismatchError
-from app.engine.messages import Conditioning, DenoiseJob, DenoiseResult, StepPlan, StepResult
+from app.engine.messages import (
+    COND,
+    Conditioning,
+    DenoiseJob,
+    DenoiseResult,
+    ProgressEvent,
+    RowStep,
+    StepPlan,
+    StepResult,
+)
 from app.engine.sampling import FlowMatchSampler
 from app.metrics import CoordinatorMetrics
+from app.serving.counts import Counts
+from app.serving.entry import Entry, Shape
 from app.serving.errors import GroupFailedError
+from app.serving.feeds import OVER, Feed, News
+from app.serving.intake import Intake, SentPlan, average_job
 from app.serving.logs import configure_logging
 from app.serving.model_files import local_model
-from app.serving.scheduler import Entry, StepScheduler
 from app.serving.trajectory import TrajectoryPlanner
 from app.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+UNKNOWN_S = 5.0
+"""How long a watcher may come before its picture, and an ended picture's last news are kept."""
+QUEUE_NEWS_S = 1.0
+"""How often those who watch a waiting picture hear of its place in the queue."""
 
 
 class _Pending:
@@ -33,9 +51,14 @@ class _Pending:
         self.conditioning = conditioning
         self.done: asyncio.Future[DenoiseResult] = asyncio.get_running_loop().create_future()
 
+    def fail(self, error: Exception) -> None:
+        """End the waiting with ``error``, unless it has ended."""
+        if not self.done.done():
+            self.done.set_exception(error)
+
 
 class Coordinator:
-    """Forms a plan per tick and keeps ``plans_in_flight`` of them ahead of the ranks.
+    """Forms plans tick by tick and keeps ``plans_in_flight`` messages of them ahead of the ranks.
 
     No plan waits for a result: decisions depend on settings and step indices only, never on the data.
     """
@@ -43,16 +66,23 @@ class Coordinator:
     def __init__(self, settings: Settings, ranks: Sequence[ActorHandle], replica: str, rebuilds: int) -> None:
         configure_logging(settings.log_level)
         self._ranks = list(ranks)
-        self._planner = TrajectoryPlanner(settings, FlowMatchSampler(local_model(settings.model, settings.revision)))
-        self._scheduler = StepScheduler(settings.max_batch_rows)
+        self._intake = Intake(settings, TrajectoryPlanner(settings, FlowMatchSampler(local_model(settings.model))))
+        self._scheduler = self._intake.scheduler
+        self._average = average_job(settings)
         self._registry = CollectorRegistry()
         self._metrics = CoordinatorMetrics(self._registry, settings.model_name, replica)
         self._metrics.group_rebuilt(rebuilds)
         self._pending: dict[str, _Pending] = {}
+        self._feeds: dict[str, Feed] = {}
         self._failure: GroupFailedError | None = None
         self._work = asyncio.Event()
         self._room = asyncio.Semaphore(settings.plans_in_flight)
-        self._sent: asyncio.Queue[tuple[StepPlan, list[ray.ObjectRef[StepResult]]]] = asyncio.Queue()
+        self._sent: asyncio.Queue[tuple[list[SentPlan], list[ray.ObjectRef[list[StepResult]]]]] = asyncio.Queue()
+
+    @property
+    def counts(self) -> Counts:
+        """Totals since the group was built."""
+        return self._intake.counts
 
     async def run(self) -> None:
         """Send plans and collect results until the group fails; started once, when the group is built.
@@ -74,14 +104,23 @@ class Coordinator:
             conditioning: one reference, in a list so that Ray does not fetch it here: only ranks need the tensors.
 
         Raises:
+            BusyError: the queue is full; it says when it is worth asking again.
+            DeadlineImpossibleError: at once, when no schedule that client and server allow meets the deadline.
+            DeadlinePassedError: the deadline passed on the way.
+            RequestCancelledError: `cancel_request` ended it.
+            InvalidRequestError: one step of it does not fit into a batch.
+            magcache_core.ConfigError: ``computed_steps`` cannot be met with the other settings.
             GroupFailedError: this coordinator or one of its ranks broke; the picture is not lost, ask a new group.
         """
         if self._failure is not None:
             raise self._failure
         (reference,) = conditioning
-        trajectories = self._planner.trajectories(job)
-        pending = _Pending(self._scheduler.submit(job, trajectories), reference)
+        pending = _Pending(self._intake.take(job), reference)
         self._pending[job.row_id] = pending
+        if job.partial_images:
+            self._feeds.setdefault(job.row_id, Feed())
+        if job.row_id in self._feeds:
+            self._tell_place(pending.entry)
         self._work.set()
         try:
             return await pending.done
@@ -89,14 +128,55 @@ class Coordinator:
             # Also when this call itself is cancelled: a row in the table must have somebody who waits for it.
             del self._pending[job.row_id]
             if self._scheduler.cancel(job.row_id):
+                self.counts.cancelled += 1
                 logger.info("request %s: cancelled %s", job.request_id, job.row_id)
                 self._work.set()
+            self._close_feed(job.row_id)
 
     async def cancel(self, row_id: str) -> None:
         """End a picture at the next step boundary on every rank; harmless when it is over already."""
         pending = self._pending.get(row_id)
         if pending is not None:
             pending.done.cancel()  # which ends its `denoise`, and with it the row
+
+    async def cancel_request(self, request_id: str) -> int:
+        """End all pictures of a request at the next step boundary on every rank; returns how many."""
+        ended = [
+            pending
+            for pending in self._pending.values()
+            if pending.entry.job.request_id == request_id and not pending.done.done()
+        ]
+        for pending in ended:
+            pending.fail(RequestCancelledError(f"request {request_id} was cancelled"))
+        return len(ended)
+
+    async def events(self, row_id: str, seen: int) -> News:
+        """Wait for news of a picture beyond number ``seen`` (0 at first).
+
+        Returns:
+            The new events, all previews and the latest progress, and the number to ask with next; ``([], -1)`` when the
+            picture is over, or is unknown and does not come within `UNKNOWN_S`.
+        """
+        feed = self._feeds.setdefault(row_id, Feed())
+        while True:
+            pending = self._pending.get(row_id)
+            if pending is not None and feed.is_new:
+                self._tell_place(pending.entry)
+            waits = pending is not None and pending.entry.admitted_s is None
+            patience_s = QUEUE_NEWS_S if waits else UNKNOWN_S if pending is None else None
+            try:
+                async with asyncio.timeout(patience_s):
+                    return await feed.read(seen)
+            except TimeoutError:
+                if pending is not None:
+                    self._tell_place(pending.entry)
+                elif row_id not in self._pending:
+                    self._feeds.pop(row_id, None)
+                    return OVER
+
+    async def load(self) -> dict[str, float]:
+        """Pictures ``waiting`` and ``running``, and ``eta_s``, the estimate that a request of no wishes would get."""
+        return self._intake.load(self._average)
 
     async def ping(self) -> None:
         """Answer when alive; raises what made this coordinator fail."""
@@ -105,31 +185,46 @@ class Coordinator:
 
     async def metric_families(self) -> list[Metric]:
         """This coordinator's metrics, for the service's ``/metrics``."""
-        self._observe_table()
+        self._metrics.running(self._scheduler.running)
+        self._metrics.waiting(self._scheduler.waiting)
         return list(self._registry.collect())
 
     async def _send_plans(self) -> None:
         while True:
             await self._work.wait()
             await self._room.acquire()
-            plan = self._scheduler.next_plan()
-            if plan is None:
+            plans = self._scheduler.next_message()
+            self._end_what_is_too_late()
+            if not plans:
                 self._work.clear()
                 self._room.release()
                 continue
-            tensors = [self._pending[job.row_id].conditioning for job in plan.admit]
-            self._sent.put_nowait((plan, [rank.execute.remote(plan, *tensors) for rank in self._ranks]))
+            tensors = [self._pending[job.row_id].conditioning for plan in plans for job in plan.admit]
+            self.counts.messages += 1
+            sent = [self._intake.sent(plan, self._shape_of) for plan in plans]
+            self._sent.put_nowait((sent, [rank.execute.remote(plans, *tensors) for rank in self._ranks]))
 
     async def _collect_results(self) -> None:
         while True:
-            plan, references = await self._sent.get()
-            results: list[StepResult] = await asyncio.gather(*references)
+            sent, references = await self._sent.get()
+            answers: list[list[StepResult]] = await asyncio.gather(*references)
             self._room.release()
-            self._check(plan, results)
-            self._metrics.observe_step(plan, max(result.seconds for result in results))
-            self._metrics.residual_bytes(max(result.residual_bytes for result in results))
-            for row_id, latents in results[0].latents.items():
-                self._finish(row_id, latents)
+            for one, *results in zip(sent, *answers, strict=True):
+                self._collect(one, results)
+
+    def _collect(self, sent: SentPlan, results: list[StepResult]) -> None:
+        self._check(sent.plan, results)
+        self._intake.done(sent, results)
+        self._metrics.observe_step(sent.plan, max(result.seconds for result in results))
+        self._metrics.residual_bytes(max(result.residual_bytes for result in results))
+        if self._feeds:
+            for row in sent.plan.rows:
+                self._tell_progress(row, results[0].previews.get(row.row_id))
+        for row_id, latents in results[0].latents.items():
+            self._finish(row_id, latents)
+
+    def _shape_of(self, row_id: str) -> Shape:
+        return self._pending[row_id].entry.shape
 
     def _check(self, plan: StepPlan, results: Sequence[StepResult]) -> None:
         for result in results:
@@ -142,7 +237,17 @@ class Coordinator:
             return
         report = pending.entry.report(time.monotonic())
         self._metrics.observe_request(report)
+        self.counts.finished += 1
         pending.done.set_result(DenoiseResult(latents, report))
+
+    def _end_what_is_too_late(self) -> None:
+        for entry in self._scheduler.take_too_late():
+            self.counts.deadline_passed += 1
+            logger.info("request %s: deadline passed, %s ended", entry.job.request_id, entry.job.row_id)
+            done = f"{entry.step} of {entry.job.steps_to_run} steps"
+            self._pending[entry.job.row_id].fail(
+                DeadlinePassedError(f"deadline_s of {entry.job.deadline_s:g} s passed after {done}")
+            )
 
     def _fail(self, error: Exception) -> None:
         if isinstance(error, PlanMismatchError):
@@ -150,9 +255,24 @@ class Coordinator:
         logger.error("the group failed: %s", error)
         self._failure = GroupFailedError(f"{type(error).__name__}: {error}")
         for pending in self._pending.values():
-            if not pending.done.done():
-                pending.done.set_exception(self._failure)
+            pending.fail(self._failure)
 
-    def _observe_table(self) -> None:
-        self._metrics.running(self._scheduler.running)
-        self._metrics.waiting(self._scheduler.waiting)
+    def _tell_place(self, entry: Entry) -> None:
+        """Tell where a picture stands that takes no step at the moment."""
+        job, position = entry.job, self._scheduler.position(entry)
+        event = ProgressEvent(job.row_id, entry.step, job.steps_to_run, "", self._intake.eta_s(entry), position)
+        self._feeds[job.row_id].push(event)
+
+    def _tell_progress(self, row: RowStep, preview: torch.Tensor | None) -> None:
+        feed, pending = self._feeds.get(row.row_id), self._pending.get(row.row_id)
+        if feed is None or pending is None or not (feed.due or row.last or preview is not None):
+            return
+        decision = "C" if any(part.compute for part in row.branches if part.branch == COND) else "."
+        steps, eta_s = pending.entry.job.steps_to_run, self._intake.eta_s(pending.entry)
+        feed.push(ProgressEvent(row.row_id, row.step + 1, steps, decision, eta_s, 0, preview))
+
+    def _close_feed(self, row_id: str) -> None:
+        feed = self._feeds.get(row_id)
+        if feed is not None:
+            feed.close()
+            asyncio.get_running_loop().call_later(UNKNOWN_S, self._feeds.pop, row_id, None)

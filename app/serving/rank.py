@@ -1,6 +1,10 @@
 """The rank actor: one process, one shard, one plan after another."""
 
 import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import ray
@@ -12,6 +16,7 @@ from app.engine.messages import Conditioning, StepPlan, StepResult
 from app.engine.parallel import TensorParallelGroup
 from app.serving.logs import configure_logging
 from app.serving.model_files import local_model
+from app.serving.network import use_interface_of
 from app.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -28,6 +33,7 @@ class Rank:
         self._rank = rank
         self._store: Store | None = None
         self._engine: Engine | None = None
+        self._finished_s = 0.0
 
     def open_store(self) -> tuple[str, int]:
         """On rank 0: open the place where the ranks meet; returns its host and port."""
@@ -49,16 +55,26 @@ class Rank:
             torch.cuda.set_device(device)
         group = TensorParallelGroup()
         if meeting_point is not None:
+            use_interface_of(ray.util.get_node_ip_address())
             size = settings.tensor_parallel_size
             store = self._store or TCPStore(*meeting_point, size, is_master=False)
             group = TensorParallelGroup.join(self._rank, size, store, device)
         self._engine = Engine(model, group, device, getattr(torch, settings.dtype))
         logger.info("rank %d of %d holds its shard of %s", self._rank, settings.tensor_parallel_size, model)
 
-    def execute(self, plan: StepPlan, *conditioning: Conditioning) -> StepResult:
-        """Run one plan; ``conditioning`` holds the tensors of ``plan.admit``."""
+    def execute(self, plans: Sequence[StepPlan], *conditioning: Conditioning) -> list[StepResult]:
+        """Run plans, one after another; ``conditioning`` holds the tensors of all that they admit, in order."""
         assert self._engine is not None, "load() comes first"
-        return self._engine.execute(plan, conditioning)
+        # A rank that holds rows will be sent another plan: until it comes, the control plane keeps the rank waiting.
+        idle_seconds = time.perf_counter() - self._finished_s if self._engine.rows else 0.0
+        results: list[StepResult] = []
+        tensors = iter(conditioning)
+        for plan in plans:
+            result = self._engine.execute(plan, list(islice(tensors, len(plan.admit))))
+            results.append(replace(result, idle_seconds=idle_seconds))
+            idle_seconds = 0.0
+        self._finished_s = time.perf_counter()
+        return results
 
     def ping(self) -> int:
         """Answer when everything sent before is done; returns this rank's number."""

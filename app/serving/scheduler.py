@@ -1,72 +1,56 @@
 """The request table and the plans formed from it. Pure: no Ray, no tensors; the clock is given.
 
-Each tick: drop what was cancelled, admit what has room, advance every running row by one step with the decisions that
-were fixed at its admission. Rows at different steps, sizes and settings share a plan.
+Each tick: drop what was cancelled or is too late, admit what has room, and advance the running rows by one step, with
+the decisions that were fixed at their admission. Rows at different steps, sizes and settings share a plan. Only rows
+that compute cost anything, so only they are counted against the budget of a step; rows that reuse always advance.
+
+Order is one number per picture, the time at which it is *due*: its deadline, or ``patience_s`` after its arrival if
+that is sooner, and ``patience_s`` earlier for each level of priority. So priority goes first, then the deadline, then
+the arrival; and since a due time never moves while new ones lie ever later, every picture's turn comes.
 """
 
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
-from app.engine.messages import (
-    COND,
-    FIRST_DIGEST,
-    UNCOND,
-    BranchStep,
-    DenoiseJob,
-    DenoiseReport,
-    RowStep,
-    StepPlan,
-    plan_digest,
-)
+from app.engine.messages import FIRST_DIGEST, DenoiseJob, StepPlan, plan_digest
+from app.serving.entry import Entry, Shape
+from app.serving.ordered import Ordered
 from app.serving.trajectory import Trajectory
+from app.settings import Settings
 
-
-@dataclass
-class Entry:
-    """One picture from its submission to its last step."""
-
-    job: DenoiseJob
-    trajectories: Mapping[str, Trajectory]
-    submitted_s: float
-    admitted_s: float = 0.0
-    step: int = 0
-    batch_rows: int = 0
-
-    def next_step(self) -> RowStep:
-        """The row's part of the next plan."""
-        branches = tuple(
-            BranchStep(name, decision.compute, decision.weights, trajectory.history)
-            for name, trajectory in self.trajectories.items()
-            for decision in [trajectory.decisions[self.step]]
-        )
-        return RowStep(self.job.row_id, self.step, branches, last=self.step + 1 == self.job.num_inference_steps)
-
-    def report(self, finished_s: float) -> DenoiseReport:
-        """How the picture was denoised."""
-        cond, uncond = self.trajectories[COND], self.trajectories.get(UNCOND)
-        return DenoiseReport(
-            schedule=cond.schedule,
-            computed=cond.schedule.count("C"),
-            skipped=cond.schedule.count("."),
-            predicted_error=cond.predicted_error,
-            negative_schedule=uncond.schedule if uncond else None,
-            queue_seconds=self.admitted_s - self.submitted_s,
-            denoise_seconds=finished_s - self.admitted_s,
-            batch_rows_mean=self.batch_rows / len(cond.decisions),
-        )
+MAX_PLANS_PER_MESSAGE = 16
+"""A run of reused steps is sent as one message; so long a run is rare, and cheap to have sent."""
 
 
 class StepScheduler:
-    """First come, first served, up to ``max_batch_rows`` pictures at once."""
+    """Which rows take a step next.
 
-    def __init__(self, max_batch_rows: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._max_batch_rows = max_batch_rows
+    Invariants, tested as properties:
+        - the tokens that a plan computes never exceed ``max_batch_tokens``, its rows ``max_batch_rows``;
+        - a running row that had to leave a step to others takes the next one: rows under way have so few tokens
+          (see `_has_room`) that those left out always fit into one step, and they go first;
+        - nobody joins behind a more urgent picture that has no room yet.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        clock: Callable[[], float] = time.monotonic,
+        on_admit: Callable[[Entry], None] = lambda entry: None,
+    ) -> None:
+        """``on_admit`` may still give a picture another trajectory, just before its first step."""
+        self._settings = settings
         self._clock = clock
-        self._waiting: deque[Entry] = deque()
-        self._running: dict[str, Entry] = {}
+        self._on_admit = on_admit
+        self._entries: dict[str, Entry] = {}
+        self._waiting: Ordered[Entry] = Ordered()
+        self._running: Ordered[Entry] = Ordered()
+        self._deadlines: Ordered[Entry] = Ordered()
+        self._tokens = 0  # of the running rows, all branches
+        self._arrivals = 0
         self._dropped: list[str] = []
+        self._too_late: list[Entry] = []
         self._sequence = 0
         self._digest = FIRST_DIGEST
 
@@ -80,52 +64,165 @@ class StepScheduler:
         """Pictures under way."""
         return len(self._running)
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is known and nothing is left to tell the ranks."""
+        return not (self._entries or self._dropped or len(self._deadlines))
+
+    @property
+    def running_entries(self) -> list[Entry]:
+        """Pictures under way, the most urgent first."""
+        return list(self._running)
+
+    @property
+    def waiting_entries(self) -> Iterable[Entry]:
+        """Pictures that wait, the most urgent first."""
+        return iter(self._waiting)
+
+    def position(self, entry: Entry) -> int:
+        """Pictures that will be admitted before this one, itself counted; 0 when it does not wait."""
+        return 0 if entry.admitted_s is not None else self._waiting.before(entry.key) + 1
+
     def submit(self, job: DenoiseJob, trajectories: Mapping[str, Trajectory]) -> Entry:
         """Queue a picture; its ``row_id`` must not be known already."""
-        entry = Entry(job, trajectories, submitted_s=self._clock())
-        self._waiting.append(entry)
+        now = self._clock()
+        patience = self._settings.patience_s
+        allowed = patience if job.deadline_s is None else min(patience, job.deadline_s)
+        key = now + allowed - job.priority * patience, self._arrivals
+        entry = Entry(job, Shape.of(job, self._settings), trajectories, now, key)
+        self._arrivals += 1
+        self._entries[job.row_id] = entry
+        self._waiting.add(key, entry)
+        if entry.deadline_key is not None:
+            self._deadlines.add(entry.deadline_key, entry)
         return entry
+
+    def has_room_at_once(self, entry: Entry) -> bool:
+        """Whether ``entry``, which waits, joins at the next step boundary, as far as rows and tokens under way go."""
+        first = self._waiting.first is entry
+        return first and self._has_room(entry, self._settings.max_batch_tokens, self._largest(), self.running)
 
     def cancel(self, row_id: str) -> bool:
         """End a picture at the next step boundary; False when it already took its last step or is unknown."""
-        if self._running.pop(row_id, None) is not None:
+        entry = self._entries.get(row_id)
+        if entry is None:
+            return False
+        if entry.admitted_s is not None:
             self._dropped.append(row_id)
-            return True
-        kept = deque(entry for entry in self._waiting if entry.job.row_id != row_id)
-        found = len(kept) < len(self._waiting)
-        self._waiting = kept
-        return found
+        self._forget(entry)
+        return True
+
+    def take_too_late(self) -> list[Entry]:
+        """The pictures whose deadline passed and that were therefore ended since the last call."""
+        taken, self._too_late = self._too_late, []
+        return taken
+
+    def next_message(self) -> tuple[StepPlan, ...]:
+        """The next plans to send in one message; empty when there is nothing to do.
+
+        A message ends with the first plan that takes time or whose outcome somebody waits for: plans of which every
+        row only reuses are so short that a message each would cost more than they do.
+        """
+        plans: list[StepPlan] = []
+        while len(plans) < MAX_PLANS_PER_MESSAGE:
+            plan = self.next_plan()
+            if plan is None:
+                break
+            plans.append(plan)
+            if any(row.last or row.preview or any(part.compute for part in row.branches) for row in plan.rows):
+                break
+        return tuple(plans)
 
     def next_plan(self) -> StepPlan | None:
         """The next plan for all ranks, or None when there is nothing to do."""
-        admitted = self._admit()
-        if not self._running and not self._dropped:
+        now = self._clock()
+        self._end_what_is_too_late(now)
+        stepping, admitted = self._pack(now)
+        if not stepping and not self._dropped:
             return None
         plan = StepPlan(
             sequence=self._sequence,
             digest="",
             admit=tuple(entry.job for entry in admitted),
-            rows=tuple(entry.next_step() for entry in self._running.values()),
+            rows=tuple(entry.next_step() for entry in stepping),
             drop=tuple(self._dropped),
         )
         self._digest = plan_digest(self._digest, plan)
         self._sequence += 1
         self._dropped.clear()
-        self._advance(len(plan.rows))
+        for entry in stepping:
+            entry.step += 1
+            if entry.remaining == 0:
+                self._forget(entry)
         return replace(plan, digest=self._digest)
 
-    def _admit(self) -> list[Entry]:
-        admitted = []
-        while self._waiting and len(self._running) < self._max_batch_rows:
-            entry = self._waiting.popleft()
-            entry.admitted_s = self._clock()
-            self._running[entry.job.row_id] = entry
-            admitted.append(entry)
-        return admitted
+    def _pack(self, now: float) -> tuple[list[Entry], list[Entry]]:
+        """The rows of the next step, and which of them join with it; both most urgent first.
 
-    def _advance(self, batch_rows: int) -> None:
-        for row_id, entry in list(self._running.items()):
-            entry.step += 1
-            entry.batch_rows += batch_rows
-            if entry.step == entry.job.num_inference_steps:
-                del self._running[row_id]
+        Running and waiting pictures are gone through together, so that an urgent newcomer has its step before less
+        urgent rows under way; but first come the rows that left the last step to others.
+        """
+        running = self.running_entries
+        budget = self._settings.max_batch_tokens - sum(entry.cost for entry in running if entry.held)
+        largest = self._largest()
+        stepping: list[Entry] = []
+        admitted: list[Entry] = []
+        joining = True
+        for entry in [*running, None]:
+            while joining and (newcomer := self._waiting.first) and (entry is None or newcomer.key < entry.key):
+                if not self._has_room(newcomer, budget, largest, len(running) + len(admitted)):
+                    joining = False  # and nobody overtakes it
+                    break
+                self._admit(newcomer, now)
+                budget -= newcomer.cost
+                largest = max(largest, newcomer.tokens)
+                stepping.append(newcomer)
+                admitted.append(newcomer)
+            if entry is None:
+                break
+            if entry.held or entry.cost <= budget:
+                budget -= 0 if entry.held else entry.cost
+                entry.held = False
+                stepping.append(entry)
+            else:
+                entry.held = True
+                joining = False
+        return stepping, admitted
+
+    def _has_room(self, entry: Entry, budget: int, largest: int, rows: int) -> bool:
+        """Whether a picture may join: its first step fits into the budget, and it cannot make others wait twice.
+
+        When rows are left out of a step, what was packed comes within the largest row of the budget B. If all rows
+        under way have at most 2 B - largest tokens, those left out have at most B, and fit into the next step.
+        """
+        limit = self._settings.max_batch_tokens
+        fits_step = entry.tokens <= budget  # the first step computes in all branches
+        fits_batch = self._tokens + entry.tokens <= 2 * limit - max(largest, entry.tokens)
+        return rows < self._settings.max_batch_rows and fits_step and fits_batch
+
+    def _largest(self) -> int:
+        return max((entry.tokens for entry in self._running), default=0)
+
+    def _admit(self, entry: Entry, now: float) -> None:
+        self._waiting.remove(entry.key)
+        entry.admitted_s = now
+        self._on_admit(entry)
+        self._running.add(entry.key, entry)
+        self._tokens += entry.tokens
+
+    def _forget(self, entry: Entry) -> None:
+        del self._entries[entry.job.row_id]
+        if entry.admitted_s is None:
+            self._waiting.remove(entry.key)
+        else:
+            self._running.remove(entry.key)
+            self._tokens -= entry.tokens
+        if entry.deadline_key is not None:
+            self._deadlines.remove(entry.deadline_key)
+
+    def _end_what_is_too_late(self, now: float) -> None:
+        while (entry := self._deadlines.first) is not None and entry.deadline_key is not None:
+            if entry.deadline_key[0] > now:
+                break
+            self.cancel(entry.job.row_id)
+            self._too_late.append(entry)

@@ -1,18 +1,29 @@
 """A request's whole MagCache trajectory, known at admission: per CFG branch, what each step does."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from app.engine.geometry import Geometry
-from app.engine.messages import DenoiseJob, MagCacheOptions
+from app.engine.messages import BranchStep, DenoiseJob, MagCacheOptions
 from app.engine.sampling import FlowMatchSampler
 from app.settings import Settings
-from magcache_core import Decision, choose, decisions, load_profile, pick_profile
+from magcache_core import (
+    ConfigError,
+    Decision,
+    Profile,
+    ProfileError,
+    choose,
+    decisions,
+    fewest_steps,
+    load_profile,
+    pick_profile,
+)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trajectory:
-    """All decisions of one CFG branch.
+    """All decisions of one CFG branch. Jobs with equal settings share one, and it is compared by identity.
 
     Attributes:
         history: computed residuals that the branch keeps for later steps; 0 when nothing is reused.
@@ -23,10 +34,49 @@ class Trajectory:
     history: int
     predicted_error: float
 
-    @property
+    @cached_property
     def schedule(self) -> str:
         """One character per step: ``C`` computes, ``.`` reuses."""
         return "".join("C" if decision.compute else "." for decision in self.decisions)
+
+
+@dataclass(frozen=True, eq=False)
+class Course:
+    """What a row does at each step, all its CFG branches together; rows with equal trajectories share one.
+
+    Attributes:
+        steps: by step, the branches' parts of a plan.
+        computing: by step, how many branches compute.
+        computed: by step, and one more at the end, how many branch evaluations were computed before it.
+    """
+
+    steps: tuple[tuple[BranchStep, ...], ...]
+    computing: tuple[int, ...]
+    computed: tuple[int, ...]
+
+    @property
+    def share_computed(self) -> float:
+        """The share of the branch evaluations that compute."""
+        return self.computed[-1] / (len(self.steps) * len(self.steps[0]))
+
+
+def course_of(trajectories: Mapping[str, Trajectory]) -> Course:
+    """The course of a row with these trajectories, by CFG branch."""
+    return _course(tuple(trajectories.items()))
+
+
+@lru_cache(maxsize=4096)
+def _course(trajectories: tuple[tuple[str, Trajectory], ...]) -> Course:
+    by_branch = [
+        [BranchStep(name, made.compute, made.weights, trajectory.history) for made in trajectory.decisions]
+        for name, trajectory in trajectories
+    ]
+    steps = tuple(zip(*by_branch, strict=True))
+    computing = tuple(sum(part.compute for part in parts) for parts in steps)
+    computed = [0]
+    for count in computing:
+        computed.append(computed[-1] + count)
+    return Course(steps, computing, tuple(computed))
 
 
 class TrajectoryPlanner:
@@ -36,35 +86,70 @@ class TrajectoryPlanner:
         self._settings = settings
         self._sampler = sampler
         named = settings.magcache.profile
-        self._profile = load_profile(named) if named is not None else None
-        # Requests with equal settings share one plan, which costs milliseconds to find.
-        self._plan = lru_cache(maxsize=1024)(self._plan_branch)
+        self._named = load_profile(named) if named is not None else None
+        # Jobs with equal settings share one plan, which costs milliseconds to find.
+        self._plan = lru_cache(maxsize=4096)(self._plan_branch)
+        self._profile = lru_cache(maxsize=1024)(self._find_profile)
 
-    def trajectories(self, job: DenoiseJob) -> dict[str, Trajectory]:
+    def trajectories(self, job: DenoiseJob, options: MagCacheOptions | None = None) -> dict[str, Trajectory]:
         """The trajectory of each CFG branch of ``job``; the branches' curves may differ.
+
+        Args:
+            options: to follow instead of the job's own.
 
         Raises:
             magcache_core.ConfigError: ``computed_steps`` cannot be met with the other settings.
         """
-        return {
-            branch: self._plan(job.magcache, job.num_inference_steps, job.width, job.height, branch)
-            for branch in job.branches
-        }
+        followed = job.magcache if options is None else options
+        key = followed, job.num_inference_steps, job.first_step, job.width, job.height
+        return {branch: self._plan(*key, branch) for branch in job.branches}
 
-    def _plan_branch(self, options: MagCacheOptions, steps: int, width: int, height: int, branch: str) -> Trajectory:
-        if not options.enabled:
-            return Trajectory(tuple(Decision(step, compute=True) for step in range(steps)), 0, 0.0)
-        profile = self._profile or pick_profile(self._settings.model, steps, width, height)
+    def fewest(self, job: DenoiseJob, options: MagCacheOptions) -> int | None:
+        """The fewest computed steps that a plan for ``job`` can have; None where there is no profile to plan with."""
+        key = job.num_inference_steps, job.first_step, job.width, job.height
+        profile = self._profile(*key)
+        if profile is None:
+            return None
+        return max(
+            fewest_steps(
+                profile,
+                job.steps_to_run,
+                branch=branch,
+                max_skip_steps=options.mag_max_skip_steps,
+                retention_ratio=options.mag_retention_ratio,
+            )
+            for branch in job.branches
+        )
+
+    def _find_profile(self, steps: int, first_step: int, width: int, height: int) -> Profile | None:
+        profile = self._named
+        if profile is None:
+            try:
+                profile = pick_profile(self._settings.model, steps, width, height)
+            except ProfileError:
+                return None
+        return profile.tail(first_step, steps)
+
+    def _plan_branch(
+        self, options: MagCacheOptions, steps: int, first_step: int, width: int, height: int, branch: str
+    ) -> Trajectory:
+        profile = self._profile(steps, first_step, width, height) if options.enabled else None
+        if profile is None:
+            if options.enabled and options.computed_steps is not None:
+                allowed = "left out: there is no MagCache profile for this model to plan with"
+                raise ConfigError("computed_steps", options.computed_steps, allowed)
+            every = tuple(Decision(step, compute=True) for step in range(steps - first_step))
+            return Trajectory(every, 0, 0.0)
         plan = choose(
             profile,
-            steps,
+            steps - first_step,
             branch=branch,
             threshold=options.mag_threshold,
             max_skip_steps=options.mag_max_skip_steps,
             retention_ratio=options.mag_retention_ratio,
             budget=options.computed_steps,
         )
-        sigmas = self._sampler.sigmas(steps, Geometry.of(width, height).tokens).tolist()
+        sigmas = self._sampler.sigmas(steps, Geometry.of(width, height).tokens)[first_step:].tolist()
         decided = decisions(plan, sigmas)
         history = max(len(decision.weights) for decision in decided)
         return Trajectory(decided, history, plan.predicted_error)

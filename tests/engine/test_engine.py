@@ -51,8 +51,9 @@ def test_reusing_what_was_never_computed_is_an_error(engine: Engine, prompt: Con
 
 
 def test_dropping_a_row_frees_its_residuals(engine: Engine, both: Conditioning) -> None:
-    planner = TrajectoryPlanner(Settings(magcache=MagCacheSettings(profile="flux.1-dev")), engine.sampler)
-    scheduler = StepScheduler(max_batch_rows=4)
+    settings = Settings(magcache=MagCacheSettings(profile="flux.1-dev"))
+    planner = TrajectoryPlanner(settings, engine.sampler)
+    scheduler = StepScheduler(settings)
     cached = MagCacheOptions(True)
     for name in ("a/0", "b/0"):
         one = job(name, true_cfg_scale=2.0, magcache=cached)

@@ -87,7 +87,7 @@ def test_every_reuse_mode_equals_the_hooks(engine: Engine, pipeline: FluxPipelin
     decided = decisions(plan, engine.sampler.sigmas(28, 64).tolist())
     history = max(len(decision.weights) for decision in decided)
     assert history == {"residual": 1, "scaled": 1, "linear": 2, "fitted": 3}[reuse]
-    scheduler = StepScheduler(max_batch_rows=1)
+    scheduler = StepScheduler(Settings())
     scheduler.submit(asked, {"cond": Trajectory(decided, history, 0.0)})
     formed = list(iter(scheduler.next_plan, None))
     latents = execute(engine, formed, {"a/0": Conditioning(embed(pipeline, PROMPT))})

@@ -59,7 +59,7 @@ async def test_two_ranks_equal_one_engine(group: RankGroup, conditioning: Condit
 async def test_a_rank_with_another_history_ends_the_group(group: RankGroup, conditioning: Conditioning) -> None:
     stray = StepPlan(0, "", drop=("nobody/0",))
     stray = StepPlan(0, plan_digest(FIRST_DIGEST, stray), drop=stray.drop)
-    await group.ranks[1].execute.remote(stray)
+    await group.ranks[1].execute.remote((stray,))
     with pytest.raises(GroupFailedError, match="PlanMismatchError"):
         await group.coordinator.denoise.remote(job("a/0", steps=6), [ray.put(conditioning)])
     with pytest.raises(GroupFailedError):
@@ -96,7 +96,7 @@ async def test_a_rank_that_hangs_is_noticed(group: RankGroup, conditioning: Cond
     step = RowStep("a/0", 0, (BranchStep("cond", True),))
     plan = StepPlan(0, "", (job("a/0"),), (step,))
     plan = replace(plan, digest=plan_digest(FIRST_DIGEST, plan))
-    group.ranks[0].execute.remote(plan, conditioning)
+    group.ranks[0].execute.remote((plan,), conditioning)
     with pytest.raises(TimeoutError):
         await group.check(timeout_s=2.0)
 

@@ -1,16 +1,38 @@
+"""The scheduler's table, case by case; tests/serving/test_scheduler_properties.py has its invariants."""
+
 from __future__ import annotations
+
+from dataclasses import fields, replace
+from itertools import pairwise
 
 import pytest
 
-from app.engine.messages import FIRST_DIGEST, MagCacheOptions, StepPlan, plan_digest
+from app.engine.messages import (
+    FIRST_DIGEST,
+    BranchStep,
+    DenoiseJob,
+    MagCacheOptions,
+    RowStep,
+    StepPlan,
+    plan_digest,
+)
 from app.engine.sampling import FlowMatchSampler
-from app.serving.scheduler import StepScheduler
+from app.serving.scheduler import MAX_PLANS_PER_MESSAGE, StepScheduler
 from app.serving.trajectory import TrajectoryPlanner
-from app.settings import MagCacheSettings, Settings
+from app.settings import MagCacheSettings, SamplingSettings, Settings
 from tests.local_group import MODEL, job
 
-PLANNER = TrajectoryPlanner(Settings(magcache=MagCacheSettings(profile="flux.1-dev")), FlowMatchSampler(MODEL))
 ON = MagCacheOptions(True)
+FLUX_DEV = Settings(magcache=MagCacheSettings(profile="flux.1-dev"))
+PLANNER = TrajectoryPlanner(FLUX_DEV, FlowMatchSampler(MODEL))
+ROW = 64 + 32
+"""Tokens of one branch of a picture of 128x128."""
+NARROW = Settings(
+    magcache=MagCacheSettings(profile="flux.1-dev"),
+    sampling=SamplingSettings(max_side=128, max_pixels=128 * 128),
+    max_batch_tokens=2 * ROW,
+)
+"""Two such branches compute in a step."""
 
 
 class Clock:
@@ -20,12 +42,20 @@ class Clock:
         return self.now_s
 
 
-def submit(scheduler: StepScheduler, *jobs):
+def rows_at_once(rows: int) -> Settings:
+    return FLUX_DEV.model_copy(update={"max_batch_rows": rows})
+
+
+def submit(scheduler: StepScheduler, *jobs: DenoiseJob):
     return [scheduler.submit(one, PLANNER.trajectories(one)) for one in jobs]
 
 
 def drain(scheduler: StepScheduler) -> list[StepPlan]:
     return list(iter(scheduler.next_plan, None))
+
+
+def stepping(plans: list[StepPlan]) -> list[list[str]]:
+    return [[row.row_id for row in plan.rows] for plan in plans]
 
 
 @pytest.mark.parametrize(
@@ -48,20 +78,81 @@ def test_trajectories_follow_the_profile_and_the_request(profile, steps, options
     assert both["cond"].history == (1 if "." in schedule else 0)
 
 
+def test_image_to_image_follows_the_end_of_the_curve() -> None:
+    late = PLANNER.trajectories(job("a/0", strength=0.5, magcache=ON))["cond"]
+    assert late.schedule == "C.....C.....C."  # of 28 steps the last 14; the curve's beginning would be CCC..C...
+    assert [decision.step for decision in late.decisions] == list(range(14))
+
+
 def test_first_come_first_served_up_to_the_limit() -> None:
-    scheduler = StepScheduler(max_batch_rows=2)
+    scheduler = StepScheduler(rows_at_once(2), clock=Clock())
     submit(scheduler, job("a/0", steps=2), job("b/0", steps=4), job("c/0", steps=1))
     formed = drain(scheduler)
-    assert [[row.row_id for row in plan.rows] for plan in formed] == [
-        ["a/0", "b/0"], ["a/0", "b/0"], ["b/0", "c/0"], ["b/0"],
-    ]  # fmt: skip
+    assert stepping(formed) == [["a/0", "b/0"], ["a/0", "b/0"], ["b/0", "c/0"], ["b/0"]]
     assert [[one.row_id for one in plan.admit] for plan in formed] == [["a/0", "b/0"], [], ["c/0"], []]
     assert [row.row_id for plan in formed for row in plan.rows if row.last] == ["a/0", "c/0", "b/0"]
-    assert scheduler.running == scheduler.waiting == 0
+    assert scheduler.empty
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "waited_s", "order"),
+    [
+        ({}, {}, 1, "ab"),
+        ({}, {"priority": 1}, 1, "ba"),
+        ({"priority": 1}, {"priority": 2}, 1, "ba"),
+        ({}, {"priority": 1}, 61, "ab"),  # aged: patience_s is 60
+        ({}, {"priority": 2}, 61, "ba"),
+        ({}, {"deadline_s": 20.0}, 1, "ba"),
+        ({"deadline_s": 30.0}, {"deadline_s": 20.0}, 1, "ba"),
+        ({"deadline_s": 30.0}, {"deadline_s": 30.0}, 1, "ab"),
+        ({}, {"deadline_s": 500.0}, 1, "ab"),  # a deadline far away is no reason to wait longer
+        ({"deadline_s": 5.0}, {"priority": 1}, 1, "ba"),
+        ({}, {"deadline_s": 20.0}, 41, "ab"),
+    ],
+)
+def test_priority_then_deadline_then_arrival_and_age_overtakes(first, second, waited_s, order) -> None:
+    clock = Clock()
+    scheduler = StepScheduler(rows_at_once(1), clock=clock)
+    submit(scheduler, job("a/0", steps=1, **first))
+    clock.now_s = waited_s if "deadline_s" not in first else min(waited_s, 1)
+    (second_entry,) = submit(scheduler, job("b/0", steps=1, **second))
+    assert scheduler.position(second_entry) == order.index("b") + 1
+    assert stepping(drain(scheduler)) == [[f"{name}/0"] for name in order]
+
+
+def test_rows_that_reuse_cost_nothing() -> None:
+    """Of two branches per step, b takes both while a reuses; c joins when both of the others leave it room."""
+    scheduler = StepScheduler(NARROW)
+    submit(scheduler, job("a/0", steps=28, magcache=ON), job("b/0", steps=28), job("c/0", steps=2))
+    formed = drain(scheduler)
+    assert all(_computed(plan) <= 2 for plan in formed)
+    joined = next(index for index, plan in enumerate(formed) if "c/0" in [one.row_id for one in plan.admit])
+    assert joined == 3  # CCC..: the first step that a reuses
+
+
+def test_a_row_that_leaves_a_step_to_others_takes_the_next() -> None:
+    scheduler = StepScheduler(NARROW)
+    submit(scheduler, job("a/0", magcache=ON), job("b/0", magcache=ON), job("c/0", magcache=ON))
+    taken: dict[str, list[int]] = {}
+    for tick, plan in enumerate(drain(scheduler)):
+        for row in plan.rows:
+            taken.setdefault(row.row_id, []).append(tick)
+    gaps = {row_id: {b - a for a, b in pairwise(ticks)} for row_id, ticks in taken.items()}
+    assert gaps["a/0"] == {1}
+    assert set.union(*gaps.values()) == {1, 2}
+
+
+def test_an_urgent_newcomer_steps_before_rows_under_way() -> None:
+    scheduler = StepScheduler(NARROW, clock=Clock())
+    submit(scheduler, job("a/0", steps=4), job("b/0", steps=4))
+    scheduler.next_plan()
+    submit(scheduler, job("c/0", steps=2, priority=1))
+    # b leaves c its step, and takes its own before a in the next.
+    assert stepping(drain(scheduler)) == [["c/0", "a/0"], ["c/0", "b/0"], ["a/0", "b/0"], ["a/0", "b/0"]]
 
 
 def test_each_branch_follows_its_own_schedule() -> None:
-    scheduler = StepScheduler(max_batch_rows=1)
+    scheduler = StepScheduler(rows_at_once(1))
     submit(scheduler, job("a/0", magcache=ON, true_cfg_scale=2.0))
     formed = drain(scheduler)
     for index, branch in enumerate(("cond", "uncond")):
@@ -71,7 +162,7 @@ def test_each_branch_follows_its_own_schedule() -> None:
 
 
 def test_digests_chain_over_everything_that_ranks_do() -> None:
-    scheduler = StepScheduler(max_batch_rows=2)
+    scheduler = StepScheduler(rows_at_once(2))
     submit(scheduler, job("a/0", steps=5), job("b/0", steps=3))
     digest = FIRST_DIGEST
     for sequence, plan in enumerate(drain(scheduler)):
@@ -80,8 +171,30 @@ def test_digests_chain_over_everything_that_ranks_do() -> None:
         assert plan.digest == digest
 
 
+def test_a_digest_depends_on_every_field() -> None:
+    branch = BranchStep("cond", False, (0.5,), 2)
+    row = RowStep("a/0", 3, (branch,), True, False)
+    plan = StepPlan(1, "", (job("a/0"),), (row,), ("b/0",))
+    others = {
+        BranchStep: {"branch": "uncond", "compute": True, "weights": (0.25,), "history": 1},
+        RowStep: {"row_id": "c/0", "step": 4, "branches": (branch, branch), "last": False, "preview": True},
+        StepPlan: {"sequence": 2, "admit": (job("a/0", seed=8),), "rows": (), "drop": ()},
+    }
+    for message, values in others.items():
+        assert set(values) == {field.name for field in fields(message)} - {"digest"}
+    altered = [replace(plan, **{name: value}) for name, value in others[StepPlan].items()]
+    altered += [replace(plan, rows=(replace(row, **{name: value}),)) for name, value in others[RowStep].items()]
+    altered += [
+        replace(plan, rows=(replace(row, branches=(replace(branch, **{name: value}),)),))
+        for name, value in others[BranchStep].items()
+    ]
+    digests = {plan_digest(FIRST_DIGEST, one) for one in [plan, *altered]}
+    assert len(digests) == 1 + len(altered)
+    assert plan_digest("1" * 16, plan) not in digests
+
+
 def test_cancelling_waiting_running_finished_and_unknown() -> None:
-    scheduler = StepScheduler(max_batch_rows=1)
+    scheduler = StepScheduler(rows_at_once(1))
     submit(scheduler, job("a/0", steps=3), job("b/0", steps=1), job("c/0", steps=1))
     scheduler.next_plan()
     assert scheduler.cancel("b/0")  # waiting: ranks never hear of it
@@ -96,7 +209,7 @@ def test_cancelling_waiting_running_finished_and_unknown() -> None:
 
 
 def test_a_cancellation_alone_makes_a_plan() -> None:
-    scheduler = StepScheduler(max_batch_rows=1)
+    scheduler = StepScheduler(rows_at_once(1))
     submit(scheduler, job("a/0", steps=3))
     scheduler.next_plan()
     scheduler.cancel("a/0")
@@ -106,9 +219,47 @@ def test_a_cancellation_alone_makes_a_plan() -> None:
     assert scheduler.next_plan() is None
 
 
-def test_reports_give_seconds_and_mean_batch() -> None:
+def test_a_deadline_that_passes_ends_a_picture_waiting_or_running() -> None:
     clock = Clock()
-    scheduler = StepScheduler(max_batch_rows=2, clock=clock)
+    scheduler = StepScheduler(rows_at_once(1), clock=clock)
+    submit(scheduler, job("a/0", steps=9, deadline_s=2.0), job("b/0", deadline_s=2.5), job("c/0", steps=1))
+    scheduler.next_plan()
+    clock.now_s = 2.5
+    plan = scheduler.next_plan()
+    assert plan is not None
+    assert plan.drop == ("a/0",)
+    assert [row.row_id for row in plan.rows] == ["c/0"]
+    assert [entry.job.row_id for entry in scheduler.take_too_late()] == ["a/0", "b/0"]
+    assert scheduler.take_too_late() == []
+    assert scheduler.empty
+
+
+def test_a_message_ends_with_what_takes_time_or_is_waited_for() -> None:
+    scheduler = StepScheduler(FLUX_DEV)
+    submit(scheduler, job("a/0", magcache=ON, partial_images=1))
+    messages = list(iter(scheduler.next_message, ()))
+    marks = [
+        "".join(
+            "C" if row.branches[0].compute else "p" if row.preview else "." for plan in message for row in plan.rows
+        )
+        for message in messages
+    ]
+    assert marks == ["C", "C", "C", "..C", "...C", ".C", "..p", "..C", ".....C", "..C", "."]
+    assert max(len(message) for message in messages) <= MAX_PLANS_PER_MESSAGE
+
+
+@pytest.mark.parametrize(
+    ("steps", "previews", "at"), [(28, 3, {7, 14, 21}), (28, 1, {14}), (2, 3, {0}), (1, 1, set()), (28, 0, set())]
+)
+def test_previews_are_spread_evenly(steps: int, previews: int, at: set[int]) -> None:
+    scheduler = StepScheduler(FLUX_DEV)
+    submit(scheduler, job("a/0", steps=steps, partial_images=previews))
+    assert {row.step for plan in drain(scheduler) for row in plan.rows if row.preview} == at
+
+
+def test_reports_give_seconds() -> None:
+    clock = Clock()
+    scheduler = StepScheduler(rows_at_once(2), clock=clock)
     (entry,) = submit(scheduler, job("a/0", steps=4, magcache=ON))
     clock.now_s = 1.5
     scheduler.next_plan()
@@ -116,6 +267,9 @@ def test_reports_give_seconds_and_mean_batch() -> None:
     drain(scheduler)
     report = entry.report(finished_s=4.0)
     assert (report.queue_seconds, report.denoise_seconds) == (1.5, 2.5)
-    assert report.batch_rows_mean == (1 + 2 + 2 + 2) / 4
     assert report.computed + report.skipped == len(report.schedule) == 4
     assert report.negative_schedule is None
+
+
+def _computed(plan: StepPlan) -> int:
+    return sum(part.compute for row in plan.rows for part in row.branches)

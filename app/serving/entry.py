@@ -1,0 +1,121 @@
+"""One picture in the request table, from its submission to its last step."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from app.engine.geometry import Geometry
+from app.engine.messages import COND, UNCOND, DenoiseJob, DenoiseReport, RowStep
+from app.serving.ordered import Key
+from app.serving.trajectory import Course, Trajectory, course_of
+from app.settings import Settings
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides the time of a row's step: rows of equal shapes share a forward pass.
+
+    Attributes:
+        tokens: image, text and reference tokens of one CFG branch.
+    """
+
+    geometry: Geometry
+    tokens: int
+
+    @classmethod
+    def of(cls, job: DenoiseJob, settings: Settings) -> "Shape":
+        """The shape of ``job``'s rows."""
+        tokens = settings.picture_tokens(job.width * job.height) + job.source_tokens
+        return cls(Geometry.of(job.width, job.height), tokens)
+
+
+@dataclass(eq=False)
+class Entry:
+    """One picture.
+
+    Attributes:
+        key: its place in the order, least first: when it is due, in the clock's seconds, and the number of its arrival.
+        admitted_s: when it joined the batch; None while it waits.
+        step: steps planned so far.
+        held: it computes, and had to leave the last step to others.
+        eta_s, position: the estimates at its arrival: seconds to its last step, and its place in the queue.
+        lowered_by: what took computed steps from it, ``deadline`` or ``load``.
+    """
+
+    job: DenoiseJob
+    shape: Shape
+    trajectories: Mapping[str, Trajectory]
+    submitted_s: float
+    key: Key
+    admitted_s: float | None = None
+    step: int = 0
+    held: bool = False
+    eta_s: float = 0.0
+    position: int = 0
+    lowered_by: str | None = None
+    previews: frozenset[int] = field(init=False)
+    course: Course = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.previews = preview_steps(self.job.steps_to_run, self.job.partial_images)
+        self.follow(self.trajectories, None)
+
+    def follow(self, trajectories: Mapping[str, Trajectory], lowered_by: str | None) -> None:
+        """Take these trajectories; only before the first step."""
+        self.trajectories = trajectories
+        self.course = course_of(trajectories)
+        self.lowered_by = lowered_by
+
+    @property
+    def tokens(self) -> int:
+        """What a step costs of the budget when every CFG branch computes."""
+        return self.shape.tokens * len(self.trajectories)
+
+    @property
+    def cost(self) -> int:
+        """What the next step costs of the budget: the tokens of the branches that compute."""
+        return self.shape.tokens * self.course.computing[self.step]
+
+    @property
+    def remaining(self) -> int:
+        """Steps that are not planned yet."""
+        return len(self.course.steps) - self.step
+
+    @property
+    def deadline_s(self) -> float | None:
+        """The deadline in the clock's seconds."""
+        return None if self.job.deadline_s is None else self.submitted_s + self.job.deadline_s
+
+    @property
+    def deadline_key(self) -> Key | None:
+        """Its place among the deadlines; None without one."""
+        return None if self.deadline_s is None else (self.deadline_s, self.key[1])
+
+    def next_step(self) -> RowStep:
+        """The row's part of the next plan."""
+        step = self.step
+        last = self.remaining == 1
+        return RowStep(self.job.row_id, step, self.course.steps[step], last, step in self.previews)
+
+    def report(self, finished_s: float) -> DenoiseReport:
+        """How the picture was denoised; it was admitted."""
+        assert self.admitted_s is not None
+        cond, uncond = self.trajectories[COND], self.trajectories.get(UNCOND)
+        return DenoiseReport(
+            schedule=cond.schedule,
+            computed=cond.schedule.count("C"),
+            skipped=cond.schedule.count("."),
+            predicted_error=cond.predicted_error,
+            negative_schedule=uncond.schedule if uncond else None,
+            queue_seconds=self.admitted_s - self.submitted_s,
+            denoise_seconds=finished_s - self.admitted_s,
+            eta_seconds=self.eta_s,
+            queue_position=self.position,
+            lowered_by=self.lowered_by,
+        )
+
+
+@lru_cache(maxsize=1024)
+def preview_steps(steps: int, previews: int) -> frozenset[int]:
+    """The steps whose x0 estimate is shown: evenly spread, fewer where steps are few, and never the last one."""
+    return frozenset(i * steps // (previews + 1) for i in range(1, previews + 1)) - {steps - 1}

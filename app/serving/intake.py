@@ -1,0 +1,174 @@
+"""Takes pictures in or turns them away: the bounded queue, deadlines, quality under load, estimates. Pure.
+
+What a picture will follow is chosen twice by the same arithmetic. At its arrival, with the wait that is ahead of it:
+that decides whether its deadline can be met at all. At its admission, with the time that is left: that is the schedule
+that runs.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from app.api.errors import BusyError, DeadlineImpossibleError, InvalidRequestError
+from app.engine.messages import DenoiseJob, MagCacheOptions, StepPlan, StepResult
+from app.serving.costs import Part, StepCosts, parts_of
+from app.serving.counts import Counts
+from app.serving.entry import Entry, Shape
+from app.serving.forecast import Forecast
+from app.serving.lowering import Choice, Lowering
+from app.serving.scheduler import StepScheduler
+from app.serving.trajectory import Trajectory, TrajectoryPlanner, course_of
+from app.settings import Settings
+
+
+@dataclass(frozen=True)
+class SentPlan:
+    """A plan that is with the ranks, what it consists of, and how long it is estimated to take."""
+
+    plan: StepPlan
+    parts: tuple[Part, ...]
+    seconds: float
+
+
+class Intake:
+    """The request table with what is known about time."""
+
+    def __init__(
+        self, settings: Settings, planner: TrajectoryPlanner, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.scheduler = StepScheduler(settings, clock, self._settle)
+        self.costs = StepCosts()
+        self.counts = Counts()
+        self._settings = settings
+        self._planner = planner
+        self._lowering = Lowering(settings.magcache, planner)
+        self._clock = clock
+        self._sent_s = 0.0
+        self._turned_away = 0  # and not admitted in the meantime, as far as one can tell
+
+    def take(self, job: DenoiseJob) -> Entry:
+        """Queue a picture.
+
+        Raises:
+            BusyError: the queue is full.
+            DeadlineImpossibleError: no schedule that client and server allow is estimated to meet the deadline.
+            InvalidRequestError: one step of it does not fit into a batch.
+            magcache_core.ConfigError: ``computed_steps`` cannot be met with the other settings.
+        """
+        if self.scheduler.waiting >= self._settings.max_waiting_pictures:
+            self.counts.refused += 1
+            self._turned_away += 1
+            # Each that is turned away is told of a free place of its own, so that not all come back at once.
+            raise BusyError(self._forecast().place_s(self._turned_away))
+        self._check_size(job)
+        entry = self.scheduler.submit(job, self._planner.trajectories(job))
+        at_once = self.scheduler.has_room_at_once(entry)
+        forecast = self._forecast(entry)
+        choice = self._choose(entry, forecast, forecast.wait_s)
+        entry.follow(choice.trajectories, choice.lowered_by)
+        entry.eta_s = forecast.total_s()
+        entry.position = 0 if at_once else self.scheduler.position(entry)
+        if not choice.meets:
+            self.scheduler.cancel(job.row_id)
+            self.counts.deadline_impossible += 1
+            raise DeadlineImpossibleError(
+                f"deadline_s is {job.deadline_s:g}, and with the fewest computed steps that client and server allow "
+                f"the picture needs about {entry.eta_s:.3g} s: give it more time, a smaller size, fewer steps or a "
+                "lower magcache.min_computed_steps",
+                soonest_s=entry.eta_s,
+            )
+        return entry
+
+    def sent(self, plan: StepPlan, shape_of: Callable[[str], Shape]) -> SentPlan:
+        """Note that ``plan`` goes to the ranks; ``shape_of`` gives the shape of one of its rows by id."""
+        parts = parts_of(plan, shape_of)
+        sent = SentPlan(plan, parts, self.costs.plan_seconds(parts))
+        self._sent_s += sent.seconds
+        self.counts.plans += 1
+        return sent
+
+    def done(self, sent: SentPlan, results: Sequence[StepResult]) -> None:
+        """Learn from what the ranks answered."""
+        self._sent_s -= sent.seconds
+        seconds = max(result.seconds for result in results)
+        idle_seconds = max(result.idle_seconds for result in results)
+        split = self.costs.observe(sent.parts, seconds, idle_seconds)
+        self.counts.computed_seconds += split[True]
+        self.counts.reused_seconds += split[False]
+        self.counts.idle_seconds += idle_seconds
+        self.counts.rank_seconds = self.counts.rank_seconds or [0.0] * len(results)
+        for result in results:
+            self.counts.rank_seconds[result.rank] += result.seconds
+
+    def eta_s(self, entry: Entry) -> float:
+        """Estimated seconds until the last step of a picture in the table is done, or of one that just left it."""
+        return self._forecast(entry).total_s()
+
+    def load(self, job: DenoiseJob) -> dict[str, float]:
+        """Pictures ``waiting`` and ``running``, and ``eta_s``, what ``job`` would be told now."""
+        waiting, running = self.scheduler.waiting, self.scheduler.running
+        # The table itself answers: the picture is in it for a moment in which nothing else happens.
+        entry = self.scheduler.submit(job, self._planner.trajectories(job))
+        eta_s = self.eta_s(entry)
+        self.scheduler.cancel(job.row_id)
+        return {"waiting": waiting, "running": running, "eta_s": eta_s}
+
+    def _check_size(self, job: DenoiseJob) -> None:
+        shape = Shape.of(job, self._settings)
+        tokens, limit = shape.tokens * len(job.branches), self._settings.max_batch_tokens
+        if tokens > limit:
+            raise InvalidRequestError(
+                f"a step of this picture has {tokens} tokens, references and both CFG branches counted, and the "
+                f"server's max_batch_tokens is {limit}; ask for a smaller size or give smaller source pictures",
+                param="size",
+            )
+
+    def _settle(self, entry: Entry) -> None:
+        """Fix what an admitted picture follows."""
+        waiting = self.scheduler.waiting
+        forecast = self._forecast(entry)
+        choice = self._choose(entry, forecast, forecast.place_s(waiting) if waiting else 0.0)
+        entry.follow(choice.trajectories, choice.lowered_by)
+        self.counts.admitted += 1
+        self.counts.lowered_by_deadline += choice.lowered_by == "deadline"
+        self.counts.lowered_by_load += choice.lowered_by == "load"
+        self._turned_away = max(self._turned_away - 1, 0)
+
+    def _choose(self, entry: Entry, forecast: Forecast, queue_s: float) -> Choice:
+        def seconds(trajectories: Mapping[str, Trajectory]) -> float:
+            return forecast.total_s(course_of(trajectories))
+
+        time_s = None if entry.deadline_s is None else entry.deadline_s - self._clock()
+        return self._lowering.choose(entry.job, self._pressure(queue_s), time_s, seconds)
+
+    def _pressure(self, queue_s: float) -> float:
+        """How far load lowers quality, 0 to 1; full before the queue is, so that nobody is refused before that."""
+        elastic = self._settings.elastic
+        if not elastic.enabled:
+            return 0.0
+        by_wait = (queue_s - elastic.start_wait_s) / (elastic.full_wait_s - elastic.start_wait_s)
+        by_length = 2 * self.scheduler.waiting / self._settings.max_waiting_pictures - 1
+        return min(max(by_wait, by_length, 0.0), 1.0)
+
+    def _forecast(self, entry: Entry | None = None) -> Forecast:
+        return Forecast(self.scheduler, self.costs, self._sent_s, entry)
+
+
+def average_job(settings: Settings) -> DenoiseJob:
+    """A request that says nothing, for estimates."""
+    sampling, magcache = settings.sampling, settings.magcache
+    return DenoiseJob(
+        row_id="average/0",
+        width=sampling.default_width,
+        height=sampling.default_height,
+        num_inference_steps=sampling.num_inference_steps,
+        guidance_scale=sampling.guidance_scale,
+        true_cfg_scale=1.0,
+        seed=0,
+        magcache=MagCacheOptions(
+            enabled=magcache.enabled,
+            mag_threshold=magcache.mag_threshold,
+            mag_max_skip_steps=magcache.mag_max_skip_steps,
+            mag_retention_ratio=magcache.mag_retention_ratio,
+        ),
+    )
