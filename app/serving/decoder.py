@@ -28,7 +28,7 @@ class ImageDecoder:
         self._family = family_of(model)
         self._vae = (
             AutoModel.from_pretrained(
-                model, subfolder="vae", dtype=getattr(torch, settings.dtype), use_safetensors=True
+                str(model), subfolder="vae", dtype=getattr(torch, settings.dtype), use_safetensors=True
             )
             .to(self._device)
             .eval()

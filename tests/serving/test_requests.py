@@ -1,0 +1,144 @@
+"""The ingress's parts that need no cluster: requests ended by id, errors told, and news that end with their picture."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+import pytest
+import ray
+from ray import cloudpickle
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+from app.api.backend import Picture
+from app.api.errors import BusyError, DeadlineImpossibleError, InvalidRequestError, RequestCancelledError
+from app.engine.messages import ProgressEvent
+from app.serving.client_errors import client_error
+from app.serving.errors import GroupFailedError
+from app.serving.flights import Flights
+from app.serving.news import news_of, until
+from magcache_core import ConfigError
+
+
+async def forever() -> list[Picture]:
+    await asyncio.Event().wait()
+    return []
+
+
+async def test_a_flight_is_ended_by_its_id() -> None:
+    flights = Flights()
+    mine = [flights.start("mine", pictures, forever()) for pictures in (2, 1)]
+    others = flights.start("others", 1, forever())
+    assert flights.end("nobody") == 0
+    assert flights.end("mine") == 3
+    for flight in mine:
+        with pytest.raises(RequestCancelledError):
+            await flight.land()
+    assert flights.end("mine") == 0
+    assert not others.task.done()
+    await others.abandon()
+    assert flights._by_id == {}
+
+
+async def test_a_waiter_that_is_cancelled_itself_takes_the_flight_along() -> None:
+    flights = Flights()
+    flight = flights.start("mine", 1, forever())
+    waiter = asyncio.create_task(flight.land())
+    await asyncio.sleep(0)
+    waiter.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiter
+    assert flight.task.cancelled()
+
+
+def wrapped(cause: Exception, times: int) -> Exception:
+    """``cause`` as it comes out of so many calls, one on behalf of the other, between processes."""
+    for _ in range(times):
+        task_error = ray.exceptions.RayTaskError("call", "Traceback", cause, proctitle="p", pid=1, ip="127.0.0.1")
+        cause = cloudpickle.loads(cloudpickle.dumps(task_error)).as_instanceof_cause()
+    return cause
+
+
+@pytest.mark.parametrize("times", [0, 1, 2, 3])
+def test_errors_come_out_of_rays_wrappers(times: int) -> None:
+    busy = client_error(ExceptionGroup("", [wrapped(BusyError(7.5), times)]), 0.0)
+    assert type(busy) is BusyError
+    assert busy.headers["Retry-After"] == "8"
+    wrong = client_error(wrapped(InvalidRequestError("no", param="n", status=413), times), 0.0)
+    assert isinstance(wrong, InvalidRequestError)
+    assert (wrong.status, wrong.param) == (413, "n")
+    budget = client_error(wrapped(ConfigError("budget", 1, "an integer from 7 to 28"), times), 0.0)
+    assert isinstance(budget, InvalidRequestError)
+    assert budget.param == "magcache.computed_steps"
+    assert "an integer from 7 to 28" in budget.message
+    impossible = client_error(wrapped(DeadlineImpossibleError("too soon", soonest_s=1.5), times), 0.25)
+    assert isinstance(impossible, DeadlineImpossibleError)
+    assert impossible.soonest_s == 1.75
+    assert "1.75 s" in impossible.message
+
+
+def test_what_serve_and_ray_say_becomes_a_status() -> None:
+    full = client_error(BackPressureError(num_queued_requests=9, max_queued_requests=9), 0.0)
+    gone = client_error(DeploymentUnavailableError(None), 0.0)
+    dead = client_error(ExceptionGroup("", [ray.exceptions.ActorDiedError()]), 0.0)
+    assert [getattr(error, "status", None) for error in (full, gone, dead)] == [429, 503, 503]
+    unforeseen = ExceptionGroup("", [KeyError("x")])
+    assert client_error(unforeseen, 0.0) is unforeseen
+
+
+class Coordinator:
+    """Stands for the handle of one: answers as told, then not any more."""
+
+    def __init__(self, *answers: tuple[list[ProgressEvent], int] | Exception) -> None:
+        self._answers = iter(answers)
+        self.asked: list[int] = []
+        self.events = self
+
+    async def remote(self, row_id: str, seen: int) -> tuple[list[ProgressEvent], int]:
+        self.asked.append(seen)
+        answer = next(self._answers, None)
+        if answer is None:
+            await asyncio.Event().wait()
+        elif isinstance(answer, Exception):
+            raise answer
+        assert isinstance(answer, tuple)
+        return answer
+
+
+def event(step: int) -> ProgressEvent:
+    return ProgressEvent("a/0", step, 8, "C", 1.0, 0)
+
+
+async def collect(news: AsyncGenerator[list[ProgressEvent], None]) -> list[int]:
+    return [event.step async for batch in news for event in batch]
+
+
+async def test_news_are_asked_for_until_the_row_is_over() -> None:
+    picture: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    coordinator = Coordinator(([event(0)], 1), ([], 1), ([event(1), event(2)], 3), ([], -1))
+    assert await collect(news_of(coordinator, "a/0", picture)) == [0, 1, 2]
+    assert coordinator.asked == [0, 1, 1, 3]
+
+
+@pytest.mark.parametrize("error", [GroupFailedError("a rank died"), ray.exceptions.ActorDiedError()])
+async def test_news_end_with_their_group(error: Exception) -> None:
+    picture: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    assert await collect(news_of(Coordinator(([event(0)], 1), error), "a/0", picture)) == [0]
+
+
+async def test_news_end_with_their_picture() -> None:
+    picture: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    steps = asyncio.create_task(collect(news_of(Coordinator(([event(0)], 1)), "a/0", picture)))
+    await asyncio.sleep(0.01)
+    assert not steps.done()
+    picture.set_result(None)
+    assert await asyncio.wait_for(steps, 10) == [0]
+
+
+async def test_what_came_is_taken_even_when_the_end_came_too() -> None:
+    loop = asyncio.get_running_loop()
+    end, result = loop.create_future(), loop.create_future()
+    end.set_result(None)
+    result.set_result(7)
+    assert await until(end, result) in (7, None)  # both are there: either is right, and neither waits
+    assert await until(end, loop.create_future()) is None
