@@ -110,7 +110,9 @@ def test_the_build_context(path: str, kept: bool) -> None:
 
 
 def test_the_build_context_is_enough_to_serve(tmp_path: Path) -> None:
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False)
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     if listed.returncode:
         pytest.skip("not a git checkout: which files belong to the repository is not known")
     for name in filter(in_context, listed.stdout.splitlines()):

@@ -1,0 +1,63 @@
+"""Clients that ask for pictures all the time, and remember every answer that was not one."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from types import TracebackType
+
+import httpx
+
+PROMPT = "a red circle on a blue background"
+MOST_REQUESTS = 5000
+"""The load ends by itself, whatever becomes of the test."""
+
+
+class Load:
+    """``clients`` threads, each with its share of ``urls`` and a pause between its requests."""
+
+    def __init__(self, urls: list[str], clients: int, pause_s: float) -> None:
+        self.answered = 0
+        self.failures: list[str] = []
+        self._pause_s = pause_s
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._seeds = itertools.count()
+        self._threads = [
+            threading.Thread(target=self._ask, args=(url,), daemon=True)
+            for url in itertools.islice(itertools.cycle(urls), clients)
+        ]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(timeout=120)
+        assert not any(thread.is_alive() for thread in self._threads), "a request hangs"
+
+    def _ask(self, url: str) -> None:
+        # No retries, and a new connection each time: what is lost must show.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        with httpx.Client(base_url=url, timeout=90, trust_env=False, limits=limits) as client:
+            while not self._stop.wait(self._pause_s):
+                with self._lock:
+                    seed = next(self._seeds)
+                if seed >= MOST_REQUESTS:
+                    return
+                body = {"prompt": PROMPT, "seed": seed, "size": "64x64", "num_inference_steps": 4}
+                try:
+                    reply = client.post("/v1/images/generations", json=body)
+                    trouble = None if reply.status_code == 200 else f"{reply.status_code} {reply.text[:300]}"
+                except httpx.HTTPError as error:
+                    trouble = repr(error)
+                with self._lock:
+                    if trouble is None:
+                        self.answered += 1
+                    else:
+                        self.failures.append(f"seed {seed} at {url}: {trouble}")

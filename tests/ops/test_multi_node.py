@@ -1,0 +1,172 @@
+"""Three hosts on one machine: a group spread over two of them, autoscaling and a rolling update under load.
+
+The Serve config is handed to the head's dashboard as KubeRay does it, and requests go to the workers' proxies only. The
+tests are one story, told in order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from tests.ops.hosts import Host, hosts, why_not
+from tests.ops.load import PROMPT, Load
+
+ROOT = Path(__file__).resolve().parents[2]
+RAY = str(Path(sys.executable).parent / "ray")
+PATIENCE_S = 240.0
+RUNNING = "RUNNING"
+
+reason = why_not()
+pytestmark = pytest.mark.skipif(reason is not None and "CI" not in os.environ, reason=str(reason))
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    """deployments/flux-tiny.yaml with its group spread over two nodes, up to two groups, and ``changes``."""
+    document: dict[str, Any] = yaml.safe_load((ROOT / "deployments/flux-tiny.yaml").read_text(encoding="utf-8"))
+    document |= {"proxy_location": "EveryNode"}
+    document["http_options"]["host"] = "0.0.0.0"
+    document["applications"][0]["args"] |= {
+        "placement_group_strategy": "STRICT_SPREAD",
+        "cpus_per_rank": 0.5,
+        "cpus_per_helper": 0.1,
+        "drain_seconds": 30,
+        "autoscaling": {"max_replicas": 2, "target_ongoing_requests": 1, "upscale_delay_s": 1, "downscale_delay_s": 1},
+        **changes,
+    }
+    return document
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The hosts, the head first, and the head's dashboard."""
+
+    head: Host
+    workers: list[Host]
+    dashboard: httpx.Client
+
+    @property
+    def urls(self) -> list[str]:
+        """The workers' HTTP proxies."""
+        return [f"http://{host.address}:8000" for host in self.workers]
+
+    def deploy(self, document: dict[str, Any]) -> None:
+        """Hand a Serve config over."""
+        reply = self.dashboard.put("/api/serve/applications/", json=document)
+        assert reply.status_code == 200, reply.text
+
+    def application(self) -> dict[str, Any]:
+        """The application's state, or {} before there is one."""
+        reply = self.dashboard.get("/api/serve/applications/")
+        found: dict[str, Any] = reply.json()["applications"].get("flux", {}) if reply.status_code == 200 else {}
+        assert found.get("status") != "DEPLOY_FAILED", found["message"]
+        return found
+
+    def replicas(self, deployment: str = "FluxReplica") -> set[str]:
+        """The ids of the replicas of a deployment that are up."""
+        deployments = self.application().get("deployments", {})
+        listed = deployments.get(deployment, {}).get("replicas", [])
+        return {replica["replica_id"] for replica in listed if replica["state"] == RUNNING}
+
+    def actors(self, name: str) -> list[tuple[str, int]]:
+        """(address of the node, pid) of the living actors whose class is ``name``."""
+        nodes = self._list("nodes")
+        addresses = {node["node_id"]: node["node_ip"] for node in nodes}
+        return [
+            (addresses[actor["node_id"]], actor["pid"])
+            for actor in self._list("actors")
+            if actor["state"] == "ALIVE" and actor["class_name"].partition(":")[0] == name
+        ]
+
+    def _list(self, what: str) -> list[dict[str, Any]]:
+        reply = self.dashboard.get(f"/api/v0/{what}", params={"limit": 1000, "detail": True})
+        assert reply.status_code == 200, reply.text
+        listed: list[dict[str, Any]] = reply.json()["data"]["result"]["result"]
+        return listed
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    until = time.monotonic() + PATIENCE_S
+    while time.monotonic() < until:
+        with contextlib.suppress(httpx.HTTPError):
+            if condition():
+                return
+        time.sleep(0.5)
+    pytest.fail(f"not within {PATIENCE_S:g} s: {what}")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    # Ray's sockets have long names below this folder, and a socket's path has 107 characters at most.
+    folder = Path(tempfile.mkdtemp(prefix="fx", dir="/tmp"))
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with (
+        hosts(3) as (head, *workers),
+        httpx.Client(base_url=f"http://{head.address}:8265", timeout=30, trust_env=False) as dashboard,
+    ):
+        common = [RAY, "start", "--block", "--object-store-memory=100000000"]
+        for host, options in [
+            (head, ["--head", "--port=6379", f"--temp-dir={folder}", "--dashboard-host=0.0.0.0", "--num-cpus=0"]),
+            *((worker, [f"--address={head.address}:6379", "--num-cpus=2"]) for worker in workers),
+        ]:
+            command = [*common, f"--node-ip-address={host.address}", *options]
+            host.start(command, folder / f"{host.name}.log", environment)
+            if host is head:
+                wait_for(lambda: dashboard.get("/api/gcs_healthz").status_code == 200, "the head is up")
+        made = Cluster(head, workers, dashboard)
+        wait_for(lambda: len(made._list("nodes")) == 3, "all nodes have joined")
+        made.deploy(config())
+        wait_for(lambda: made.application().get("status") == RUNNING, "the application runs")
+        yield made
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_group_spans_two_nodes_and_serves_from_both(cluster: Cluster) -> None:
+    addresses = {host.address for host in cluster.workers}
+    ranks = cluster.actors("Rank")
+    assert len(ranks) == 2
+    assert {address for address, _ in ranks} == addresses
+    assert cluster.actors("ServeReplica")
+    assert cluster.head.address not in {address for address, _ in cluster.actors("ServeReplica")}
+    body = {"prompt": PROMPT, "seed": 7, "size": "64x64", "num_inference_steps": 4}
+    with httpx.Client(timeout=90, trust_env=False) as client:
+        replies = [client.post(f"{url}/v1/images/generations", json=body) for url in cluster.urls]
+    assert [reply.status_code for reply in replies] == [200, 200], [reply.text for reply in replies]
+    first, second = (reply.json()["data"][0]["b64_json"] for reply in replies)
+    assert first == second
+
+
+def test_nothing_is_lost_while_groups_come_change_and_go(cluster: Cluster) -> None:
+    with Load(cluster.urls, clients=6, pause_s=0.05) as load:
+        wait_for(lambda: len(cluster.replicas()) == 2, "the load brings a second group")
+        assert len(cluster.actors("Rank")) == 4
+        served = load.answered
+        wait_for(lambda: load.answered > served + 10, "both groups serve")
+        before = cluster.replicas() | cluster.replicas("ImagesApi") | cluster.replicas("PromptEncoder")
+        cluster.deploy(config(log_level="WARNING"))
+        wait_for(
+            lambda: (
+                not before & (cluster.replicas() | cluster.replicas("ImagesApi") | cluster.replicas("PromptEncoder"))
+                and cluster.application().get("status") == RUNNING
+            ),
+            "every replica is a new one",
+        )
+    assert load.failures == []
+    assert load.answered > 50
+    with Load(cluster.urls, clients=1, pause_s=0.5) as load:
+        wait_for(lambda: len(cluster.replicas()) == 1, "the second group goes")
+        served = load.answered
+        wait_for(lambda: load.answered > served + 3, "the one that is left serves")
+    assert load.failures == []
