@@ -18,6 +18,7 @@ OUTCOMES = ("ok", "invalid", "busy", "unavailable", "failed", "cancelled")
 # From the small model's tenths of a second on a CPU to a queue of FLUX.1-dev pictures.
 _LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 150.0, 300.0)
 _STEP_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+_GAP_BUCKETS = (0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 _RATIO_BUCKETS = tuple(tenth / 10 for tenth in range(11))
 _ROW_BUCKETS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
@@ -104,6 +105,13 @@ class CoordinatorMetrics:
             registry=registry,
         )
         self._step_kinds = {kind: self._step_seconds.labels(*values, kind) for kind in ("computed", "reused")}
+        self._plan_wait = Histogram(
+            "flux_plan_wait_seconds",
+            "Time that a rank with rows to step waited for a step plan, the longest of the ranks.",
+            names,
+            buckets=_GAP_BUCKETS,
+            registry=registry,
+        ).labels(*values)
         self._running = Gauge("flux_running_pictures", "Pictures being denoised now.", names, registry=registry).labels(
             *values
         )
@@ -126,8 +134,13 @@ class CoordinatorMetrics:
             "flux_residual_bytes", "Memory that kept residuals take on one rank, the largest.", names, registry=registry
         ).labels(*values)
 
-    def observe_step(self, plan: StepPlan, seconds: float) -> None:
-        """Count one finished plan; ``seconds`` is the slowest rank's. A plan that steps no row is not a step."""
+    def observe_step(self, plan: StepPlan, seconds: float, wait_seconds: float = 0.0) -> None:
+        """Count one finished plan; a plan that steps no row is not a step.
+
+        Args:
+            seconds: time of the slowest rank.
+            wait_seconds: the longest time that a rank which held rows waited for this plan.
+        """
         if not plan.rows:
             return
         computed = 0
@@ -136,6 +149,7 @@ class CoordinatorMetrics:
                 self._series[branch.compute, branch.branch].inc()
                 computed += branch.compute
         self._batch_rows.observe(computed)
+        self._plan_wait.observe(wait_seconds)
         self._step_kinds["computed" if computed else "reused"].observe(seconds)
 
     def observe_request(self, report: DenoiseReport) -> None:

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 
 import ray
 from prometheus_client.metrics_core import Metric
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from app.api.backend import HealthReport, ImagesJob, Picture, StreamItem
-from app.api.errors import DeadlinePassedError
+from app.api.errors import BusyError, DeadlinePassedError
 from app.engine.families import Family
 from app.engine.messages import Conditioning, DenoiseJob, DenoiseResult, PromptEmbeddings, SourceImage
 from app.metrics import merge_families
 from app.serving.calls import result_of
-from app.serving.client_errors import client_error
+from app.serving.client_errors import client_error, innermost
 from app.serving.coordinators import ANSWER_SECONDS, ask_coordinators
 from app.serving.flights import Flight, Flights
 from app.serving.following import FileForm, Follower
@@ -93,6 +93,8 @@ class ServeBackend:
                 ]
             return [task.result() for task in tasks]
         except* Exception as errors:
+            if isinstance(innermost(errors), BackPressureError):
+                raise BusyError(await _least_wait_s()) from errors
             raise client_error(errors, order.elapsed_s + self._decode_estimate_s(order.job)) from errors
 
     async def _encode(self, job: ImagesJob) -> Conditioning:
@@ -195,6 +197,11 @@ class ServeBackend:
 
 def _file_form(job: ImagesJob) -> FileForm:
     return job.width, job.height, job.output_format, job.output_compression
+
+
+async def _least_wait_s() -> float:
+    """When the first of the groups will have room, by their own estimates."""
+    return min((load["eta_s"] for load in await ask_coordinators("load")), default=1.0)
 
 
 async def _is_up(deployment: DeploymentHandle) -> bool:

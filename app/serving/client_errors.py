@@ -1,9 +1,9 @@
 """What went wrong behind the ingress, as the client is told."""
 
 import ray
-from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.exceptions import RayServeException
 
-from app.api.errors import BusyError, DeadlineImpossibleError, InvalidRequestError, ServiceError, UnavailableError
+from app.api.errors import DeadlineImpossibleError, InvalidRequestError, ServiceError, UnavailableError
 from magcache_core import ConfigError
 
 
@@ -20,8 +20,6 @@ def client_error(error: BaseException, other_phases_s: float) -> BaseException:
         return DeadlineImpossibleError(f"{cause.message}; the whole request takes {soonest_s:.2f} s", soonest_s)
     if isinstance(cause, ServiceError):
         return cause
-    if isinstance(cause, BackPressureError):
-        return BusyError(retry_after_s=1.0)
     if isinstance(cause, ConfigError):
         return InvalidRequestError(
             f"magcache.computed_steps={cause.value!r} is not allowed here: it must be {cause.allowed}",

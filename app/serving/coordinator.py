@@ -215,7 +215,8 @@ class Coordinator:
     def _collect(self, sent: SentPlan, results: list[StepResult]) -> None:
         self._check(sent.plan, results)
         self._intake.done(sent, results)
-        self._metrics.observe_step(sent.plan, max(result.seconds for result in results))
+        wait_seconds = max(result.idle_seconds for result in results)
+        self._metrics.observe_step(sent.plan, max(result.seconds for result in results), wait_seconds)
         self._metrics.residual_bytes(max(result.residual_bytes for result in results))
         if self._feeds:
             for row in sent.plan.rows:

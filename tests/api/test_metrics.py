@@ -33,7 +33,7 @@ def _plan(*rows: tuple[bool, ...]) -> StepPlan:
 
 def test_steps_by_decision_and_branch() -> None:
     registry, metrics = _metrics()
-    metrics.observe_step(_plan((True,), (False,), (True, False)), 0.02)
+    metrics.observe_step(_plan((True,), (False,), (True, False)), 0.02, wait_seconds=0.25)
     metrics.observe_step(_plan((False,)), 0.001)
     metrics.observe_step(StepPlan(2, "0" * 16, drop=("q/0",)), 0.001)
 
@@ -44,6 +44,8 @@ def test_steps_by_decision_and_branch() -> None:
     assert (steps("computed", UNCOND), steps("reused", UNCOND)) == (0, 1)
     assert registry.get_sample_value("flux_step_batch_rows_sum", LABELS) == 2
     assert registry.get_sample_value("flux_step_batch_rows_count", LABELS) == 2
+    assert registry.get_sample_value("flux_plan_wait_seconds_sum", LABELS) == 0.25
+    assert registry.get_sample_value("flux_plan_wait_seconds_count", LABELS) == 2
     for kind, seconds in (("computed", 0.02), ("reused", 0.001)):
         assert registry.get_sample_value("flux_step_duration_seconds_sum", {**LABELS, "kind": kind}) == seconds
 

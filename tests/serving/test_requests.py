@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 import pytest
 import ray
 from ray import cloudpickle
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from app.api.backend import Picture
 from app.api.errors import BusyError, DeadlineImpossibleError, InvalidRequestError, RequestCancelledError
@@ -78,10 +78,9 @@ def test_errors_come_out_of_rays_wrappers(times: int) -> None:
 
 
 def test_what_serve_and_ray_say_becomes_a_status() -> None:
-    full = client_error(BackPressureError(num_queued_requests=9, max_queued_requests=9), 0.0)
     gone = client_error(DeploymentUnavailableError(None), 0.0)
     dead = client_error(ExceptionGroup("", [ray.exceptions.ActorDiedError()]), 0.0)
-    assert [getattr(error, "status", None) for error in (full, gone, dead)] == [429, 503, 503]
+    assert [getattr(error, "status", None) for error in (gone, dead)] == [503, 503]
     unforeseen = ExceptionGroup("", [KeyError("x")])
     assert client_error(unforeseen, 0.0) is unforeseen
 
