@@ -7,10 +7,10 @@ STAMP := $(VENV)/.installed
 CHECKED := $(wildcard app magcache_core models/recipe benchmarks scripts tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test bench lint format train clean
+.PHONY: help setup demo serve test bench lint format manifests train clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Make .venv with the pinned dependencies (instant when nothing changed)
 
@@ -42,6 +42,9 @@ lint: setup ## ruff and mypy
 format: setup ## Let ruff format and fix
 	$(BIN)/ruff check --fix $(CHECKED)
 	$(BIN)/ruff format $(CHECKED)
+
+manifests: setup ## Bring k8s/ up to date with deployments/ and the rules
+	@$(BIN)/python -m scripts.render_manifests
 
 train: setup ## Train models/flux-tiny from scratch (hours; resumes where it stopped)
 	$(BIN)/python -m models.recipe $(ARGS)

@@ -1,4 +1,4 @@
-"""Several hosts on one machine: network namespaces on a bridge, so that 127.0.0.1 of one is not 127.0.0.1 of another."""
+"""Several hosts on one machine: network namespaces on a bridge, each with a loopback that no other one reaches."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def why_not() -> str | None:
 
 @contextlib.contextmanager
 def hosts(count: int) -> Iterator[list[Host]]:
-    """``count`` hosts that reach each other and this process by their addresses; gone afterwards, with what they ran."""
+    """``count`` hosts that reach each other and this process by address; gone afterwards, with what they ran."""
     tag = f"fx{os.getpid() % 100_000}"
     made = [Host(f"{tag}n{number}", f"{NETWORK}.{number}") for number in range(1, count + 1)]
     with contextlib.ExitStack() as cleanup:

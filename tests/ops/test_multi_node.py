@@ -23,14 +23,12 @@ import yaml
 
 from tests.ops.hosts import Host, hosts, why_not
 from tests.ops.load import PROMPT, Load
+from tests.ops.needs import missing
 
 ROOT = Path(__file__).resolve().parents[2]
 RAY = str(Path(sys.executable).parent / "ray")
 PATIENCE_S = 240.0
 RUNNING = "RUNNING"
-
-reason = why_not()
-pytestmark = pytest.mark.skipif(reason is not None and "CI" not in os.environ, reason=str(reason))
 
 
 def config(**changes: Any) -> dict[str, Any]:
@@ -109,6 +107,8 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
+    if reason := why_not():
+        missing(reason)
     # Ray's sockets have long names below this folder, and a socket's path has 107 characters at most.
     folder = Path(tempfile.mkdtemp(prefix="fx", dir="/tmp"))
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
