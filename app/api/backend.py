@@ -118,7 +118,7 @@ class Backend(Protocol):
         """What becomes of ``job``, as it happens; closing the generator ends the request.
 
         First comes a `Progress` for each picture as soon as it is taken, at the end its `Picture`; in between up to
-        ``job.partial_images`` times a `Preview` (a late one is left out) and, with ``progress``, a `Progress` a step.
+        ``job.partial_images`` times a `Preview` (a late one is left out) and, with ``progress``, more of `Progress`.
         """
 
     async def cancel(self, request_id: str) -> int:

@@ -100,7 +100,7 @@ class ImagesRequest(BaseModel):
         default=None, ge=0, le=MAX_PARTIAL_IMAGES, description="Previews of each picture in a stream, 0 by default."
     )
     progress: bool | None = Field(
-        default=None, description="Have a `flux.progress` event of each step in a stream. OpenAI has no such event."
+        default=None, description="Have `flux.progress` events of the steps in a stream. OpenAI has no such event."
     )
     background: Literal["auto", "opaque"] | None = Field(default=None, description="FLUX paints opaque pictures only.")
     moderation: Literal["auto", "low"] | None = Field(default=None, description="Accepted; the service moderates not.")

@@ -15,9 +15,14 @@ def client_error(error: BaseException, other_phases_s: float) -> BaseException:
     """
     cause = innermost(error)
     if isinstance(cause, DeadlineImpossibleError):
-        # The coordinator knows its part only; the client asked for the whole.
+        # The coordinator was asked for its part only; the client asked for the whole.
         soonest_s = cause.soonest_s + other_phases_s
-        return DeadlineImpossibleError(f"{cause.message}; the whole request takes {soonest_s:.2f} s", soonest_s)
+        return DeadlineImpossibleError(
+            f"deadline_s is too short: with the fewest computed steps that client and server allow, the request needs "
+            f"about {soonest_s:.3g} s. Give it more time, a smaller size, fewer steps or a lower "
+            "magcache.min_computed_steps",
+            soonest_s,
+        )
     if isinstance(cause, ServiceError):
         return cause
     if isinstance(cause, ConfigError):

@@ -38,7 +38,7 @@ class Follower:
         self._decoding: set[asyncio.Task[None]] = set()
 
     async def result(self, job: DenoiseJob, conditioning: Conditioning, progress: bool) -> DenoiseResult:
-        """Have ``job`` denoised; with ``progress`` tell of each step, else of its beginning and its previews only."""
+        """Have ``job`` denoised; with ``progress`` tell all news, else its beginning and its previews only."""
         result: DenoiseResult | None = None
         async with aclosing(items_of(self._replica.follow.remote(job, conditioning, progress))) as items:
             async for item in items:

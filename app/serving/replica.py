@@ -56,7 +56,7 @@ class FluxReplica:
         A picture that is made again after a rebuild begins at step 0 once more, without the previews that were sent.
 
         Args:
-            progress: yield every step; else only the first news and those with a preview.
+            progress: yield all news; else only the first and those with a preview.
         """
         groups: asyncio.Queue[RankGroup] = asyncio.Queue()
         picture = asyncio.create_task(self._denoise(job, conditioning, groups.put_nowait))

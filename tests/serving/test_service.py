@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import signal
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -136,6 +138,75 @@ def test_wrong_requests_name_the_field(http: httpx.Client, client: openai.OpenAI
         client.images.generate(prompt=PROMPT, size="100x100")
 
 
+def events_of(reply: httpx.Response) -> Iterator[dict[str, Any]]:
+    """The events of a stream, as they come."""
+    for line in reply.iter_lines():
+        if line.startswith("data: "):
+            yield json.loads(line.removeprefix("data: "))
+
+
+def test_the_openai_client_streams_the_same_picture(client: openai.OpenAI, http: httpx.Client) -> None:
+    plain = ask(http, magcache={"computed_steps": 14})["data"][0]
+    stream = client.images.generate(
+        prompt=PROMPT,
+        stream=True,
+        partial_images=3,
+        extra_body={"seed": 7, "magcache": {"computed_steps": 14}, "progress": True},
+    )
+    events = list(stream)
+    completed = events[-1]
+    assert completed.type == "image_generation.completed"
+    assert psnr(pixels(completed), pixels(plain)) >= 55
+    assert completed.magcache == plain["magcache"]
+    previews = [event for event in events if event.type == "image_generation.partial_image"]
+    assert [preview.partial_image_index for preview in previews] == sorted({p.partial_image_index for p in previews})
+    assert len(previews) <= 3
+    for preview in previews:
+        assert pixels(preview).shape == (128, 128, 3)
+    progress = [event.model_dump() for event in events if event.type == "flux.progress"]
+    steps = [event["step"] for event in progress]
+    assert steps[0] == 0
+    assert steps == sorted(steps)
+    for event in progress:
+        assert event["steps"] == 28
+        assert event["decision"] == (plain["magcache"]["schedule"][event["step"] - 1] if event["step"] else "")
+
+
+def test_previews_come_nearer_to_the_picture(http: httpx.Client) -> None:
+    # Every step computed, many of them: there is time for all previews.
+    body = {"prompt": PROMPT, "seed": 7, "stream": True, "partial_images": 3, "num_inference_steps": 100,
+            "magcache": {"enabled": False}}  # fmt: skip
+    with http.stream("POST", IMAGES, json=body) as reply:
+        *previews, completed = list(events_of(reply))
+    assert [preview["type"] for preview in previews] == ["image_generation.partial_image"] * 3
+    distances = [psnr(pixels(preview), pixels(completed)) for preview in previews]
+    assert distances == sorted(distances)
+    assert 200 > distances[-1] > distances[0]
+
+
+def test_quality_and_deadline_choose_among_schedules(http: httpx.Client) -> None:
+    image = ask(http, quality="low")["data"][0]
+    assert (image["magcache"]["computed"], image["magcache"]["lowered_by"]) == (7, None)
+    assert ask(http, quality="high")["data"][0]["magcache"]["computed"] == 19
+    easy = ask(http, deadline_s=600)["data"][0]["magcache"]
+    assert easy == ask(http)["data"][0]["magcache"]
+    for stream in (False, True):
+        body = {"prompt": PROMPT, "deadline_s": 0.001, "num_inference_steps": 100, "stream": stream}
+        refused = http.post(IMAGES, json=body)
+        assert refused.status_code == 422
+        assert refused.json()["error"]["param"] == "deadline_s"
+        assert float(refused.headers["x-soonest-seconds"]) > 0.001
+
+
+def test_a_reply_says_what_was_estimated(http: httpx.Client) -> None:
+    reply = http.post(IMAGES, json={"prompt": PROMPT, "num_inference_steps": 8, "n": 2})
+    for name in ("x-eta-seconds", "x-queue-position", "x-magcache-schedule", "x-magcache-computed"):
+        assert len(reply.headers[name].split(", ")) == 2
+    with http.stream("POST", IMAGES, json={"prompt": PROMPT, "num_inference_steps": 8, "stream": True}) as stream:
+        assert float(stream.headers["x-eta-seconds"]) > 0
+        assert [event["type"] for event in events_of(stream)] == ["image_generation.completed"]
+
+
 def test_health_and_models(http: httpx.Client, client: openai.OpenAI) -> None:
     assert http.get("/health").status_code == 200
     assert [model.id for model in client.models.list()] == ["flux-tiny"]
@@ -175,21 +246,75 @@ def test_an_idle_group_whose_rank_dies_is_replaced(http: httpx.Client) -> None:
     ask(http, num_inference_steps=2)
 
 
-def test_a_client_that_leaves_ends_its_request(http: httpx.Client, service: str) -> None:
-    body = {"prompt": PROMPT, "num_inference_steps": 100, "n": 4}
-    before = metrics(http)["flux_group_rebuilds_total"]
-    with httpx.Client(base_url=service, timeout=1.0) as impatient, pytest.raises(httpx.ReadTimeout):
-        impatient.post(IMAGES, json=body)
+def test_a_stream_goes_on_when_its_group_is_rebuilt(http: httpx.Client) -> None:
+    body = {"prompt": PROMPT, "seed": 7, "num_inference_steps": 100, "magcache": {"enabled": False}}
+    undisturbed = ask(http, **body)["data"][0]
+    extra = {"stream": True, "progress": True, "partial_images": 3}
+    events: list[dict[str, Any]] = []
+    with http.stream("POST", IMAGES, json=body | extra) as reply:
+        for event in events_of(reply):
+            events.append(event)
+            if event["type"] == "image_generation.partial_image" and event["partial_image_index"] == 0:
+                _kill("Rank")
+    assert events[-1]["type"] == "image_generation.completed"
+    assert psnr(pixels(events[-1]), pixels(undisturbed)) >= 55
+    steps = [event["step"] for event in events if event["type"] == "flux.progress"]
+    assert steps != sorted(steps), "it was made again from the beginning"
+    indices = [event["partial_image_index"] for event in events if "partial_image_index" in event]
+    assert indices == sorted(set(indices))
+    assert indices[0] == 0
+
+
+def wait_until_idle(http: httpx.Client) -> None:
     for _ in range(200):
         seen = metrics(http)
         if seen["flux_running_pictures"] + seen["flux_waiting_pictures"] == 0:
-            break
+            return
         time.sleep(0.05)
+    pytest.fail("the request goes on")
+
+
+# Long, and yet with residuals to free.
+LONG = {"prompt": PROMPT, "num_inference_steps": 100, "n": 4, "magcache": {"computed_steps": 90}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_ends_its_request(http: httpx.Client, service: str, stream: bool) -> None:
+    before = metrics(http)["flux_group_rebuilds_total"]
+    if stream:
+        with http.stream("POST", IMAGES, json={**LONG, "stream": True, "progress": True}) as reply:
+            assert next(events_of(reply))["type"] == "flux.progress"
     else:
-        pytest.fail("the request goes on without its client")
+        with httpx.Client(base_url=service, timeout=1.0) as impatient, pytest.raises(httpx.ReadTimeout):
+            impatient.post(IMAGES, json=LONG)
+    wait_until_idle(http)
     ask(http, num_inference_steps=2)  # its first plan frees what was dropped, its last what it kept itself
     assert metrics(http)["flux_residual_bytes"] == 0
     assert metrics(http)["flux_group_rebuilds_total"] == before, "the ranks must not feel it"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_is_cancelled_by_its_id(http: httpx.Client, stream: bool) -> None:
+    assert http.delete("/v1/requests/long").status_code == 404
+    headers = {"X-Request-Id": "long"}
+    with ThreadPoolExecutor(1) as pool:
+        # More than may run at once: those that wait end, too.
+        waiting = pool.submit(http.post, IMAGES, json={**LONG, "n": 10, "stream": stream}, headers=headers)
+        while (seen := metrics(http))["flux_running_pictures"] < 8 or not seen["flux_residual_bytes"]:
+            time.sleep(0.01)
+        reply = http.delete("/v1/requests/long")
+        ended = waiting.result()
+    assert reply.status_code == 200
+    assert 1 <= reply.json()["pictures"] <= 10
+    if stream:
+        assert '"request_cancelled"' in ended.text.strip().rpartition("data: ")[2]
+    else:
+        assert ended.status_code == 409
+        assert ended.json()["error"]["code"] == "request_cancelled"
+    wait_until_idle(http)
+    ask(http, num_inference_steps=2)
+    assert metrics(http)["flux_residual_bytes"] == 0
+    assert http.delete("/v1/requests/long").status_code == 404
 
 
 def test_a_cluster_without_gpus_is_told_what_is_needed(cluster: None) -> None:
