@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import ray
@@ -10,6 +11,34 @@ from app.engine.messages import ProgressEvent
 from app.serving.errors import GroupFailedError
 
 T = TypeVar("T")
+
+
+class Selection:
+    """Which news are passed on: all of them with ``progress``, else the first and each preview; no preview twice."""
+
+    def __init__(self, progress: bool) -> None:
+        self._progress = progress
+        self._begun = False
+        self._previews_made = 0
+        self._previews_sent = 0
+
+    def begin(self) -> None:
+        """The picture is made from its first step on, perhaps not for the first time."""
+        self._previews_made = 0
+
+    def of(self, news: list[ProgressEvent]) -> tuple[ProgressEvent, ...]:
+        """Those of ``news`` to pass on."""
+        selected = []
+        for event in news:
+            if event.preview is not None:
+                self._previews_made += 1
+                if self._previews_made <= self._previews_sent:
+                    event = replace(event, preview=None)
+            if self._progress or not self._begun or event.preview is not None:
+                selected.append(event)
+            self._begun = True
+        self._previews_sent = max(self._previews_sent, self._previews_made)
+        return tuple(selected)
 
 
 async def until(end: "asyncio.Future[Any]", awaited: Awaitable[T]) -> T | None:

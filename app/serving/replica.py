@@ -14,7 +14,7 @@ from app.engine.messages import Conditioning, DenoiseJob, DenoiseResult, Progres
 from app.serving.errors import GroupFailedError
 from app.serving.group import RankGroup
 from app.serving.logs import configure_logging
-from app.serving.news import news_of, until
+from app.serving.news import Selection, news_of, until
 from app.serving.preflight import fetch_and_check
 from app.settings import Settings
 
@@ -60,22 +60,13 @@ class FluxReplica:
         """
         groups: asyncio.Queue[RankGroup] = asyncio.Queue()
         picture = asyncio.create_task(self._denoise(job, conditioning, groups.put_nowait))
-        previews_sent, begun = 0, False
+        selection = Selection(progress)
         try:
             while (group := await until(picture, groups.get())) is not None:
-                previews_made = 0
+                selection.begin()
                 async for news in news_of(group.coordinator, job.row_id, picture):
-                    events = []
-                    for event in news:
-                        previews_made += event.preview is not None
-                        if event.preview is not None and previews_made <= previews_sent:
-                            event = replace(event, preview=None)
-                        if progress or not begun or event.preview is not None:
-                            events.append(event)
-                        begun = True
-                    previews_sent = max(previews_sent, previews_made)
-                    if events:
-                        yield tuple(events)
+                    if selected := selection.of(news):
+                        yield selected
             yield await picture
         finally:
             picture.cancel()

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 
 import pytest
 import ray
+import torch
 from ray import cloudpickle
 from ray.serve.exceptions import DeploymentUnavailableError
 
@@ -16,7 +17,7 @@ from app.engine.messages import ProgressEvent
 from app.serving.client_errors import client_error
 from app.serving.errors import GroupFailedError
 from app.serving.flights import Flights
-from app.serving.news import news_of, until
+from app.serving.news import Selection, news_of, until
 from magcache_core import ConfigError
 
 
@@ -104,8 +105,22 @@ class Coordinator:
         return answer
 
 
-def event(step: int) -> ProgressEvent:
-    return ProgressEvent("a/0", step, 8, "C", 1.0, 0)
+def event(step: int, preview: torch.Tensor | None = None) -> ProgressEvent:
+    return ProgressEvent("a/0", step, 8, "C", 1.0, 0, preview)
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_a_picture_made_again_sends_no_preview_twice(progress: bool) -> None:
+    first, second, third = (torch.full((1, 1), float(number)) for number in range(3))
+    selection = Selection(progress)
+    selection.begin()
+    passed = [*selection.of([event(0)]), *selection.of([event(1, first), event(2)]), *selection.of([event(3, second)])]
+    selection.begin()
+    again = [*selection.of([event(0), event(1, first)]), *selection.of([event(3, second), event(5, third), event(8)])]
+    shown = [int(one.preview) for one in (*passed, *again) if one.preview is not None]
+    assert shown == [0, 1, 2]
+    steps = [one.step for one in (*passed, *again)]
+    assert steps == ([0, 1, 2, 3, 0, 1, 3, 5, 8] if progress else [0, 1, 3, 5])
 
 
 async def collect(news: AsyncGenerator[list[ProgressEvent], None]) -> list[int]:
