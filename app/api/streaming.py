@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
@@ -72,7 +71,7 @@ async def stream_response(
     except BaseException:
         await paced.aclose()
         raise
-    return EventStream(_events(request, ask, paced, first, observe, kind), _headers(ask, first))
+    return EventStream(_events(request, ask, paced, first, observe, kind), paced, _headers(ask, first))
 
 
 class EventStream(StreamingResponse):
@@ -80,9 +79,9 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], headers: dict[str, str]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], source: Paced, headers: dict[str, str]) -> None:
         super().__init__(self._counted(events), headers=headers)
-        self._events = events
+        self._source = source
         self._complete = False
 
     async def _counted(self, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
@@ -91,9 +90,12 @@ class EventStream(StreamingResponse):
         self._complete = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve the reply; the generator is closed in any case, and so the work behind it."""
-        async with aclosing(self._events):
+        """Serve the reply; its source is closed in any case, and so the work behind it."""
+        try:
             await super().__call__(scope, receive, send)
+        finally:
+            # Here and not in the generator: Starlette ends that within a scope that cuts every await short.
+            await self._source.aclose()
         if not self._complete:
             raise ClientDisconnect
 
@@ -122,8 +124,6 @@ async def _events(
         request_id = request.state.request_id
         logger.exception("request %s failed in its stream", request_id)
         yield _told(request, ServiceError(f"internal error; quote request id {request_id} to the operator"))
-    finally:
-        await paced.aclose()
 
 
 def _told(request: Request, error: ServiceError) -> bytes:
