@@ -73,16 +73,16 @@ def _kind(module: nn.Module, leaf: str) -> str:
     return "embedding" if isinstance(module, nn.Embedding) else "matrix"
 
 
-def draw(tensor: Tensor, seed: int) -> torch.Tensor:
+def draw(tensor: Tensor, seed: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """The tensor's values: a function of ``seed`` and its name, so that it does not matter what else is written.
 
     Matrices keep the variance of their input, so that activations stay of order 1 through all layers, and biases and
     scales differ from 0 and 1, so that a part which is left out shows.
     """
     if tensor.kind == "num_batches_tracked":
-        return torch.zeros(tensor.shape, dtype=tensor.dtype)
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{tensor.name}".encode()))
-    values = torch.empty(tensor.shape, dtype=tensor.dtype).normal_(generator=generator)
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+    generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed}/{tensor.name}".encode()))
+    values = torch.empty(tensor.shape, dtype=tensor.dtype, device=device).normal_(generator=generator)
     if tensor.kind == "matrix":
         fan_in = torch.Size(tensor.shape[1:]).numel()
         return values.mul_(fan_in**-0.5)
