@@ -73,9 +73,11 @@ class StepCosts:
         known = self._known.get(part)
         return known.seconds if known is not None else self._scaled(part)
 
-    def row_seconds(self, shape: Shape, compute: bool, rows: int) -> float:
-        """Estimated time of one of ``rows`` branch evaluations in a batch."""
-        return self.seconds(Part(shape, compute, rows)) / rows
+    def row_seconds(self, shape: Shape, compute: bool, rows: float) -> float:
+        """Estimated time of one branch evaluation in batches of ``rows`` on average, at least 1."""
+        whole = int(rows)
+        low, high = (self.seconds(Part(shape, compute, count)) for count in (whole, whole + 1))
+        return (low + (rows - whole) * (high - low)) / rows
 
     def plan_seconds(self, parts: tuple[Part, ...]) -> float:
         """Estimated time of a plan."""

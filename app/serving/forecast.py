@@ -6,6 +6,8 @@ only the time of a step (`app.serving.costs`), and that a free place is taken by
 wait. Pictures that arrive later are not foreseen, nor steps that a row leaves to others in a full batch.
 """
 
+import math
+from collections.abc import Sequence
 from functools import cache
 from itertools import islice
 
@@ -34,25 +36,21 @@ class Forecast:
         self._entry = entry
         running = scheduler.running_entries
         self._running = [one for one in running if one is not entry]
-        # How many branch evaluations share a step's computation, which decides what one of them takes.
-        self._branches = sum(len(one.trajectories) for one in self._running)
-        batch = sum(one.course.share_computed * len(one.trajectories) for one in self._running)
-        if entry is not None:
-            self._branches += len(entry.trajectories)
-            batch = max(batch + entry.course.share_computed * len(entry.trajectories), len(entry.trajectories))
-        self._batch = max(round(batch), 1)
-        self._rates = cache(self._row_rates)
+        waits = entry is not None and entry.admitted_s is None
         others = [one for one in islice(scheduler.waiting_entries, LOOKED_AT) if one is not entry]
         steps = sum(one.remaining for one in others)
         self._mean_steps = steps / max(len(others), 1)
-        self._mean_step_s = sum(self._ahead_s(one, one.remaining) for one in others) / max(steps, 1)
-        waits = entry is not None and entry.admitted_s is None
         self._refills = (scheduler.waiting - waits) * self._mean_steps  # ticks that those who wait will take
-        self._places = sorted(one.remaining for one in running) or [0]
+        tokens = entry.tokens if entry is not None else max((one.tokens for one in others), default=1)
+        free = scheduler.free_places(tokens)
+        self._places = [0] * free + sorted(one.remaining for one in running) or [0]
+        # Those that share the steps' forward passes, which decides what one evaluation in them takes.
+        self._together = self._running + others[:free] + ([entry] if entry is not None else [])
+        self._rates = cache(self._row_rates)
+        self._mean_step_s = sum(self._ahead_s(one, one.remaining) for one in others) / max(steps, 1)
         self._joins: float | None = None  # ticks until it does
         if entry is not None and waits:
-            at_once = scheduler.has_room_at_once(entry)
-            self._joins = 0.0 if at_once else self._joins_after(scheduler.position(entry))
+            self._joins = self._joins_after(scheduler.position(entry))
         self.wait_s = self._elapsed_s(self._joins) if self._joins is not None else 0.0
 
     def total_s(self, course: Course | None = None) -> float:
@@ -92,5 +90,13 @@ class Forecast:
 
     def _row_rates(self, shape: Shape) -> tuple[float, float]:
         """Seconds of one computed and of one reused step of one CFG branch."""
-        reusing = max(self._branches - self._batch, 1)
-        return self._costs.row_seconds(shape, True, self._batch), self._costs.row_seconds(shape, False, reusing)
+        rows = [(len(one.trajectories), one.course.share_computed) for one in self._together if one.shape == shape]
+        computing = _mean_batch(rows)
+        reusing = _mean_batch([(branches, 1 - share) for branches, share in rows])
+        return self._costs.row_seconds(shape, True, computing), self._costs.row_seconds(shape, False, reusing)
+
+
+def _mean_batch(rows: Sequence[tuple[int, float]]) -> float:
+    """Mean size of those batches that are not empty, when each row is in it with its branches and probability."""
+    mean = sum(branches * share for branches, share in rows)
+    return max(mean / (1 - math.prod(1 - share for _, share in rows)), 1.0) if mean > 0 else 1.0

@@ -62,12 +62,13 @@ class Intake:
             raise BusyError(self._forecast().place_s(self._turned_away))
         self._check_size(job)
         entry = self.scheduler.submit(job, self._planner.trajectories(job))
-        at_once = self.scheduler.has_room_at_once(entry)
+        position = self.scheduler.position(entry)
+        at_once = position <= self.scheduler.free_places(entry.tokens)
         forecast = self._forecast(entry)
         choice = self._choose(entry, forecast, forecast.wait_s)
         entry.follow(choice.trajectories, choice.lowered_by)
         entry.eta_s = forecast.total_s()
-        entry.position = 0 if at_once else self.scheduler.position(entry)
+        entry.position = 0 if at_once else position
         if not choice.meets:
             self.scheduler.cancel(job.row_id)
             self.counts.deadline_impossible += 1

@@ -97,10 +97,12 @@ class StepScheduler:
             self._deadlines.add(entry.deadline_key, entry)
         return entry
 
-    def has_room_at_once(self, entry: Entry) -> bool:
-        """Whether ``entry``, which waits, joins at the next step boundary, as far as rows and tokens under way go."""
-        first = self._waiting.first is entry
-        return first and self._has_room(entry, self._settings.max_batch_tokens, self._largest(), self.running)
+    def free_places(self, tokens: int) -> int:
+        """How many pictures of ``tokens`` tokens a step would have room for beside the rows under way."""
+        limit = self._settings.max_batch_tokens
+        for_step = limit - sum(entry.cost for entry in self._running)
+        for_batch = 2 * limit - max(self._largest(), tokens) - self._tokens
+        return max(min(self._settings.max_batch_rows - self.running, for_step // tokens, for_batch // tokens), 0)
 
     def cancel(self, row_id: str) -> bool:
         """End a picture at the next step boundary; False when it already took its last step or is unknown."""

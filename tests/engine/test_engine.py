@@ -4,15 +4,13 @@ from dataclasses import replace
 
 import pytest
 from diffusers import FluxPipeline
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from app.engine.engine import Engine, PlanMismatchError
 from app.engine.messages import BranchStep, Conditioning, MagCacheOptions, RowStep, StepPlan, plan_digest
 from app.serving.scheduler import StepScheduler
 from app.serving.trajectory import TrajectoryPlanner
 from app.settings import MagCacheSettings, Settings
-from tests.local_group import MODEL, decode, embed, execute, job, plans, psnr
+from tests.local_group import embed, job, plans
 
 PROMPT = "a red circle on a blue background"
 NEGATIVE = "a green square on a yellow background"
@@ -71,30 +69,3 @@ def test_dropping_a_row_frees_its_residuals(engine: Engine, both: Conditioning) 
 def test_a_row_without_reuse_keeps_no_residual(engine: Engine, prompt: Conditioning) -> None:
     first, *_ = plans([job("a/0")])
     assert engine.execute(first, [prompt]).residual_bytes == 0
-
-
-job_options = st.fixed_dictionaries(
-    {
-        "size": st.sampled_from([(128, 128), (160, 96), (64, 64)]),
-        "steps": st.integers(2, 9),
-        "seed": st.integers(0, 2**63 - 1),
-        "true_cfg_scale": st.sampled_from([1.0, 1.0, 3.0]),
-        "magcache": st.builds(MagCacheOptions, st.booleans(), st.sampled_from([0.0, 0.1, 0.5, 5.0])),
-    }
-)
-
-
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.tuples(job_options, st.integers(0, 6)), min_size=2, max_size=5), st.integers(1, 4))
-def test_a_picture_does_not_depend_on_its_neighbours(pipeline, prompt, both, mix, max_batch_rows) -> None:
-    jobs = [job(f"{index}/0", **options) for index, (options, _) in enumerate(mix)]
-    conditioning = {one.row_id: both if one.true_cfg_scale > 1 else prompt for one in jobs}
-    shared = Engine(MODEL)
-    together = execute(
-        shared, plans(jobs, max_batch_rows=max_batch_rows, arrivals=[tick for _, tick in mix]), conditioning
-    )
-    assert not shared.rows
-    for one in jobs:
-        alone = execute(Engine(MODEL), plans([one]), conditioning)
-        first, second = (decode(pipeline, latents[one.row_id], one) for latents in (together, alone))
-        assert psnr(first, second) >= 55
