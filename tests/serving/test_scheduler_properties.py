@@ -112,6 +112,7 @@ class Simulation:
             last_due = max(self.entries[row_id].key for row_id in joining)
             waiting = next(iter(scheduler.waiting_entries), None)
             assert waiting is None or waiting.key > last_due, "overtaken by a picture that is due later"
+            assert all(self.entries[row_id].key > last_due for row_id in left_out), "joined before a row left out"
 
         self.admitted = [*(row_id for row_id in self.admitted if row_id not in self.ended), *joining]
         for row in plan.rows:
