@@ -176,9 +176,9 @@ class TextEncoderSettings(_Section):
 
     placement: Literal["cpu", "gpu", "offload"] | None = Field(
         default=None,
-        description="Where they run: `gpu`; `cpu`, which needs no GPU memory and takes seconds per new prompt for a full "
-        "T5; or `offload`, which keeps them in host memory and brings them to the GPU for each new prompt. null is `gpu` "
-        "where `device` is `cuda`, else `cpu`.",
+        description="Where they run: `gpu`; `cpu`, which needs no GPU memory and takes seconds per new prompt for a "
+        "full T5; or `offload`, which keeps them in host memory and brings them to the GPU for each new prompt. null is "
+        "`gpu` where `device` is `cuda`, else `cpu`.",
     )
 
 
@@ -261,6 +261,19 @@ class Settings(_Section):
     device: Device = Field(default="cpu", description="Where the transformer's ranks run.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="Precision of weights and activations; bfloat16 for FLUX on GPUs."
+    )
+    attention_backend: Literal["native", "xformers", "flash"] = Field(
+        default="native",
+        description="Attention kernels: torch's own, or those of the package xformers or flash-attn; both need CUDA.",
+    )
+    compile: bool = Field(
+        default=False,
+        description="Compile the transformer's blocks: the first pictures wait for it, steps are faster then.",
+    )
+    quantization: Literal["fp8"] | None = Field(
+        default=None,
+        description="`fp8` keeps the sharded weights in 8-bit floating point, half of bfloat16's memory; on `cuda` it "
+        "needs dtype bfloat16 and compute capability 8.9.",
     )
     tensor_parallel_size: PositiveInt = Field(
         default=1, description="Ranks that share one transformer; must divide its attention heads (FLUX.1: 24)."
@@ -375,6 +388,19 @@ class Settings(_Section):
     def _half_precision_needs_a_gpu(self) -> Self:
         if self.dtype == "float16" and self.device == "cpu":
             raise ValueError("dtype is 'float16' on device 'cpu', where it is slow and overflows; choose 'float32'")
+        return self
+
+    @model_validator(mode="after")
+    def _kernels_exist(self) -> Self:
+        if self.attention_backend != "native" and self.device != "cuda":
+            raise ValueError(
+                f"attention_backend is {self.attention_backend!r}, which needs CUDA, and device is {self.device!r}; "
+                "choose 'native'"
+            )
+        if self.attention_backend == "flash" and self.dtype == "float32":
+            raise ValueError("attention_backend is 'flash', which has no float32 kernels; set dtype to 'bfloat16'")
+        if self.quantization == "fp8" and self.device == "cuda" and self.dtype != "bfloat16":
+            raise ValueError(f"quantization is 'fp8' and dtype {self.dtype!r}; set dtype to 'bfloat16'")
         return self
 
     @model_validator(mode="after")

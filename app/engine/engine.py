@@ -10,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
+from diffusers import ModelMixin
 
 from app.engine.families import Edits
 from app.engine.geometry import Geometry
@@ -31,6 +32,7 @@ from app.engine.messages import (
 from app.engine.parallel import TensorParallelGroup
 from app.engine.rows import BatchKey, Branch, Row
 from app.engine.sampling import FlowMatchSampler, mix_noise
+from app.engine.tuning import Tuning, check_attention, tune
 from magcache_core import get_strategy
 
 
@@ -57,12 +59,23 @@ class Engine:
         group: TensorParallelGroup | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        tuning: Tuning = Tuning(),  # noqa: B008 - frozen
+        transformer: ModelMixin | None = None,
     ) -> None:
-        """Load this rank's shard of ``model`` (a folder in diffusers layout); see `load_transformer` for errors."""
+        """Load this rank's shard of ``model`` (a folder in diffusers layout), or take ``transformer`` as it is.
+
+        Raises:
+            CheckpointError, ValueError: see `load_transformer`.
+            TuningError: this machine cannot run ``tuning``.
+        """
         self.group = group or TensorParallelGroup()
         self.device = torch.device(device)
         self.dtype = dtype
-        self.transformer = load_transformer(model, self.group, self.device, dtype)
+        if transformer is None:
+            check_attention(tuning.attention_backend, self.device, dtype)
+            transformer = load_transformer(model, self.group, self.device, dtype)
+            tune(transformer, tuning, self.device, dtype)
+        self.transformer = transformer
         self.strategy = get_strategy(self.transformer)
         self.sampler = FlowMatchSampler(model)
         self.family = self.sampler.family

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from diffusers.hooks.tensor_parallel import TPShardSpec, resolve_tp_shard_specs
 from torch import nn
 from torch.distributed import Store  # type: ignore[attr-defined]
+
+from app.engine.fp8 import product
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class RowParallelLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in_features / size) -> (..., out_features), equal on all ranks."""
-        output = self.group.sum(F.linear(input, self.weight))
+        output = self.group.sum(product(self, input))
         return output if self.bias is None else output + self.bias
 
 

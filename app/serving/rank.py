@@ -14,6 +14,7 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 from app.engine.engine import Engine
 from app.engine.messages import Conditioning, StepPlan, StepResult
 from app.engine.parallel import TensorParallelGroup
+from app.engine.tuning import Tuning
 from app.serving.logs import configure_logging
 from app.serving.model_files import local_model
 from app.serving.network import use_interface_of
@@ -59,7 +60,8 @@ class Rank:
             size = settings.tensor_parallel_size
             store = self._store or TCPStore(*meeting_point, size, is_master=False)
             group = TensorParallelGroup.join(self._rank, size, store, device)
-        self._engine = Engine(model, group, device, getattr(torch, settings.dtype))
+        tuning = Tuning(settings.attention_backend, settings.compile, settings.quantization)
+        self._engine = Engine(model, group, device, getattr(torch, settings.dtype), tuning)
         logger.info("rank %d of %d holds its shard of %s", self._rank, settings.tensor_parallel_size, model)
 
     def execute(self, plans: Sequence[StepPlan], *conditioning: Conditioning) -> list[StepResult]:

@@ -145,6 +145,17 @@ def _branch_step(branch: str, decisions: Sequence[Decision], step: int) -> Branc
     return BranchStep(branch, decisions[step].compute, decisions[step].weights, history)
 
 
+def together(jobs: Sequence[DenoiseJob]) -> list[StepPlan]:
+    """The plans of several jobs with equally many steps, all in one batch, every step computed."""
+    formed = []
+    digest = FIRST_DIGEST
+    for step, alone in enumerate(zip(*map(plans, jobs), strict=True)):
+        plan = StepPlan(step, "", tuple(jobs) if step == 0 else (), tuple(row for plan in alone for row in plan.rows))
+        digest = plan_digest(digest, plan)
+        formed.append(replace(plan, digest=digest))
+    return formed
+
+
 def run(engine: Engine, formed: Sequence[StepPlan], conditioning: Conditioning) -> torch.Tensor:
     """The finished tokens of the job that ``formed`` admits, (image_tokens, channels); on rank 0 only."""
     result = None

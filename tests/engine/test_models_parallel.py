@@ -13,6 +13,7 @@ from torch.distributed import FileStore
 from app.engine.engine import Engine
 from app.engine.messages import Conditioning, DenoiseJob, StepPlan
 from app.engine.parallel import TensorParallelGroup
+from app.engine.tuning import Tuning
 from magcache_core import Plan, apply_mag_cache, choose, decisions, load_profile, remove_mag_cache
 from tests.engine.models import TinyModel, picture, plans, run
 from tests.local_group import job, psnr
@@ -23,6 +24,11 @@ CASES: dict[str, tuple[DenoiseJob, int]] = {
     "flux.1-kontext-dev": (job("a/0", size=(64, 80), steps=12), 1),
     "flux.2-klein-4b": (job("a/0", size=(96, 96), steps=4), 2),
     "flux.2-klein-base": (job("a/0", size=(64, 80), steps=12, true_cfg_scale=4.0), 1),
+}
+# What tuning changes must not depend on the number of ranks: compiled blocks hold the all-reduce, fp8 its own slices.
+TUNED = {
+    "compiled": ("flux.1-kontext-dev", Tuning(compile=True, compiler="eager")),
+    "fp8": ("flux.2-klein-4b", Tuning(quantization="fp8")),
 }
 PICTURES = (picture(64, 80, seed=1), picture(80, 64, seed=2))
 Work = list[tuple[list[StepPlan], Conditioning]]
@@ -41,6 +47,9 @@ def _run_rank(rank: int, size: int, folder: str, work: dict[str, Work]) -> None:
         name: [run(Engine(Path(folder) / name, group), formed, tensors) for formed, tensors in parts]
         for name, parts in work.items()
     }
+    for label, (name, tuning) in TUNED.items():
+        formed, tensors = work[name][0]
+        made[label] = [run(Engine(Path(folder) / name, group, tuning=tuning), formed, tensors)]
     if rank == 0:
         torch.save(made, f"{folder}/made.pt")
     torch.distributed.barrier()
@@ -84,6 +93,10 @@ def test_sharded_equals_the_pipelines(
     (folder / "store").unlink(missing_ok=True)
     mp.spawn(_run_rank, args=(size, str(folder), work), nprocs=size)
     made = torch.load(folder / "made.pt")
+    for label, (name, _) in TUNED.items():
+        allowed = 0.05 if label == "fp8" else 1e-4
+        (ours,), theirs = made.pop(label), expected[name][0]
+        assert (ours - theirs).norm() / theirs.norm() <= allowed, label
     assert made.keys() == expected.keys()
     for name, (asked, _) in CASES.items():
         for ours, theirs in zip(made[name], expected[name], strict=True):

@@ -1,0 +1,101 @@
+"""What makes the same pictures at another cost: attention kernels, compiled blocks, 8-bit weights."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+
+from app.engine.fp8 import quantize
+
+AttentionBackend = Literal["native", "xformers", "flash"]
+_PACKAGES = {"xformers": "xformers", "flash": "flash-attn"}
+GRAPHS_PER_BLOCK = 16
+"""A kind of block is compiled for one row and for several, and again where image and text happen to have equally many
+tokens; many more graphs would be a mistake, and torch then stops."""
+
+
+class TuningError(ValueError):
+    """A tuning that this machine cannot run; the message names the setting and what to do."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the transformer runs.
+
+    Attributes:
+        attention_backend: ``native`` is torch's own, which picks a flash kernel where there is one.
+        compile: compile the blocks of the stack; the first pictures wait for it.
+        quantization: ``fp8`` for the linears that tensor parallelism shards, nearly all of the weights.
+        compiler: torch.compile's backend.
+    """
+
+    attention_backend: AttentionBackend = "native"
+    compile: bool = False
+    quantization: Literal["fp8"] | None = None
+    compiler: str = "inductor"
+
+
+def check_attention(backend: AttentionBackend, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse what could only fail at the first picture.
+
+    Raises:
+        TuningError: ``backend`` has no kernels for this device or precision.
+    """
+    if backend == "native":
+        return
+    if device.type != "cuda":
+        raise TuningError(f"attention_backend {backend!r} needs CUDA, and the ranks run on {device.type}: set native")
+    if backend == "flash" and dtype is torch.float32:
+        raise TuningError("attention_backend 'flash' has no float32 kernels: set dtype to bfloat16, or native")
+
+
+def tune(transformer: Any, tuning: Tuning, device: torch.device, dtype: torch.dtype) -> None:
+    """Apply ``tuning`` to a loaded shard, in place.
+
+    Raises:
+        TuningError: this machine cannot run it.
+    """
+    check_attention(tuning.attention_backend, device, dtype)
+    if tuning.quantization == "fp8":
+        try:
+            quantize(_sharded_linears(transformer))
+        except ValueError as error:
+            raise TuningError(str(error)) from error
+    if tuning.attention_backend != "native":
+        _set_attention(transformer, tuning.attention_backend)
+    if tuning.compile:
+        # Block by block: two kinds are compiled, not 57 copies. Numbers of rows and tokens are symbolic, so that one
+        # graph serves every batch, and none is padded with rows that nobody wants.
+        transformer.compile_repeated_blocks(
+            fullgraph=True, dynamic=True, backend=tuning.compiler, recompile_limit=GRAPHS_PER_BLOCK
+        )
+
+
+def _sharded_linears(transformer: Any) -> list[torch.nn.Linear]:
+    """Those that the class's tensor-parallel plan names, however many ranks there are."""
+    return [
+        module
+        for name, module in transformer.named_modules()
+        if any(fnmatchcase(name, pattern) for pattern in transformer._tp_plan)
+    ]
+
+
+def _set_attention(transformer: Any, backend: AttentionBackend) -> None:
+    noisy = logging.getLogger("diffusers.models.modeling_utils")
+    level = noisy.level
+    noisy.setLevel(
+        logging.ERROR
+    )  # it calls the dispatcher experimental, which the operator need not read at each start
+    try:
+        transformer.set_attention_backend(backend)
+    except RuntimeError as error:
+        raise TuningError(
+            f"attention_backend {backend!r} needs the package {_PACKAGES[backend]!r} on every node, for this torch and "
+            f"CUDA: install it, or set native ({error})"
+        ) from error
+    finally:
+        noisy.setLevel(level)

@@ -1,0 +1,143 @@
+"""Attention backends, compiled blocks, 8-bit weights: the same pictures at another cost, or an error at the start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from app.engine.engine import Engine
+from app.engine.fp8 import FLOAT8, Fp8Linear, quantize, to_float8
+from app.engine.messages import DenoiseJob
+from app.engine.parallel import RowParallelLinear, TensorParallelGroup
+from app.engine.tuning import Tuning, TuningError, check_attention, tune
+from tests.engine.models import TinyModel, picture, together
+from tests.local_group import job, psnr
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+COMPILED = Tuning(compile=True, compiler="eager")
+FP8 = Tuning(quantization="fp8")
+
+
+@pytest.fixture(scope="module", params=["flux.1-kontext-dev", "flux.2-klein-4b"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    return TinyModel(request.param, tmp_path_factory.mktemp("models") / "model")
+
+
+@pytest.fixture
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def jobs(rows: int, width: int, height: int) -> list[DenoiseJob]:
+    return [job(f"{index}/0", size=(width, height), steps=2, seed=index) for index in range(rows)]
+
+
+def latents(engine: Engine, model: TinyModel, asked: list[DenoiseJob], sources: int = 0) -> torch.Tensor:
+    """(rows, image_tokens, channels)."""
+    conditioning = model.conditioning(asked[0], [picture(64, 64)] * sources)
+    engine = engine_again(engine)
+    for plan in together(asked):
+        made = engine.execute(plan, [conditioning for _ in plan.admit]).latents
+    return torch.stack([made[one.row_id] for one in asked])
+
+
+def engine_again(engine: Engine) -> Engine:
+    """The same engine at the beginning of another history, so that its blocks stay compiled."""
+    engine._sequence, engine._digest = 0, "0" * 16
+    return engine
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_compiled_blocks_serve_every_batch_without_a_break(model: TinyModel) -> None:
+    compiled, eager = Engine(model.folder, tuning=COMPILED), Engine(model.folder)
+    shapes = [(1, 96, 64, 0), (2, 96, 64, 0)]  # one row, several
+    later = [(3, 96, 64, 0), (8, 64, 64, 0), (1, 160, 96, 0), (5, 128, 64, 1), (1, 64, 80, 1), (4, 80, 96, 0)]
+    for rows, width, height, sources in shapes:
+        asked = jobs(rows, width, height)
+        assert torch.equal(latents(compiled, model, asked, sources), latents(eager, model, asked, sources))
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    for rows, width, height, sources in later:
+        asked = jobs(rows, width, height)
+        assert torch.equal(latents(compiled, model, asked, sources), latents(eager, model, asked, sources))
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+
+
+def test_fp8_paints_nearly_the_same(model: TinyModel) -> None:
+    asked = jobs(2, 96, 64)
+    exact, rounded = (latents(Engine(model.folder, tuning=tuning), model, asked, 1) for tuning in (Tuning(), FP8))
+    error = (exact - rounded).norm() / exact.norm()
+    assert 1e-4 < error < 0.05
+    assert psnr(model.decode(exact[0], asked[0]), model.decode(rounded[0], asked[0])) > 25
+
+
+def test_fp8_halves_the_sharded_weights_of_bfloat16(model: TinyModel) -> None:
+    plain, small = (Engine(model.folder, dtype=torch.bfloat16, tuning=tuning).transformer for tuning in (Tuning(), FP8))
+    for name, module in small.named_modules():
+        if isinstance(module, Fp8Linear):
+            assert module.weight.dtype is FLOAT8
+            assert 2 * module.weight.nbytes == plain.get_submodule(name).weight.nbytes
+    held = sum(module.weight.nbytes for module in small.modules() if isinstance(module, Fp8Linear))
+    blocks = [*plain.transformer_blocks.parameters(), *plain.single_transformer_blocks.parameters()]
+    assert 2 * held > 0.5 * sum(parameter.nbytes for parameter in blocks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fp8_product(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 32).to(dtype)
+    tokens = torch.randn(2, 5, 64, dtype=dtype) * torch.logspace(-6, 3, 5, dtype=dtype)[:, None]
+    tokens[0, 0] = 0
+    expected = layer(tokens).float()
+    quantize([layer])
+    with torch.no_grad():
+        made = layer(tokens)
+    assert made.dtype is dtype
+    assert ((made.float() - expected).norm(dim=-1) <= 0.06 * expected.norm(dim=-1)).all()
+
+
+def test_float8_keeps_each_row_to_scale() -> None:
+    matrix = torch.randn(8, 32) * torch.logspace(-8, 8, 8)[:, None]
+    rounded, scale = to_float8(matrix)
+    assert ((rounded.float() * scale - matrix).norm(dim=1) <= 0.04 * matrix.norm(dim=1)).all()
+
+
+def test_a_row_sharded_linear_keeps_its_sum() -> None:
+    layer = nn.Linear(32, 16)
+    layer.__class__ = RowParallelLinear
+    layer.group = TensorParallelGroup()
+    tokens = torch.randn(3, 32)
+    expected = layer(tokens)
+    quantize([layer])
+    assert type(layer) is RowParallelLinear
+    assert (layer(tokens) - expected).norm() <= 0.06 * expected.norm()
+
+
+def test_fp8_wants_aligned_shards() -> None:
+    with pytest.raises(ValueError, match=r"multiples of 16, and a shard of this model has \(24, 16\)"):
+        quantize([nn.Linear(16, 24)])
+
+
+def test_attention_is_checked_before_anything_is_loaded() -> None:
+    with pytest.raises(TuningError, match="attention_backend 'xformers' needs CUDA, and the ranks run on cpu: set nat"):
+        Engine(Path("nowhere"), tuning=Tuning(attention_backend="xformers"))
+    with pytest.raises(TuningError, match="'flash' has no float32 kernels: set dtype to bfloat16"):
+        check_attention("flash", CUDA, torch.float32)
+    check_attention("xformers", CUDA, torch.float32)
+    check_attention("native", CPU, torch.float32)
+
+
+@pytest.mark.parametrize(("backend", "package"), [("xformers", "xformers"), ("flash", "flash-attn")])
+def test_a_missing_package_is_named(model: TinyModel, backend: str, package: str) -> None:
+    tuning = Tuning(attention_backend=backend)  # type: ignore[arg-type]
+    with pytest.raises(TuningError, match=f"attention_backend '{backend}' needs the package '{package}' on every node"):
+        tune(model.pipeline.transformer, tuning, CUDA, torch.bfloat16)
