@@ -88,6 +88,7 @@ def image_reply(job: ImagesJob, picture: Picture) -> ImageReply:
             predicted_error=report.predicted_error,
             negative_schedule=report.negative_schedule,
             lowered_by=report.lowered_by,  # type: ignore[arg-type]  # the scheduler's two words
+            uncached_reason=report.uncached_reason,
         ),
         timings=timings(picture),
         eta_s=report.eta_seconds,
@@ -109,6 +110,7 @@ def _headers(ask: Ask, pictures: list[Picture]) -> dict[str, str]:
         "X-MagCache-Skipped": [str(report.skipped) for report in reports],
         "X-MagCache-Predicted-Error": [f"{report.predicted_error:.6g}" for report in reports],
         "X-MagCache-Lowered-By": [report.lowered_by for report in reports],
+        "X-MagCache-Uncached-Reason": [report.uncached_reason for report in reports[:1]],
     }
     headers = {
         "X-Size": ask.size,

@@ -148,6 +148,7 @@ class MagCacheReply(BaseModel):
     predicted_error: float
     negative_schedule: str | None = Field(description="The schedule of the negative prompt's branch under true CFG.")
     lowered_by: Literal["deadline", "load"] | None = Field(description="What took computed steps away, if any.")
+    uncached_reason: str | None = Field(description="Why every step was computed though MagCache is on, if so.")
 
 
 class Timings(BaseModel):

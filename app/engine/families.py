@@ -53,18 +53,15 @@ class Family:
     max_sources: int
     trained_sizes: tuple[tuple[int, int], ...] = ()
 
-    def cache_off_reason(self, has_profile: bool) -> str | None:
-        """Why this model computes every step whatever a request asks for, or None when it may reuse.
-
-        Args:
-            has_profile: there is a MagCache profile for this model, or the operator named one.
-        """
-        if self.steps > FEW_STEPS or has_profile:
-            return None
-        return (
-            f"{self.name} is made for {self.steps} steps: at {FEW_STEPS} or fewer every step is computed, "
-            "unless magcache.profile names a profile that was calibrated for the model"
-        )
+    @property
+    def uncached_reason(self) -> str:
+        """Why a request for reuse computes every step when there is no MagCache profile for the model."""
+        if self.steps <= FEW_STEPS:
+            return (
+                f"{self.name} is made for {self.steps} steps: at {FEW_STEPS} or fewer every step is computed, "
+                "unless magcache.profile names a profile that was calibrated for the model"
+            )
+        return "there is no MagCache profile for this model: calibrate one and name it in magcache.profile"
 
 
 FLUX_DEV = Family(

@@ -227,6 +227,7 @@ class DenoiseReport:
         eta_seconds: the estimate at its arrival, queue included.
         queue_position: pictures before it at its arrival, itself counted; 0 when there was room at once.
         lowered_by: ``deadline`` or ``load`` when that took computed steps away, else None.
+        uncached_reason: why every step was computed though reuse was asked for, else None.
     """
 
     schedule: str
@@ -239,6 +240,7 @@ class DenoiseReport:
     eta_seconds: float = 0.0
     queue_position: int = 0
     lowered_by: str | None = None
+    uncached_reason: str | None = None
 
 
 @dataclass(frozen=True)

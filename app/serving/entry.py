@@ -112,6 +112,7 @@ class Entry:
             eta_seconds=self.eta_s,
             queue_position=self.position,
             lowered_by=self.lowered_by,
+            uncached_reason=cond.uncached_reason,
         )
 
 

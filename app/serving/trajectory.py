@@ -28,11 +28,13 @@ class Trajectory:
     Attributes:
         history: computed residuals that the branch keeps for later steps; 0 when nothing is reused.
         predicted_error: what `magcache_core` expects the reused steps to cost.
+        uncached_reason: why every step computes though reuse was asked for, or None.
     """
 
     decisions: tuple[Decision, ...]
     history: int
     predicted_error: float
+    uncached_reason: str | None = None
 
     @cached_property
     def schedule(self) -> str:
@@ -139,7 +141,7 @@ class TrajectoryPlanner:
                 allowed = "left out: there is no MagCache profile for this model to plan with"
                 raise ConfigError("computed_steps", options.computed_steps, allowed)
             every = tuple(Decision(step, compute=True) for step in range(steps - first_step))
-            return Trajectory(every, 0, 0.0)
+            return Trajectory(every, 0, 0.0, self._sampler.family.uncached_reason if options.enabled else None)
         plan = choose(
             profile,
             steps - first_step,

@@ -39,6 +39,7 @@ class FakeBackend:
         self.cancelled = 0
         self.ready = True
         self.lowered_by: str | None = None
+        self.uncached_reason: str | None = None
         self.held: dict[str, asyncio.Event] = {}
         self.kind = FLUX_DEV
         self.registry = CollectorRegistry()
@@ -102,6 +103,7 @@ class FakeBackend:
             eta_seconds=1.5,
             queue_position=2,
             lowered_by=self.lowered_by,
+            uncached_reason=self.uncached_reason,
         )
         self.coordinator.observe_request(report)
         data = self._file(job, seed)

@@ -109,6 +109,7 @@ async def test_everything_that_a_request_may_say(client: httpx.AsyncClient, back
         "predicted_error": 0.125,
         "negative_schedule": SCHEDULE,
         "lowered_by": None,
+        "uncached_reason": None,
     }
     assert (first["eta_s"], first["queue_position"]) == (1.5, 2)
     assert first["timings"] == {"queue_s": 0.01, "encode_s": 0.02, "denoise_s": 0.2, "decode_s": 0.03, "total_s": 0.26}
@@ -241,6 +242,13 @@ async def test_what_lowered_a_schedule_is_said(client: httpx.AsyncClient, backen
     assert [image["magcache"]["lowered_by"] for image in response.json()["data"]] == ["deadline", "deadline"]
     assert response.headers["x-magcache-lowered-by"] == "deadline, deadline"
     assert (backend.jobs[0].deadline_s, backend.jobs[0].priority) == (5.0, 10)
+
+
+async def test_why_nothing_was_reused_is_said(client: httpx.AsyncClient, backend: FakeBackend) -> None:
+    backend.uncached_reason = "made for 4 steps: every step is computed"
+    response = await client.post(URL, json={**PROMPT, "n": 2})
+    assert {image["magcache"]["uncached_reason"] for image in response.json()["data"]} == {backend.uncached_reason}
+    assert response.headers["x-magcache-uncached-reason"] == backend.uncached_reason
 
 
 async def test_json_replies_carry_the_numbers_of_each_picture_in_headers(client: httpx.AsyncClient) -> None:

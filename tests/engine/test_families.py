@@ -66,13 +66,12 @@ def test_another_pipeline_is_refused(tmp_path: Path, index: dict[str, object], m
         family_of(tmp_path)
 
 
-def test_few_step_models_reuse_only_with_a_profile() -> None:
-    off = {family.name for family in FAMILIES if family.cache_off_reason(has_profile=False)}
-    assert off == {FLUX_SCHNELL.name, FLUX2_KLEIN.name}
-    assert not any(family.cache_off_reason(has_profile=True) for family in FAMILIES)
-    reason = FLUX_SCHNELL.cache_off_reason(has_profile=False)
-    assert reason is not None
-    assert reason.startswith("FLUX.1-schnell is made for 4 steps")
+def test_why_nothing_is_reused_without_a_profile() -> None:
+    few = {
+        family.name for family in FAMILIES if family.uncached_reason.startswith(f"{family.name} is made for 4 steps")
+    }
+    assert few == {FLUX_SCHNELL.name, FLUX2_KLEIN.name}
+    assert "calibrate one" in FLUX_DEV.uncached_reason
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

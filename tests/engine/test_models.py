@@ -9,7 +9,10 @@ import torch
 from PIL import Image
 
 from app.engine.engine import Engine
-from app.engine.messages import DenoiseJob
+from app.engine.messages import DenoiseJob, MagCacheOptions
+from app.engine.sampling import FlowMatchSampler
+from app.serving.trajectory import TrajectoryPlanner
+from app.settings import MagCacheSettings, Settings
 from magcache_core import apply_mag_cache, choose, decisions, fill, load_profile, remove_mag_cache
 from tests.engine.models import TinyModel, picture, plans, run
 from tests.local_group import job, psnr
@@ -120,3 +123,17 @@ def test_strength_with_the_cache_equals_the_hooks(model_of: ModelOf) -> None:
     finally:
         remove_mag_cache(model.pipeline.transformer)
     check_equal(model, asked, ours, theirs)
+
+
+def test_a_few_step_model_computes_every_step_and_says_why(model_of: ModelOf) -> None:
+    folder = model_of("flux.2-klein-4b").folder
+    asked = job("a/0", steps=4, magcache=MagCacheOptions(True))
+    trajectory = TrajectoryPlanner(Settings(model=str(folder)), FlowMatchSampler(folder)).trajectories(asked)["cond"]
+    assert (trajectory.schedule, trajectory.history) == ("CCCC", 0)
+    assert trajectory.uncached_reason is not None
+    assert trajectory.uncached_reason.startswith("FLUX.2-klein is made for 4 steps")
+    named = Settings(model=str(folder), magcache=MagCacheSettings(profile="flux.1-dev", mag_threshold=5.0))
+    asked = job("a/0", steps=8, magcache=MagCacheOptions(True, mag_threshold=5.0))
+    trajectory = TrajectoryPlanner(named, FlowMatchSampler(folder)).trajectories(asked)["cond"]
+    assert "." in trajectory.schedule, "a profile says otherwise"
+    assert trajectory.uncached_reason is None
