@@ -36,10 +36,8 @@ def build(settings: Settings) -> Application:
     check_here(settings)
     check_resources(settings)
     helper = {"num_cpus": settings.cpus_per_helper}
-    common: dict[str, Any] = {
-        "max_constructor_retry_count": CONSTRUCTOR_ATTEMPTS,
-        "graceful_shutdown_timeout_s": settings.drain_seconds,
-    }
+    patient = {"max_constructor_retry_count": CONSTRUCTOR_ATTEMPTS}
+    common: dict[str, Any] = {**patient, "graceful_shutdown_timeout_s": settings.drain_seconds}
     gpu = settings.gpus_per_helper
     encoder = _deployment(
         PromptEncoder,
@@ -69,7 +67,8 @@ def build(settings: Settings) -> Application:
         ray_actor_options=helper,
         # Above what may run and wait behind it, so that a full queue is answered and not left hanging.
         max_ongoing_requests=2 * (settings.max_ongoing_requests * settings.max_replicas + settings.max_queued_requests),
-        **common,
+        **patient,
+        graceful_shutdown_timeout_s=settings.api_drain_seconds,
     )
     return api.bind(
         settings,

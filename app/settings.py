@@ -356,6 +356,12 @@ class Settings(_Section):
     drain_seconds: float = Field(
         default=60.0, ge=0.0, description="Time that a stopping replica has for the requests it already took."
     )
+    api_drain_seconds: float = Field(
+        default=120.0,
+        ge=0.0,
+        description="The same for a stopping API process; longer than a model takes to load, since during an update of "
+        "the only group its requests wait for the next one.",
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default="INFO", description="Least severe line to log."
     )
