@@ -1,4 +1,3 @@
-# syntax=docker/dockerfile:1.7
 # The service with everything that it runs on. CUDA by default; for a machine without GPUs:
 #   docker build --build-arg VARIANT=cpu -t flux-magcache-serve:0.1.0-cpu .
 # Both builds install the releases in constraints.txt, with the Python that they are tested with.

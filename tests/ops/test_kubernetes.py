@@ -137,6 +137,8 @@ def test_a_pod_has_time_to_drain(overlay: str, config: str) -> None:
     *command, waits = container["lifecycle"]["preStop"]["exec"]["command"]
     assert (ROOT / command[-1]).is_file()
     assert settings.drain_seconds < int(waits) < group["template"]["spec"]["terminationGracePeriodSeconds"]
+    # During an update of the only group, the API's requests wait until the model is loaded again.
+    assert settings.api_drain_seconds >= options["request_timeout_s"]
     # An upgrade's old cluster stays until the longest request that it took is answered.
     spec = named(build(overlay), "RayService")["spec"]
     assert spec["upgradeStrategy"] == {"type": "NewCluster"}
