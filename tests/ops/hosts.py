@@ -1,4 +1,4 @@
-"""Several hosts on one machine: network namespaces on a bridge, each with a loopback that no other one reaches."""
+"""Several hosts on one machine: namespaces on a bridge, each with a loopback and processes of its own."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ PATIENCE_S = 10.0
 
 @dataclass(frozen=True)
 class Host:
-    """A network namespace with one address beside its own loopback."""
+    """A network namespace with one address beside its own loopback, and processes that see only each other."""
 
     name: str
     address: str
 
-    def start(self, command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-        """Run ``command`` on this host, in a session of its own."""
+    def boot(self, command: list[str], log: Path, environment: dict[str, str]) -> None:
+        """Run ``command`` as this host's first process; the others end with it."""
+        alone = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
         with log.open("ab") as output:
-            return subprocess.Popen(
-                ["ip", "netns", "exec", self.name, *command],
+            subprocess.Popen(
+                ["ip", "netns", "exec", self.name, *alone, *command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -36,24 +37,41 @@ class Host:
                 start_new_session=True,
             )
 
+    def run(
+        self, command: list[str], environment: dict[str, str], timeout_s: float
+    ) -> subprocess.CompletedProcess[str]:
+        """Run ``command`` beside what was booted, as an exec into a container does."""
+        # The eldest is `unshare` itself, which stands outside of what it made.
+        _, first, *_ = sorted(self._processes(), key=lambda process: process.create_time())
+        inside = ["nsenter", "--target", str(first.pid), "--net", "--pid", "--mount", f"--wd={os.getcwd()}"]
+        return subprocess.run(
+            [*inside, *command], env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
+        )
+
     def stop_everything(self) -> None:
         """End all processes of this host, asking first."""
         for sign in (signal.SIGTERM, signal.SIGKILL):
-            listed = _ip("netns", "pids", self.name).split()
-            processes = []
-            for pid in map(int, listed):
-                with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
-                    processes.append(psutil.Process(pid))
-                    os.kill(pid, sign)
+            processes = self._processes()
+            for process in processes:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(sign)
             psutil.wait_procs(processes, timeout=PATIENCE_S)
+
+    def _processes(self) -> list[psutil.Process]:
+        found = []
+        for pid in map(int, _ip("netns", "pids", self.name).split()):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.append(psutil.Process(pid))
+        return found
 
 
 def why_not() -> str | None:
     """Why this machine cannot have such hosts, or None."""
-    if shutil.which("ip") is None:
-        return "iproute2 is not installed"
+    for program, package in (("ip", "iproute2"), ("unshare", "util-linux"), ("nsenter", "util-linux")):
+        if shutil.which(program) is None:
+            return f"{package} is not installed"
     if os.geteuid() != 0:
-        return "network namespaces need root"
+        return "namespaces need root"
     return None
 
 

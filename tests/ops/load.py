@@ -1,7 +1,11 @@
-"""Clients that ask for pictures all the time, and remember every answer that was not one."""
+"""Clients that ask for pictures all the time, and remember every answer that was not one.
+
+A Kubernetes Service stops sending requests to a pod whose proxy is not ready; here each client looks for itself.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 from types import TracebackType
@@ -14,7 +18,7 @@ MOST_REQUESTS = 5000
 
 
 class Load:
-    """``clients`` threads, each with its share of ``urls`` and a pause between its requests."""
+    """``clients`` threads that go round ``urls``, with a pause between requests."""
 
     def __init__(self, urls: list[str], clients: int, pause_s: float) -> None:
         self.answered = 0
@@ -22,11 +26,9 @@ class Load:
         self._pause_s = pause_s
         self._stop = threading.Event()
         self._lock = threading.Lock()
+        self._urls = urls
         self._seeds = itertools.count()
-        self._threads = [
-            threading.Thread(target=self._ask, args=(url,), daemon=True)
-            for url in itertools.islice(itertools.cycle(urls), clients)
-        ]
+        self._threads = [threading.Thread(target=self._ask, daemon=True) for _ in range(clients)]
 
     def __enter__(self) -> Load:
         for thread in self._threads:
@@ -41,18 +43,19 @@ class Load:
             thread.join(timeout=120)
         assert not any(thread.is_alive() for thread in self._threads), "a request hangs"
 
-    def _ask(self, url: str) -> None:
+    def _ask(self) -> None:
         # No retries, and a new connection each time: what is lost must show.
         limits = httpx.Limits(max_keepalive_connections=0)
-        with httpx.Client(base_url=url, timeout=90, trust_env=False, limits=limits) as client:
+        with httpx.Client(timeout=90, trust_env=False, limits=limits) as client:
             while not self._stop.wait(self._pause_s):
                 with self._lock:
                     seed = next(self._seeds)
                 if seed >= MOST_REQUESTS:
                     return
                 body = {"prompt": PROMPT, "seed": seed, "size": "64x64", "num_inference_steps": 4}
+                url = self._ready(client, seed)
                 try:
-                    reply = client.post("/v1/images/generations", json=body)
+                    reply = client.post(f"{url}/v1/images/generations", json=body)
                     trouble = None if reply.status_code == 200 else f"{reply.status_code} {reply.text[:300]}"
                 except httpx.HTTPError as error:
                     trouble = repr(error)
@@ -61,3 +64,13 @@ class Load:
                         self.answered += 1
                     else:
                         self.failures.append(f"seed {seed} at {url}: {trouble}")
+
+    def _ready(self, client: httpx.Client, turn: int) -> str:
+        """The next URL whose proxy says that it is ready; the next one in any case when none does."""
+        start = turn % len(self._urls)
+        in_turn = self._urls[start:] + self._urls[:start]
+        for url in in_turn:
+            with contextlib.suppress(httpx.HTTPError):
+                if client.get(f"{url}/-/healthz", timeout=5).status_code == 200:
+                    return url
+        return in_turn[0]

@@ -1,4 +1,4 @@
-"""Three hosts on one machine: a group spread over two of them, autoscaling and a rolling update under load.
+"""Three hosts on one machine: a group spread over two of them; autoscaling, an update and a node's end under load.
 
 The Serve config is handed to the head's dashboard as KubeRay does it, and requests go to the workers' proxies only. The
 tests are one story, told in order.
@@ -54,6 +54,7 @@ class Cluster:
     head: Host
     workers: list[Host]
     dashboard: httpx.Client
+    environment: dict[str, str]
 
     @property
     def urls(self) -> list[str]:
@@ -112,20 +113,22 @@ def cluster() -> Iterator[Cluster]:
     # Ray's sockets have long names below this folder, and a socket's path has 107 characters at most.
     folder = Path(tempfile.mkdtemp(prefix="fx", dir="/tmp"))
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {"PATH": f"{Path(RAY).parent}{os.pathsep}{environment['PATH']}"}
     with (
         hosts(3) as (head, *workers),
         httpx.Client(base_url=f"http://{head.address}:8265", timeout=30, trust_env=False) as dashboard,
     ):
+        environment["RAY_ADDRESS"] = f"{head.address}:6379"  # as KubeRay sets it
         common = [RAY, "start", "--block", "--object-store-memory=100000000"]
         for host, options in [
             (head, ["--head", "--port=6379", f"--temp-dir={folder}", "--dashboard-host=0.0.0.0", "--num-cpus=0"]),
             *((worker, [f"--address={head.address}:6379", "--num-cpus=2"]) for worker in workers),
         ]:
             command = [*common, f"--node-ip-address={host.address}", *options]
-            host.start(command, folder / f"{host.name}.log", environment)
+            host.boot(command, folder / f"{host.name}.log", environment)
             if host is head:
                 wait_for(lambda: dashboard.get("/api/gcs_healthz").status_code == 200, "the head is up")
-        made = Cluster(head, workers, dashboard)
+        made = Cluster(head, workers, dashboard, environment)
         wait_for(lambda: len(made._list("nodes")) == 3, "all nodes have joined")
         made.deploy(config())
         wait_for(lambda: made.application().get("status") == RUNNING, "the application runs")
@@ -155,7 +158,8 @@ def test_nothing_is_lost_while_groups_come_change_and_go(cluster: Cluster) -> No
         served = load.answered
         wait_for(lambda: load.answered > served + 10, "both groups serve")
         before = cluster.replicas() | cluster.replicas("ImagesApi") | cluster.replicas("PromptEncoder")
-        cluster.deploy(config(log_level="WARNING"))
+        # Each group on one node from here on.
+        cluster.deploy(config(placement_group_strategy="STRICT_PACK"))
         wait_for(
             lambda: (
                 not before & (cluster.replicas() | cluster.replicas("ImagesApi") | cluster.replicas("PromptEncoder"))
@@ -169,4 +173,19 @@ def test_nothing_is_lost_while_groups_come_change_and_go(cluster: Cluster) -> No
         wait_for(lambda: len(cluster.replicas()) == 1, "the second group goes")
         served = load.answered
         wait_for(lambda: load.answered > served + 3, "the one that is left serves")
+    assert load.failures == []
+
+
+def test_a_node_leaves_and_its_group_moves_first(cluster: Cluster) -> None:
+    ((address, _), _) = ranks = cluster.actors("Rank")
+    assert {address for address, _ in ranks} == {address}, "both ranks on one node"
+    (leaving,) = [host for host in cluster.workers if host.address == address]
+    (staying,) = [host for host in cluster.workers if host is not leaving]
+    with Load(cluster.urls, clients=1, pause_s=0.2) as load:
+        left = leaving.run(["bash", "scripts/leave_cluster.sh", "90"], cluster.environment, timeout_s=120)
+        assert (left.returncode, "still running" in left.stderr) == (0, False), left.stderr
+        assert {address for address, _ in cluster.actors("Rank")} == {staying.address}
+        leaving.stop_everything()
+        served = load.answered
+        wait_for(lambda: load.answered > served + 3, "the other node serves")
     assert load.failures == []
