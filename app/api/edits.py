@@ -67,7 +67,7 @@ async def edit(request: Request) -> Response:
         width, height = size_like(sources[0], settings.sampling)
         body = body.model_copy(update={"size": f"{width}x{height}"})
     accept = request.headers.get("accept", "")
-    ask = build(body, settings, request.state.request_id, accept, tuple(sources), strength)
+    ask = build(body, settings, family, request.state.request_id, accept, tuple(sources), strength)
     if body.input_fidelity is not None:
         ask = replace(ask, warnings=(*ask.warnings, f"input_fidelity is ignored: {family.name} has no such switch"))
     return await answer(request, ask, "image_edit")

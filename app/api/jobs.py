@@ -12,13 +12,12 @@ from typing import get_args
 from app.api.backend import ImagesJob, OutputFormat, SourcePicture
 from app.api.cache_options import Shape, cache_options
 from app.api.errors import InvalidRequestError, ModelNotFoundError
+from app.api.guidance import guidance_scale, true_cfg
 from app.api.schemas import MAX_SEED, ImagesRequest, MagCacheBody, Quality
+from app.engine.families import Family
 from app.engine.messages import COND, UNCOND, first_step
 from app.settings import SamplingSettings, Settings
 
-# FLUX is distilled with guidance already inside; a mild scale on top steers away from the negative prompt and leaves
-# the colours alone.
-DEFAULT_TRUE_CFG_SCALE = 2.0
 # Drawn seeds stay exact in JSON readers whose only number is a double.
 _DRAWN_SEEDS = 2**53
 _FORMATS: tuple[OutputFormat, ...] = get_args(OutputFormat)
@@ -53,6 +52,7 @@ class Ask:
 def build(
     request: ImagesRequest,
     settings: Settings,
+    family: Family,
     request_id: str,
     accept: str = "",
     sources: tuple[SourcePicture, ...] = (),
@@ -61,6 +61,7 @@ def build(
     """The job that ``request`` asks for.
 
     Args:
+        family: what kind of model is served.
         accept: the Accept header; an image type in it asks for the bare file.
         sources, strength: what an edit adds, see `ImagesJob`.
 
@@ -92,7 +93,7 @@ def build(
         raise InvalidRequestError(f"n is {n}, but a file reply holds one picture; ask for b64_json", param="n")
     if request.output_compression is not None and output_format == "png":
         warnings.append("output_compression is ignored: png is lossless")
-    negative_prompt, true_cfg_scale = _true_cfg(request, warnings)
+    negative_prompt, true_cfg_scale = true_cfg(request, family, warnings)
     branches = (COND,) if negative_prompt is None else (COND, UNCOND)
     quality = _quality(request)
     shape = Shape(steps - first_step(steps, strength), width, height, branches)
@@ -104,7 +105,7 @@ def build(
         width=width,
         height=height,
         num_inference_steps=steps,
-        guidance_scale=sampling.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+        guidance_scale=guidance_scale(request, family, sampling, warnings),
         true_cfg_scale=true_cfg_scale,
         seed=_seed(request.seed, n),
         magcache=cache_options(request.magcache or MagCacheBody(), quality, settings, shape, warnings),
@@ -222,22 +223,6 @@ def _accepted_images(accept: str) -> Sequence[OutputFormat] | None:
     if "image/*" in images:
         return _FORMATS
     return [fmt for media_type in images for fmt in _FORMATS if media_type == f"image/{fmt}"]
-
-
-def _true_cfg(request: ImagesRequest, warnings: list[str]) -> tuple[str | None, float]:
-    """True CFG runs when a negative prompt is given and the scale is above 1, as in diffusers."""
-    negative, scale = request.negative_prompt, request.true_cfg_scale
-    if negative is None:
-        if scale is not None and scale != 1:
-            warnings.append("true_cfg_scale is ignored without a negative_prompt")
-        return None, 1.0
-    if scale is None:
-        # An empty field of a form is no wish; with an explicit scale it is one: CFG against the empty prompt.
-        return (negative, DEFAULT_TRUE_CFG_SCALE) if negative.strip() else (None, 1.0)
-    if scale <= 1:
-        warnings.append("negative_prompt is ignored: it takes effect with a true_cfg_scale above 1")
-        return None, 1.0
-    return negative, scale
 
 
 def _seed(seed: int | None, n: int) -> int:

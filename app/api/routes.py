@@ -104,7 +104,8 @@ async def generate(request: Request) -> Response:
     """OpenAI's image generation, with FLUX's and MagCache's own settings beside OpenAI's."""
     service = _service(request)
     body = parse(await read_json(request, service.settings.http.max_body_bytes), ImagesRequest)
-    ask = build(body, service.settings, request.state.request_id, request.headers.get("accept", ""))
+    family = await service.get_backend().family()
+    ask = build(body, service.settings, family, request.state.request_id, request.headers.get("accept", ""))
     return await answer(request, ask)
 
 

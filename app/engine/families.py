@@ -37,6 +37,8 @@ class Family:
         steps, guidance_scale, text_tokens: what a request gets when nothing else is said; ``guidance_scale`` is None
             where the model has no guidance embedding.
         true_cfg: whether a negative prompt has an effect.
+        true_cfg_scale: strength of true CFG when nothing else is said; 1, no true CFG, for models distilled with
+            guidance.
         edits: what the model does with source pictures.
         max_sources: how many of them it takes at once.
         trained_sizes: (width, height) pairs of reference pictures that the model was trained with; where there are
@@ -52,6 +54,7 @@ class Family:
     edits: Edits
     max_sources: int
     trained_sizes: tuple[tuple[int, int], ...] = ()
+    true_cfg_scale: float = 1.0
 
     @property
     def uncached_reason(self) -> str:
@@ -95,7 +98,7 @@ FLUX2_KLEIN = Family(
     # The pipeline has no limit of its own; four pictures of a megapixel are 16384 tokens beside the picture's 4096.
     max_sources=4,
 )
-FLUX2_KLEIN_BASE = replace(FLUX2_KLEIN, name="FLUX.2-klein-base", steps=50, true_cfg=True)
+FLUX2_KLEIN_BASE = replace(FLUX2_KLEIN, name="FLUX.2-klein-base", steps=50, true_cfg=True, true_cfg_scale=4.0)
 FAMILIES = (FLUX_DEV, FLUX_SCHNELL, FLUX_KONTEXT, FLUX2_KLEIN, FLUX2_KLEIN_BASE)
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from app.api.app import create_app
 from app.api.backend import ImagesJob
-from app.api.jobs import DEFAULT_TRUE_CFG_SCALE
+from app.api.guidance import DEFAULT_TRUE_CFG_SCALE
 from app.api.schemas import ImagesRequest
 from app.engine.messages import MagCacheOptions
 from app.settings import MagCacheSettings, Settings
