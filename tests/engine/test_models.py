@@ -14,7 +14,7 @@ from app.engine.sampling import FlowMatchSampler
 from app.serving.trajectory import TrajectoryPlanner
 from app.settings import MagCacheSettings, Settings
 from magcache_core import apply_mag_cache, choose, decisions, fill, load_profile, remove_mag_cache
-from tests.engine.models import TinyModel, picture, plans, run
+from tests.engine.models import TinyModel, picture, plans, run, together
 from tests.local_group import job, psnr
 
 ModelOf = Callable[[str], TinyModel]
@@ -137,3 +137,20 @@ def test_a_few_step_model_computes_every_step_and_says_why(model_of: ModelOf) ->
     trajectory = TrajectoryPlanner(named, FlowMatchSampler(folder)).trajectories(asked)["cond"]
     assert "." in trajectory.schedule, "a profile says otherwise"
     assert trajectory.uncached_reason is None
+
+
+@pytest.mark.parametrize("name", ["flux.1-kontext-dev", "flux.2-klein-4b"])
+def test_pictures_with_and_without_references_share_a_rank(model_of: ModelOf, name: str) -> None:
+    """Equal shapes share a forward pass, others stand beside it; nobody sees a neighbour's reference."""
+    model = model_of(name)
+    sources: list[Pictures] = [(WIDE,), (picture(96, 64, seed=5),), (), (TALL,)]
+    jobs = [job(f"{index}/0", size=(96, 96), steps=2, seed=index) for index in range(len(sources))]
+    tensors = {one.row_id: model.conditioning(one, pictures) for one, pictures in zip(jobs, sources, strict=True)}
+    engine = Engine(model.folder)
+    made: dict[str, torch.Tensor] = {}
+    for plan in together(jobs):
+        made |= engine.execute(plan, [tensors[one.row_id] for one in plan.admit]).latents
+    assert not engine.rows
+    for one in jobs:
+        alone = run(Engine(model.folder), plans(one), tensors[one.row_id])
+        assert (made[one.row_id] - alone).norm() / alone.norm() <= 1e-4
