@@ -84,6 +84,7 @@ _UPRIGHT = ((672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (83
 FLUX_KONTEXT = replace(
     FLUX_DEV,
     name="FLUX.1-Kontext",
+    guidance_scale=2.5,  # the authors' setting; the pipeline keeps 3.5, dev's
     edits=Edits.REFERENCES,
     trained_sizes=(*_UPRIGHT, (1024, 1024), *((height, width) for width, height in reversed(_UPRIGHT))),
 )

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from app.engine.families import (
     FAMILIES,
@@ -20,6 +21,8 @@ from app.engine.families import (
 )
 from app.engine.loading import CheckpointError
 from tests.local_group import MODEL
+
+DEPLOYMENTS = Path(__file__).parents[2] / "deployments"
 
 
 def write(folder: Path, index: dict[str, object], transformer: dict[str, object] | None = None) -> Path:
@@ -78,3 +81,21 @@ def test_why_nothing_is_reused_without_a_profile() -> None:
 def test_who_takes_pictures_says_how_many(family: Family) -> None:
     assert (family.max_sources > 0) == (family.edits is not Edits.NONE)
     assert not family.trained_sizes or family.edits is Edits.REFERENCES
+
+
+@pytest.mark.parametrize(
+    ("file", "family"),
+    [
+        ("flux.yaml", FLUX_DEV),
+        ("flux-multi-node.yaml", FLUX_DEV),
+        ("flux-schnell.yaml", FLUX_SCHNELL),
+        ("flux-kontext.yaml", FLUX_KONTEXT),
+        ("flux2-klein.yaml", FLUX2_KLEIN),
+    ],
+)
+def test_the_shipped_settings_are_the_models_own(file: str, family: Family) -> None:
+    document = yaml.safe_load((DEPLOYMENTS / file).read_text(encoding="utf-8"))
+    sampling = document["applications"][0]["args"]["sampling"]
+    assert sampling["num_inference_steps"] == family.steps
+    assert sampling["max_sequence_length"] == family.text_tokens
+    assert family.guidance_scale is None or sampling["guidance_scale"] == family.guidance_scale
