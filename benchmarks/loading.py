@@ -110,6 +110,20 @@ def measure(model: Path, sizes: list[int]) -> dict[str, Any]:
     }
 
 
+def table(result: dict[str, Any]) -> str:
+    """The result as it stands in docs/models.md: of each run, the rank that needed the most memory."""
+    lines = ["| ranks | page cache | shard | peak of a rank | bound | time |", "|---|---|---|---|---|---|"]
+    for run in result["runs"]:
+        most = max(run["ranks"], key=lambda rank: rank["peak_mb"])
+        seconds = max(rank["seconds"] for rank in run["ranks"])
+        cells = [f"{most[size]:.0f} MB" for size in ("shard_mb", "peak_mb", "bound_mb")]
+        state = "cold" if run["cold"] else "warm"
+        lines.append(f"| {run['tensor_parallel_size']} | {state} | {' | '.join(cells)} | {seconds:.1f} s |")
+    peer = result["diffusers_from_pretrained"]
+    cells = [f"{peer['shard_mb']:.0f} MB", f"{peer['peak_mb']:.0f} MB", "–", f"{peer['seconds']:.1f} s"]
+    return "\n".join([*lines, f"| diffusers' `from_pretrained` | warm | {' | '.join(cells)} |"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("out/flux-dev-eighth"), help="made there when missing")

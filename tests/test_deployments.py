@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,7 +13,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from ray.serve.schema import ServeDeploySchema
 
+from app.engine.families import FEW_STEPS
 from app.settings import Settings
+from benchmarks import fits
 
 FOLDER = Path(__file__).parent.parent / "deployments"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -47,8 +51,55 @@ def _unknown_keys(value: Any, model: type[BaseModel], path: str = "") -> list[st
     return found
 
 
-def test_both_models_have_a_config() -> None:
-    assert {path.name for path in FILES} >= {"flux-tiny.yaml", "flux.yaml"}
+MODELS = {
+    "flux-tiny.yaml": ("models/flux-tiny", 28),
+    "flux.yaml": ("black-forest-labs/FLUX.1-dev", 28),
+    "flux-schnell.yaml": ("black-forest-labs/FLUX.1-schnell", 4),
+    "flux-kontext.yaml": ("black-forest-labs/FLUX.1-Kontext-dev", 28),
+    "flux2-klein.yaml": ("black-forest-labs/FLUX.2-klein-4B", 4),
+}
+LARGE = [name for name in MODELS if name != "flux-tiny.yaml"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_has_a_config(name: str) -> None:
+    settings = _settings(FOLDER / name)
+    assert (settings.model, settings.sampling.num_inference_steps) == MODELS[name]
+    assert settings.model_name == MODELS[name][0].rpartition("/")[2]
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_it_fits_the_cards_that_its_comment_names(name: str) -> None:
+    """The memory that was computed from the real geometry, and the shares of a GPU that Ray hands out."""
+    text = (FOLDER / name).read_text(encoding="utf-8")
+    settings = _settings(FOLDER / name)
+    (count, size) = re.search(r"on (one|two) GPUs? of (\d+) GB", text).groups()  # type: ignore[union-attr]
+    cards = {"one": 1, "two": 2}[count]
+    assert cards == settings.tensor_parallel_size
+    gpus = settings.tensor_parallel_size * settings.gpus_per_rank + 2 * settings.gpus_per_helper
+    assert gpus == pytest.approx(cards)
+    report = json.loads(fits.RESULTS.read_text(encoding="utf-8"))["models"]
+    fit = fits.fit(report[settings.model.rpartition("/")[2].lower()], cards, int(size))
+    assert fit is not None
+    assert (fit.tensor_parallel_size, fit.text_encoder, fit.fp8) == (cards, "gpu", False)
+    assert settings.max_batch_rows <= fit.rows
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_it_says_what_other_hardware_needs(name: str) -> None:
+    head = (FOLDER / name).read_text(encoding="utf-8").partition("\nproxy_location")[0]
+    words = re.sub(r"\n# +", " ", head)
+    for topic in ("Memory: ", "24 GB cards: ", "One card", "Several nodes: ", "docs/models.md"):
+        assert topic in words
+
+
+@pytest.mark.parametrize("name", ["flux-schnell.yaml", "flux2-klein.yaml"])
+def test_models_of_few_steps_compute_all_of_them(name: str) -> None:
+    settings = _settings(FOLDER / name)
+    # Enabled, so that replies give the reason why nothing is reused.
+    assert settings.magcache.enabled
+    assert settings.magcache.profile is None
+    assert settings.sampling.num_inference_steps <= FEW_STEPS
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
