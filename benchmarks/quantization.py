@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from app.engine.tuning import Tuning, tune
+from app.engine.fp8 import quantize
+from app.engine.parallel import planned_linears
 from benchmarks.pictures import Generator, draw_prompts, score
 from magcache_core import apply_mag_cache, choose, load_profile, remove_mag_cache
 
 STEPS = 28
 PROMPT_SEED = 3
-CPU = torch.device("cpu")
 
 
 def weight_bytes(transformer: torch.nn.Module) -> int:
@@ -59,7 +59,8 @@ def main() -> None:
         parameter.data = parameter.data.to(torch.bfloat16).float()
     document["weights rounded to bfloat16"] = measure(generator, reference)
     generator.transformer.load_state_dict(exact)
-    tune(generator.transformer, Tuning(quantization="fp8"), CPU, torch.float32)
+    for _, linear in planned_linears(generator.transformer):
+        quantize(linear)
     document["fp8"] = measure(generator, reference)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(document, indent=1) + "\n")

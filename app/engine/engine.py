@@ -73,7 +73,7 @@ class Engine:
         self.dtype = dtype
         if transformer is None:
             check_attention(tuning.attention_backend, self.device, dtype)
-            transformer = load_transformer(model, self.group, self.device, dtype)
+            transformer = load_transformer(model, self.group, self.device, dtype, tuning.quantization)
             tune(transformer, tuning, self.device, dtype)
         self.transformer = transformer
         self.strategy = get_strategy(self.transformer)

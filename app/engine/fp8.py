@@ -6,12 +6,13 @@ bfloat16, and the weights take half of its memory. Products are summed in float3
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn.functional import ScalingType, linear, scaled_mm
 
+Quantization = Literal["fp8"]
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max
 ALIGNMENT = 16
@@ -55,28 +56,25 @@ def to_float8(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (matrix / scale).clamp_(-LARGEST, LARGEST).to(FLOAT8), scale
 
 
-def quantize(linears: Iterable[nn.Linear]) -> None:
-    """Store the weights of ``linears`` in float8, one after another, so that only one is there twice.
-
-    A row-sharded linear keeps its class and its all-reduce.
+def quantize(module: nn.Linear) -> None:
+    """Store the weight of ``module`` in float8, in place; a row-sharded linear keeps its class and its all-reduce.
 
     Raises:
-        ValueError: a linear's sides are no multiples of 16, or the GPU has no float8.
+        ValueError: a side is no multiple of 16, or the GPU has no float8.
     """
-    for module in linears:
-        device = module.weight.device
-        if device.type == "cuda" and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
-            raise ValueError(
-                "quantization fp8 needs a GPU of compute capability 8.9 or later, and this one is a "
-                f"{torch.cuda.get_device_name(device)}: leave quantization out"
-            )
-        if any(side % ALIGNMENT for side in module.weight.shape):
-            raise ValueError(
-                f"quantization fp8 needs sides that are multiples of {ALIGNMENT}, and a shard of this model has "
-                f"{tuple(module.weight.shape)}: lower tensor_parallel_size, or leave quantization out"
-            )
-        weight, scale = to_float8(module.weight.detach())
-        module.weight = nn.Parameter(weight, requires_grad=False)
-        module.register_buffer("scale", scale, persistent=False)
-        if type(module) is nn.Linear:
-            module.__class__ = Fp8Linear
+    device = module.weight.device
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        raise ValueError(
+            "quantization fp8 needs a GPU of compute capability 8.9 or later, and this one is a "
+            f"{torch.cuda.get_device_name(device)}: leave quantization out"
+        )
+    if any(side % ALIGNMENT for side in module.weight.shape):
+        raise ValueError(
+            f"quantization fp8 needs sides that are multiples of {ALIGNMENT}, and a shard of this model has "
+            f"{tuple(module.weight.shape)}: lower tensor_parallel_size, or leave quantization out"
+        )
+    weight, scale = to_float8(module.weight.detach())
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    module.register_buffer("scale", scale, persistent=False)
+    if type(module) is nn.Linear:
+        module.__class__ = Fp8Linear

@@ -16,7 +16,8 @@ from diffusers.hooks.tensor_parallel import TPShardSpec
 from torch import nn
 
 from app.engine.checkpoint_files import CheckpointError, SafetensorsFile, read_json
-from app.engine.parallel import TensorParallelGroup, local_ranges, parallelize, shard_specs
+from app.engine.fp8 import Quantization, quantize
+from app.engine.parallel import TensorParallelGroup, local_ranges, parallelize, planned_linears, shard_specs
 
 SUPPORTED_TRANSFORMERS = ("FluxTransformer2DModel", "Flux2Transformer2DModel")
 WEIGHTS = "diffusion_pytorch_model"
@@ -29,7 +30,11 @@ Shape = tuple[int, ...]
 
 
 def load_transformer(
-    model: Path, group: TensorParallelGroup, device: torch.device, dtype: torch.dtype
+    model: Path,
+    group: TensorParallelGroup,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: Quantization | None = None,
 ) -> diffusers.ModelMixin:
     """Load ``model``'s transformer for this rank, in evaluation mode.
 
@@ -37,20 +42,24 @@ def load_transformer(
         model: a folder in diffusers layout (``model_index.json``, ``transformer/``, ...).
         group: this rank's place; each rank reads only its slices.
         device: where the parameters go.
-        dtype: floating-point type of all parameters.
+        dtype: floating-point type of all parameters but those that ``quantization`` stores.
+        quantization: ``fp8`` for the weights that tensor parallelism splits, each as soon as it is there.
 
     Raises:
         CheckpointError: a file is missing, damaged, of another class or shape, or holds too few or unknown tensors.
-        ValueError: the group's size does not divide the attention heads.
+        ValueError: the group's size does not divide the attention heads, or this machine has no ``quantization``.
     """
     folder = model / "transformer"
     transformer = meta_transformer(folder)
     specs = shard_specs(transformer, group.size)
+    small = {f"{name}.weight": linear for name, linear in planned_linears(transformer) if quantization == "fp8"}
     with ExitStack() as stack:
         files = [stack.enter_context(SafetensorsFile(path)) for path in weight_files(folder)]
         check_tensors(folder, shapes(transformer), files)
         for name, tensor in _read_shard(files, specs, group):
             _place(transformer, name, tensor.to(device=device, dtype=dtype))
+            if name in small:
+                quantize(small[name])
     parallelize(transformer, specs, group)
     return transformer.eval().requires_grad_(False)
 

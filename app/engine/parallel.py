@@ -7,9 +7,10 @@ DTensor, whose dispatch costs more than the small matmuls it wraps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -77,6 +78,15 @@ def shard_specs(transformer: nn.Module, size: int) -> dict[str, TPShardSpec]:
         )
     specs: dict[str, TPShardSpec] = resolve_tp_shard_specs(transformer, dict(plan), size)
     return specs
+
+
+def planned_linears(transformer: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Names and modules of the linears that the class's plan splits, whether they are split already or not."""
+    patterns: Mapping[str, Any] = getattr(transformer, "_tp_plan", None) or {}
+    for name, module in transformer.named_modules():
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            assert isinstance(module, nn.Linear)
+            yield name, module
 
 
 def local_ranges(spec: TPShardSpec | None, rank: int, size: int) -> list[tuple[int, int]]:

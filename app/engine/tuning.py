@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
 
-from app.engine.fp8 import quantize
+from app.engine.fp8 import Quantization
 
 AttentionBackend = Literal["native", "xformers", "flash"]
 _PACKAGES = {"xformers": "xformers", "flash": "flash-attn"}
@@ -29,13 +28,13 @@ class Tuning:
     Attributes:
         attention_backend: ``native`` is torch's own, which picks a flash kernel where there is one.
         compile: compile the blocks of the stack; the first pictures wait for it.
-        quantization: ``fp8`` for the linears that tensor parallelism shards, nearly all of the weights.
+        quantization: ``fp8`` for the weights that tensor parallelism splits.
         compiler: torch.compile's backend.
     """
 
     attention_backend: AttentionBackend = "native"
     compile: bool = False
-    quantization: Literal["fp8"] | None = None
+    quantization: Quantization | None = None
     compiler: str = "inductor"
 
 
@@ -54,17 +53,12 @@ def check_attention(backend: AttentionBackend, device: torch.device, dtype: torc
 
 
 def tune(transformer: Any, tuning: Tuning, device: torch.device, dtype: torch.dtype) -> None:
-    """Apply ``tuning`` to a loaded shard, in place.
+    """Apply attention kernels and compilation to a loaded shard, in place; its weights were quantized as they came.
 
     Raises:
         TuningError: this machine cannot run it.
     """
     check_attention(tuning.attention_backend, device, dtype)
-    if tuning.quantization == "fp8":
-        try:
-            quantize(_sharded_linears(transformer))
-        except ValueError as error:
-            raise TuningError(str(error)) from error
     if tuning.attention_backend != "native":
         _set_attention(transformer, tuning.attention_backend)
     if tuning.compile:
@@ -73,15 +67,6 @@ def tune(transformer: Any, tuning: Tuning, device: torch.device, dtype: torch.dt
         transformer.compile_repeated_blocks(
             fullgraph=True, dynamic=True, backend=tuning.compiler, recompile_limit=GRAPHS_PER_BLOCK
         )
-
-
-def _sharded_linears(transformer: Any) -> list[torch.nn.Linear]:
-    """Those that the class's tensor-parallel plan names, however many ranks there are."""
-    return [
-        module
-        for name, module in transformer.named_modules()
-        if any(fnmatchcase(name, pattern) for pattern in transformer._tp_plan)
-    ]
 
 
 def _set_attention(transformer: Any, backend: AttentionBackend) -> None:

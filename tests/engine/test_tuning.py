@@ -98,7 +98,7 @@ def test_fp8_product(dtype: torch.dtype) -> None:
     tokens = torch.randn(2, 5, 64, dtype=dtype) * torch.logspace(-6, 3, 5, dtype=dtype)[:, None]
     tokens[0, 0] = 0
     expected = layer(tokens).float()
-    quantize([layer])
+    quantize(layer)
     with torch.no_grad():
         made = layer(tokens)
     assert made.dtype is dtype
@@ -117,14 +117,14 @@ def test_a_row_sharded_linear_keeps_its_sum() -> None:
     layer.group = TensorParallelGroup()
     tokens = torch.randn(3, 32)
     expected = layer(tokens)
-    quantize([layer])
+    quantize(layer)
     assert type(layer) is RowParallelLinear
     assert (layer(tokens) - expected).norm() <= 0.06 * expected.norm()
 
 
 def test_fp8_wants_aligned_shards() -> None:
     with pytest.raises(ValueError, match=r"multiples of 16, and a shard of this model has \(24, 16\)"):
-        quantize([nn.Linear(16, 24)])
+        quantize(nn.Linear(16, 24))
 
 
 def test_attention_is_checked_before_anything_is_loaded() -> None:
