@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +25,8 @@ router = APIRouter()
 
 DEFAULT_STRENGTH = 0.6
 """diffusers' default for FLUX: the picture's layout stays, its content follows the prompt."""
+# Two at a time: a decoded upload may take hundreds of megabytes on its way to RGB.
+_decoding = ThreadPoolExecutor(max_workers=2, thread_name_prefix="decode-upload")
 _PICTURE = {"type": "string", "format": "binary"}
 _BODY: Mapping[str, Any] = {
     "allOf": [
@@ -60,8 +63,9 @@ async def edit(request: Request) -> Response:
     pictures = pictures_of(form, family)
     body = parse(typed(form.fields, EditsRequest), EditsRequest)
     strength = strength_of(body, family)
+    in_thread = asyncio.get_running_loop().run_in_executor
     sources = [
-        await asyncio.to_thread(read_picture, data, name, settings.http.max_source_pixels) for name, data in pictures
+        await in_thread(_decoding, read_picture, data, name, settings.http.max_source_pixels) for name, data in pictures
     ]
     if body.size in (None, "auto"):
         width, height = size_like(sources[0], settings.sampling)
