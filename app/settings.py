@@ -176,9 +176,9 @@ class TextEncoderSettings(_Section):
 
     placement: Literal["cpu", "gpu", "offload"] | None = Field(
         default=None,
-        description="Where they run: `gpu`; `cpu`, which needs no GPU memory and takes seconds per new prompt for a "
-        "full T5; or `offload`, which keeps them in host memory and brings them to the GPU for each new prompt. null "
-        "is `gpu` where `device` is `cuda`, else `cpu`.",
+        description="Where they run: `gpu`; `cpu`, which needs no GPU memory and is slow for a new prompt; or "
+        "`offload`, which keeps them in host memory and brings them to the GPU for each new prompt. null is `gpu` "
+        "where `device` is `cuda`, else `cpu`.",
     )
 
 

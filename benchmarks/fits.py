@@ -54,10 +54,9 @@ def fit(model: dict[str, Any], count: int, gib: int) -> Fit | None:
     """The first of these that leaves room for a picture; None when none does.
 
     One rank per card with encoder and VAE beside one of them; one card for encoder and VAE; encoders on the CPU; the
-    same with 8-bit weights, which must fit in 16 bits while they are read; encoders and VAE on the CPU.
+    same with 8-bit weights; encoders and VAE on the CPU.
     """
-    card = gib * 1.073741824
-    room = USABLE * card
+    room = USABLE * gib * 1.073741824
     encoder = sum(model["text_encoders_gb"].values()) + PROCESS_GB
     vae = model["vae_gb"] + model["vae_decode_gb"] + PROCESS_GB
 
@@ -65,11 +64,8 @@ def fit(model: dict[str, Any], count: int, gib: int) -> Fit | None:
         rank = model["tensor_parallel_size"].get(str(size))
         if rank is None or model["heads"] % size:
             return 0
-        held = rank["weights_gb"]
-        if fp8:
-            if held + PROCESS_GB > card:
-                return 0
-            held = (held + model["replicated_gb"]) / 2
+        # What the ranks share out is in 8 bits then, and what each holds whole is not.
+        held = (rank["weights_gb"] + model["replicated_gb"]) / 2 if fp8 else rank["weights_gb"]
         row = rank["computed_step_gb"] + RESIDUALS * model["residual_per_picture_mb"] / 1e3
         return min(int((room - held - PROCESS_GB - beside) / row), MOST_ROWS)
 

@@ -174,7 +174,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compiler", default="inductor", help="torch.compile's backend")
     parser.add_argument("--no-compile", action="store_true", help="eager variants only")
     parser.add_argument("--repeats", type=int, default=2, help="pictures per figure; the fastest counts")
-    parser.add_argument("--budget-s", type=float, default=480.0, help="start no variant after so many seconds")
+    parser.add_argument("--budget-s", type=float, default=420.0, help="start no variant after so many seconds")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args(argv)
 
