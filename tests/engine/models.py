@@ -39,7 +39,7 @@ TEXT_ENCODERS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 class TinyModel:
     """One tiny checkpoint beside diffusers' pipeline on it, which is the oracle."""
 
-    def __init__(self, model: str, folder: Path) -> None:
+    def __init__(self, model: str, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         base = model == "flux.2-klein-base"
         make_checkpoint(
             "flux.2-klein-4b" if base else model, "tiny", folder, components=("transformer", "scheduler", "vae")
@@ -48,14 +48,15 @@ class TinyModel:
             index = folder / "model_index.json"
             index.write_text(json.dumps(json.loads(index.read_text()) | {"is_distilled": False}))
         self.folder = folder
+        self.dtype = dtype
         self.family: Family = family_of(folder)
 
     @cached_property
     def pipeline(self) -> Any:
-        """The pipeline that ``model_index.json`` names, in float32 and without text encoders."""
+        """The pipeline that ``model_index.json`` names, without text encoders."""
         index = diffusers.DiffusionPipeline.load_config(self.folder)
         absent = {name: None for name in TEXT_ENCODERS if name in index}
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(self.folder, dtype=torch.float32, **absent)
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(self.folder, dtype=self.dtype, **absent)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -63,10 +64,10 @@ class TinyModel:
         """Random embeddings of the sizes that the transformer takes."""
         config = self.pipeline.transformer.config
         generator = torch.Generator().manual_seed(seed)
-        tokens = torch.randn(TEXT_TOKENS, config.joint_attention_dim, generator=generator)
+        tokens = torch.randn(TEXT_TOKENS, config.joint_attention_dim, generator=generator).to(self.dtype)
         if "pooled_projection_dim" not in config:
             return PromptEmbeddings(tokens)
-        return PromptEmbeddings(tokens, torch.randn(config.pooled_projection_dim, generator=generator))
+        return PromptEmbeddings(tokens, torch.randn(config.pooled_projection_dim, generator=generator).to(self.dtype))
 
     def conditioning(self, job: DenoiseJob, pictures: Sequence[Image.Image] = ()) -> Conditioning:
         """What the service would send along with ``job``: prompts with seeds 1 and 2, encoded source pictures."""

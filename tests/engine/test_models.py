@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +62,17 @@ def test_cache_off_equals_its_pipeline(model_of: ModelOf, name: str, asked: Deno
     if pictures:
         without = run(Engine(model.folder), plans(asked), model.conditioning(asked))
         assert (ours - without).norm() / ours.norm() > 1e-3, "the picture must matter, or this test shows nothing"
+
+
+@pytest.mark.parametrize("name", ["flux.1-kontext-dev", "flux.2-klein-4b"])
+def test_bfloat16_is_rounded_where_the_pipeline_rounds_it(name: str, tmp_path: Path) -> None:
+    """Far closer to the pipeline in bfloat16 than that is to float32."""
+    asked = job("a/0", size=(64, 80), steps=4)
+    exact = TinyModel(name, tmp_path / "float32").reference(asked, (TALL,))
+    model = TinyModel(name, tmp_path / "bfloat16", torch.bfloat16)
+    theirs = model.reference(asked, (TALL,)).float()
+    ours = run(Engine(model.folder, dtype=torch.bfloat16), plans(asked), model.conditioning(asked, (TALL,))).float()
+    assert (ours - theirs).norm() <= 0.4 * (theirs - exact).norm()
 
 
 @pytest.mark.parametrize(
