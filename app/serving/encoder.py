@@ -27,7 +27,12 @@ class TextEncoders:
         """Load them from the folder ``model``; with ``offload`` they are on ``device`` only while they work."""
         # The pipeline class that the checkpoint names knows its encoders; nothing else of it is loaded.
         self._pipeline = DiffusionPipeline.from_pretrained(
-            model, transformer=None, vae=None, dtype=dtype, use_safetensors=True
+            model,
+            transformer=None,
+            vae=None,
+            dtype=dtype,
+            use_safetensors=True,
+            low_cpu_mem_usage=False,  # the weights are mapped all the same; True asks for another package
         )
         self._modules = [part for part in self._pipeline.components.values() if isinstance(part, nn.Module)]
         self._max_sequence_length = max_sequence_length
