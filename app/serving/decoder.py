@@ -28,7 +28,11 @@ class ImageDecoder:
         self._family = family_of(model)
         self._vae = (
             AutoModel.from_pretrained(
-                str(model), subfolder="vae", dtype=getattr(torch, settings.dtype), use_safetensors=True
+                str(model),
+                subfolder="vae",
+                dtype=getattr(torch, settings.dtype),
+                use_safetensors=True,
+                low_cpu_mem_usage=False,
             )
             .to(self._device)
             .eval()
