@@ -109,6 +109,8 @@ class Engine:
         for _, same_shape in groupby(by_shape, key=self._batch_key):
             previews |= self._step(list(same_shape))
         latents = {step.row_id: self.rows.pop(step.row_id).latents.cpu() for step in plan.rows if step.last}
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # a result means that the step is done, and its seconds are the GPU's
         return StepResult(
             rank=self.group.rank,
             sequence=plan.sequence,
