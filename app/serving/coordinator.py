@@ -14,7 +14,6 @@ from ray.actor import ActorHandle
 from app.api.errors import DeadlinePassedError, RequestCancelledError
 from app.engine.engine import PlanMismatchError
 from app.engine.messages import (
-    COND,
     Conditioning,
     DenoiseJob,
     DenoiseResult,
@@ -50,6 +49,12 @@ class _Pending:
         self.entry = entry
         self.conditioning = conditioning
         self.done: asyncio.Future[DenoiseResult] = asyncio.get_running_loop().create_future()
+        self.taken: RowStep | None = None  # the last step that the ranks have done
+
+    @property
+    def steps_done(self) -> int:
+        """Steps that the ranks have done; the table is a few plans ahead of them."""
+        return 0 if self.taken is None else self.taken.step + 1
 
     def fail(self, error: Exception) -> None:
         """End the waiting with ``error``, unless it has ended."""
@@ -120,7 +125,7 @@ class Coordinator:
         if job.partial_images:
             self._feeds.setdefault(job.row_id, Feed())
         if job.row_id in self._feeds:
-            self._tell_place(pending.entry)
+            self._tell(pending)
         self._work.set()
         try:
             return await pending.done
@@ -161,7 +166,7 @@ class Coordinator:
         while True:
             pending = self._pending.get(row_id)
             if pending is not None and feed.is_new:
-                self._tell_place(pending.entry)
+                self._tell(pending)
             waits = pending is not None and pending.entry.admitted_s is None
             patience_s = QUEUE_NEWS_S if waits else UNKNOWN_S if pending is None else None
             try:
@@ -169,7 +174,7 @@ class Coordinator:
                     return await feed.read(seen)
             except TimeoutError:
                 if pending is not None:
-                    self._tell_place(pending.entry)
+                    self._tell(pending)
                 elif row_id not in self._pending:
                     self._feeds.pop(row_id, None)
                     return OVER
@@ -218,9 +223,11 @@ class Coordinator:
         wait_seconds = max(result.idle_seconds for result in results)
         self._metrics.observe_step(sent.plan, max(result.seconds for result in results), wait_seconds)
         self._metrics.residual_bytes(max(result.residual_bytes for result in results))
-        if self._feeds:
-            for row in sent.plan.rows:
-                self._tell_progress(row, results[0].previews.get(row.row_id))
+        for row in sent.plan.rows:
+            pending = self._pending.get(row.row_id)
+            if pending is not None:
+                pending.taken = row
+                self._tell_progress(pending, row.last, results[0].previews.get(row.row_id))
         for row_id, latents in results[0].latents.items():
             self._finish(row_id, latents)
 
@@ -245,10 +252,9 @@ class Coordinator:
         for entry in self._scheduler.take_too_late():
             self.counts.deadline_passed += 1
             logger.info("request %s: deadline passed, %s ended", entry.job.request_id, entry.job.row_id)
-            done = f"{entry.step} of {entry.job.steps_to_run} steps"
-            self._pending[entry.job.row_id].fail(
-                DeadlinePassedError(f"deadline_s of {entry.job.deadline_s:g} s passed after {done}")
-            )
+            pending = self._pending[entry.job.row_id]
+            done = f"{pending.steps_done} of {entry.job.steps_to_run} steps"
+            pending.fail(DeadlinePassedError(f"deadline_s of {entry.job.deadline_s:g} s passed after {done}"))
 
     def _fail(self, error: Exception) -> None:
         if isinstance(error, PlanMismatchError):
@@ -258,19 +264,25 @@ class Coordinator:
         for pending in self._pending.values():
             pending.fail(self._failure)
 
-    def _tell_place(self, entry: Entry) -> None:
-        """Tell where a picture stands that takes no step at the moment."""
-        job, position = entry.job, self._scheduler.position(entry)
-        event = ProgressEvent(job.row_id, entry.step, job.steps_to_run, "", self._intake.eta_s(entry), position)
-        self._feeds[job.row_id].push(event)
+    def _tell_progress(self, pending: _Pending, last: bool, preview: torch.Tensor | None) -> None:
+        feed = self._feeds.get(pending.entry.job.row_id)
+        if feed is not None and (feed.due or last or preview is not None):
+            self._tell(pending, preview)
 
-    def _tell_progress(self, row: RowStep, preview: torch.Tensor | None) -> None:
-        feed, pending = self._feeds.get(row.row_id), self._pending.get(row.row_id)
-        if feed is None or pending is None or not (feed.due or row.last or preview is not None):
-            return
-        decision = "C" if any(part.compute for part in row.branches if part.branch == COND) else "."
-        steps, eta_s = pending.entry.job.steps_to_run, self._intake.eta_s(pending.entry)
-        feed.push(ProgressEvent(row.row_id, row.step + 1, steps, decision, eta_s, 0, preview))
+    def _tell(self, pending: _Pending, preview: torch.Tensor | None = None) -> None:
+        """Tell those who watch a picture where it stands."""
+        entry, taken = pending.entry, pending.taken
+        decision = "" if taken is None else "C" if taken.branches[0].compute else "."  # the conditional branch's
+        event = ProgressEvent(
+            row_id=entry.job.row_id,
+            step=pending.steps_done,
+            steps=entry.job.steps_to_run,
+            decision=decision,
+            eta_s=self._intake.eta_s(entry),
+            queue_position=self._scheduler.position(entry),
+            preview=preview,
+        )
+        self._feeds[entry.job.row_id].push(event)
 
     def _close_feed(self, row_id: str) -> None:
         feed = self._feeds.get(row_id)
