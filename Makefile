@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 CHECKED := $(wildcard app magcache_core models/recipe benchmarks scripts tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test bench lint format manifests train clean
+.PHONY: help setup demo serve test bench lint format manifests metrics dashboards monitoring train clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,15 @@ format: setup ## Let ruff format and fix
 
 manifests: setup ## Bring k8s/ up to date with deployments/ and the rules
 	@$(BIN)/python -m scripts.render_manifests
+
+metrics: setup ## Write docs/metrics.md from the catalogue
+	@$(BIN)/python -m app.metrics > docs/metrics.md
+
+dashboards: setup ## Write k8s/base/dashboards/*.json from scripts/dashboards
+	@$(BIN)/python -m scripts.dashboards
+
+monitoring: setup ## Watch the running service with Prometheus (needs Debian's package prometheus) on port 9090
+	@$(BIN)/python -m scripts.monitoring $(ARGS)
 
 train: setup ## Train models/flux-tiny from scratch (hours; resumes where it stopped)
 	$(BIN)/python -m models.recipe $(ARGS)

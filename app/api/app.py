@@ -48,6 +48,7 @@ def create_app(settings: Settings, get_backend: Callable[[], Backend], *, id_add
 
 async def _service_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServiceError)
+    request.state.error_code = error.code
     return error_response(error)
 
 

@@ -22,6 +22,7 @@ IMAGES_PATH = "/v1/images/generations"
 EDITS_PATH = "/v1/images/edits"
 # nginx's status for a client that left before the answer; no such reply is ever sent.
 CLIENT_CLOSED_REQUEST = 499
+CLIENT_LEFT = "client_left"  # its error code, which only metrics get to see
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -93,4 +94,9 @@ class RequestMiddleware:
         level = logging.DEBUG if method == "GET" and status < 400 else logging.INFO
         logger.log(level, "request %s: %s %.200r -> %d in %.3f s", request_id, method, path, status, seconds)
         if path in (IMAGES_PATH, EDITS_PATH) and method == "POST":
-            self.metrics.observe_request(outcome(status), status, seconds)
+            code = scope["state"].get("error_code")
+            if status == CLIENT_CLOSED_REQUEST:
+                code = CLIENT_LEFT
+            elif status >= 500 and code is None:
+                code = ServiceError.code
+            self.metrics.observe_request(outcome(status), status, seconds, code=code, request_id=request_id)

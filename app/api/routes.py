@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -38,9 +39,9 @@ class Service:
     metrics: ApiMetrics
     started: int
 
-    def observe(self, picture: Picture) -> None:
+    def observe(self, picture: Picture, request_id: str) -> None:
         """Count one finished picture."""
-        self.metrics.observe_phases(**timings(picture).model_dump())
+        self.metrics.observe_phases(**timings(picture).model_dump(), request_id=request_id)
 
     @property
     def card(self) -> ModelCard:
@@ -119,12 +120,13 @@ async def answer(request: Request, ask: Ask, kind: Kind = "image_generation") ->
         ", streamed" if ask.stream else "",
     )  # fmt: skip
     backend = service.get_backend()
+    observe = partial(service.observe, request_id=job.request_id)
     if ask.stream:
         items = backend.stream(job, progress=ask.progress)
-        return await stream_response(request, ask, items, service.settings.http.heartbeat_s, service.observe, kind)
+        return await stream_response(request, ask, items, service.settings.http.heartbeat_s, observe, kind)
     pictures = await backend.generate(job)
     for picture in pictures:
-        service.observe(picture)
+        observe(picture)
     return pictures_response(ask, pictures)
 
 
@@ -220,4 +222,4 @@ async def index(request: Request) -> dict[str, Any]:
 def new_service(settings: Settings, get_backend: Callable[[], Backend]) -> Service:
     """The shared state of one application, with a metric registry of its own."""
     registry = CollectorRegistry()
-    return Service(settings, get_backend, registry, ApiMetrics(registry), int(time.time()))
+    return Service(settings, get_backend, registry, ApiMetrics(registry, settings.model_name), int(time.time()))

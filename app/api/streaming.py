@@ -128,7 +128,7 @@ async def _events(
 
 def _told(request: Request, error: ServiceError) -> bytes:
     # The reply's status went out as 200; logs and metrics get the one that fits.
-    request.state.failed_with = error.status
+    request.state.failed_with, request.state.error_code = error.status, error.code
     return error_event(error)
 
 

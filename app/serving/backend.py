@@ -12,7 +12,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from app.api.backend import HealthReport, ImagesJob, Picture, StreamItem
-from app.api.errors import BusyError, DeadlinePassedError
+from app.api.errors import BusyError
 from app.engine.families import Family
 from app.engine.messages import Conditioning, DenoiseJob, DenoiseResult, PromptEmbeddings, SourceImage
 from app.metrics import merge_families
@@ -161,9 +161,7 @@ class ServeBackend:
         deadline_s = order.job.deadline_s
         if deadline_s is None:
             return None
-        if order.elapsed_s >= deadline_s:
-            raise DeadlinePassedError(f"deadline_s {deadline_s:g} passed while the prompt was encoded")
-        # Too little is left to the coordinator to say: it knows what would be possible.
+        # Also when nothing is left: the coordinator knows what would be possible, and says so.
         return max(deadline_s - order.elapsed_s - self._decode_estimate_s(order.job), _LEAST_LEFT_S)
 
     async def family(self) -> Family:
@@ -191,8 +189,9 @@ class ServeBackend:
         )
 
     async def metric_families(self) -> list[Metric]:
-        """All coordinators' families, merged."""
-        return merge_families(*await ask_coordinators("metric_families"))
+        """The encoder's and all coordinators' families, merged; who does not answer is left out."""
+        coordinators, encoder = await asyncio.gather(ask_coordinators("metric_families"), _families_of(self._encoder))
+        return merge_families(*coordinators, encoder)
 
 
 def _file_form(job: ImagesJob) -> FileForm:
@@ -202,6 +201,15 @@ def _file_form(job: ImagesJob) -> FileForm:
 async def _least_wait_s() -> float:
     """When the first of the groups will have room, by their own estimates."""
     return min((load["eta_s"] for load in await ask_coordinators("load")), default=1.0)
+
+
+async def _families_of(deployment: DeploymentHandle) -> list[Metric]:
+    try:
+        async with asyncio.timeout(ANSWER_SECONDS):
+            families: list[Metric] = await result_of(deployment.metric_families.remote())
+    except (TimeoutError, ray.exceptions.RayError, RayServeException):
+        return []
+    return families
 
 
 async def _is_up(deployment: DeploymentHandle) -> bool:

@@ -77,6 +77,7 @@ class Coordinator:
         self._registry = CollectorRegistry()
         self._metrics = CoordinatorMetrics(self._registry, settings.model_name, replica)
         self._metrics.group_rebuilt(rebuilds)
+        self._metrics.waiting_limit(settings.max_waiting_pictures)
         self._pending: dict[str, _Pending] = {}
         self._feeds: dict[str, Feed] = {}
         self._failure: GroupFailedError | None = None
@@ -132,7 +133,7 @@ class Coordinator:
         finally:
             # Also when this call itself is cancelled: a row in the table must have somebody who waits for it.
             del self._pending[job.row_id]
-            if self._scheduler.cancel(job.row_id):
+            if self._scheduler.cancel(job.row_id) and self._failure is None:
                 self.counts.cancelled += 1
                 logger.info("request %s: cancelled %s", job.request_id, job.row_id)
                 self._work.set()
@@ -192,6 +193,7 @@ class Coordinator:
         """This coordinator's metrics, for the service's ``/metrics``."""
         self._metrics.running(self._scheduler.running)
         self._metrics.waiting(self._scheduler.waiting)
+        self._metrics.totals(self.counts)
         return list(self._registry.collect())
 
     async def _send_plans(self) -> None:
@@ -220,8 +222,12 @@ class Coordinator:
     def _collect(self, sent: SentPlan, results: list[StepResult]) -> None:
         self._check(sent.plan, results)
         self._intake.done(sent, results)
-        wait_seconds = max(result.idle_seconds for result in results)
-        self._metrics.observe_step(sent.plan, max(result.seconds for result in results), wait_seconds)
+        self._metrics.observe_step(
+            sent.plan,
+            [result.seconds for result in results],
+            wait_seconds=max(result.idle_seconds for result in results),
+            tokens=sum(part.size for part in sent.parts if part.compute),
+        )
         self._metrics.residual_bytes(max(result.residual_bytes for result in results))
         for row in sent.plan.rows:
             pending = self._pending.get(row.row_id)
@@ -244,7 +250,7 @@ class Coordinator:
         if pending is None or pending.done.done():
             return
         report = pending.entry.report(time.monotonic())
-        self._metrics.observe_request(report)
+        self._metrics.observe_request(report, pending.entry.job.request_id)
         self.counts.finished += 1
         pending.done.set_result(DenoiseResult(latents, report))
 
@@ -260,6 +266,7 @@ class Coordinator:
         if isinstance(error, PlanMismatchError):
             self._metrics.digest_mismatch()
         logger.error("the group failed: %s", error)
+        self._metrics.group_up(False)
         self._failure = GroupFailedError(f"{type(error).__name__}: {error}")
         for pending in self._pending.values():
             pending.fail(self._failure)

@@ -8,7 +8,7 @@ part alone thus measures it directly, and mixed plans refine what they can.
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from app.engine.messages import StepPlan
 from app.serving.entry import Shape
@@ -82,6 +82,11 @@ class StepCosts:
     def plan_seconds(self, parts: tuple[Part, ...]) -> float:
         """Estimated time of a plan."""
         return sum(self.seconds(part) for part in parts)
+
+    def saved_seconds(self, parts: tuple[Part, ...]) -> float:
+        """Estimated time that the reusing parts of a plan would take longer if they computed."""
+        reusing = [part for part in parts if not part.compute]
+        return sum(max(self.seconds(replace(part, compute=True)) - self.seconds(part), 0.0) for part in reusing)
 
     def observe(self, parts: tuple[Part, ...], seconds: float, idle_seconds: float = 0.0) -> Mapping[bool, float]:
         """Learn from one finished plan.

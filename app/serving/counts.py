@@ -15,6 +15,7 @@ class Counts:
         lowered_by_deadline, lowered_by_load: admitted pictures with fewer computed steps than they asked for.
         computed_seconds, reused_seconds: time of the slowest rank on branch evaluations of either kind, estimated
             where a plan mixed them.
+        saved_seconds: estimated time that the reused evaluations would have taken longer had they been computed.
         idle_seconds: time that the ranks waited for a plan while they held rows to step, the longest of each plan.
         rank_seconds: time that each rank worked on plans.
         messages, plans: what was sent; a message carries a run of plans.
@@ -30,6 +31,7 @@ class Counts:
     lowered_by_load: int = 0
     computed_seconds: float = 0.0
     reused_seconds: float = 0.0
+    saved_seconds: float = 0.0
     idle_seconds: float = 0.0
     rank_seconds: list[float] = field(default_factory=list)
     messages: int = 0

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, Flux2KleinPipeline
+from prometheus_client import CollectorRegistry
+from prometheus_client.metrics_core import Metric
 from torch import nn
 
 from app.engine.messages import PromptEmbeddings
+from app.metrics import EncoderMetrics
 from app.serving.logs import configure_logging
 from app.serving.model_files import local_model
 from app.settings import Settings
@@ -66,6 +69,8 @@ class PromptEncoder:
             offload=settings.text_encoder.placement == "offload",
         )
         self._entries = settings.prompt_cache_entries
+        self._registry = CollectorRegistry()
+        self._metrics = EncoderMetrics(self._registry, settings.model_name)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
         self._cache: OrderedDict[str, PromptEmbeddings] = OrderedDict()
         self._under_way: dict[str, asyncio.Future[PromptEmbeddings]] = {}
@@ -75,8 +80,10 @@ class PromptEncoder:
         cached = self._cache.get(prompt)
         if cached is not None:
             self._cache.move_to_end(prompt)
+            self._metrics.looked_up("hit")
             return cached
         under_way = self._under_way.get(prompt)
+        self._metrics.looked_up("miss" if under_way is None else "shared")
         if under_way is None:
             under_way = asyncio.get_running_loop().run_in_executor(self._thread, self._encoders.encode, prompt)
             self._under_way[prompt] = under_way
@@ -86,6 +93,10 @@ class PromptEncoder:
 
     async def ping(self) -> None:
         """Answer when this deployment is up."""
+
+    async def metric_families(self) -> list[Metric]:
+        """The encoder's metrics, for the service's ``/metrics``."""
+        return list(self._registry.collect())
 
     def _keep(self, prompt: str, done: "asyncio.Future[PromptEmbeddings]") -> None:
         del self._under_way[prompt]

@@ -96,6 +96,7 @@ class Intake:
         split = self.costs.observe(sent.parts, seconds, idle_seconds)
         self.counts.computed_seconds += split[True]
         self.counts.reused_seconds += split[False]
+        self.counts.saved_seconds += self.costs.saved_seconds(sent.parts)
         self.counts.idle_seconds += idle_seconds
         self.counts.rank_seconds = self.counts.rank_seconds or [0.0] * len(results)
         for result in results:

@@ -1,4 +1,4 @@
-"""docs/api.md names every field, event, error code, header and metric that there is."""
+"""docs/api.md names every field, event, error code and header that there is."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import get_args
 
 import httpx
-from prometheus_client import CollectorRegistry
 
 from app.api.events import STREAM_EVENTS
 from app.api.schemas import (
@@ -19,7 +18,6 @@ from app.api.schemas import (
     Timings,
     Usage,
 )
-from app.metrics import ApiMetrics, CoordinatorMetrics
 from tests.api.fake_backend import FakeBackend
 
 TEXT = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
@@ -38,15 +36,6 @@ def test_events() -> None:
         kinds = get_args(event.model_fields["type"].annotation)
         for name in [*(kind for kind in kinds if not kind.startswith("image_edit")), *event.model_fields]:
             assert name == "type" or f"`{name}`" in TEXT, name
-
-
-def test_metrics() -> None:
-    registry = CollectorRegistry()
-    ApiMetrics(registry)
-    CoordinatorMetrics(registry, model="m", replica="r")
-    for family in registry.collect():
-        name = family.name + ("_total" if family.type == "counter" else "")
-        assert f"`{name}`" in TEXT, name
 
 
 def test_codes() -> None:

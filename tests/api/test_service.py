@@ -43,7 +43,9 @@ async def _samples(client: httpx.AsyncClient) -> dict[tuple[str, frozenset[tuple
 
 
 def _requests(outcome: str, status_class: str) -> tuple[str, frozenset[tuple[str, str]]]:
-    return "flux_requests_total", frozenset({("outcome", outcome), ("status_class", status_class)})
+    return "flux_requests_total", frozenset(
+        {("model", "flux-tiny"), ("outcome", outcome), ("status_class", status_class)}
+    )
 
 
 async def test_health(client: httpx.AsyncClient, backend: FakeBackend) -> None:
@@ -91,8 +93,9 @@ async def test_metrics_count_by_outcome_and_merge_the_coordinators(
         ("ok", "2xx"), ("invalid", "4xx"), ("busy", "4xx"), ("unavailable", "5xx"), ("failed", "5xx")
     ):  # fmt: skip
         assert samples[_requests(outcome, status_class)] == 1
-    assert samples["flux_phase_duration_seconds_count", frozenset({("phase", "denoise")})] == 2
-    assert samples["flux_phase_duration_seconds_sum", frozenset({("phase", "denoise")})] == pytest.approx(0.4)
+    denoise = frozenset({("model", "flux-tiny"), ("phase", "denoise")})
+    assert samples["flux_phase_duration_seconds_count", denoise] == 2
+    assert samples["flux_phase_duration_seconds_sum", denoise] == pytest.approx(0.4)
     replica = frozenset({("model", "flux-tiny"), ("replica", "r0")})
     assert samples["flux_request_skip_ratio_count", replica] == 2
     assert samples["flux_request_skip_ratio_sum", replica] == pytest.approx(1.0)

@@ -159,7 +159,7 @@ async def test_a_later_error_is_the_last_event(
     assert set(last["error"]) == {"message", "type", "param", "code"}
     assert "secret" not in response.text
     counted = (await client.get("/metrics")).text
-    assert f'flux_requests_total{{outcome="{outcome}",status_class="5xx"}} 1.0' in counted
+    assert f'flux_requests_total{{model="flux-tiny",outcome="{outcome}",status_class="5xx"}} 1.0' in counted
 
 
 def test_the_openai_client_raises_a_later_error(openai_client: openai.OpenAI, backend: FakeBackend) -> None:
@@ -202,7 +202,7 @@ def test_a_client_that_leaves_ends_the_work(base_url: str, backend: FakeBackend)
             assert next(response.iter_lines()) == "event: flux.progress"
         wait_for(lambda: backend.cancelled == 1)
         metrics = base_url.replace("/v1", "/metrics")
-        cancelled = 'flux_requests_total{outcome="cancelled",status_class="4xx"} 1.0'
+        cancelled = 'flux_requests_total{model="flux-tiny",outcome="cancelled",status_class="4xx"} 1.0'
         wait_for(lambda: cancelled in client.get(metrics).text)
 
 
@@ -226,4 +226,4 @@ async def test_a_cancelled_request_is_told_so(client: httpx.AsyncClient, backend
         again = await client.delete("/v1/requests/mine")
         assert (again.status_code, again.json()["error"]["code"]) == (404, "request_not_found")
     counted = (await client.get("/metrics")).text
-    assert 'flux_requests_total{outcome="cancelled",status_class="4xx"} 2.0' in counted
+    assert 'flux_requests_total{model="flux-tiny",outcome="cancelled",status_class="4xx"} 2.0' in counted

@@ -1,0 +1,22 @@
+"""The metric catalogue, its writers, and how several sources become one exposition.
+
+Each owner has a registry of its own; nothing is registered globally, so that a test or a process may hold several.
+"""
+
+from app.metrics.api import ApiMetrics
+from app.metrics.catalogue import CATALOGUE, PHASES, Spec
+from app.metrics.coordinator import CoordinatorMetrics, Totals
+from app.metrics.encoder import EncoderMetrics
+from app.metrics.merge import Families, merge_families
+
+__all__ = [
+    "CATALOGUE",
+    "PHASES",
+    "ApiMetrics",
+    "CoordinatorMetrics",
+    "EncoderMetrics",
+    "Families",
+    "Spec",
+    "Totals",
+    "merge_families",
+]

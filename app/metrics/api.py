@@ -1,0 +1,44 @@
+"""What the HTTP side counts."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from prometheus_client import CollectorRegistry
+
+from app.metrics.catalogue import OUTCOMES, PHASES
+from app.metrics.instruments import Instruments, exemplar
+
+
+class ApiMetrics:
+    """What the HTTP side counts, labelled with the model that it serves."""
+
+    def __init__(self, registry: CollectorRegistry, model: str) -> None:
+        self._made = Instruments(registry, "api", {"model": model})
+        for outcome, status_class in zip(OUTCOMES, ("2xx", "4xx", "4xx", "5xx", "5xx", "4xx"), strict=True):
+            self._made.counter("flux_requests", outcome, status_class)
+        releases = (version(name) for name in ("flux-magcache-serve", "torch", "diffusers", "ray"))
+        self._made.gauge("flux_build_info", *releases).set(1)
+
+    def observe_request(
+        self, outcome: str, status: int, seconds: float, *, code: str | None = None, request_id: str | None = None
+    ) -> None:
+        """Count one image request that ended with the HTTP status ``status``, and the error ``code`` if any."""
+        if code is not None:
+            self._made.counter("flux_request_errors", code).inc()
+        self._made.counter("flux_requests", outcome, f"{status // 100}xx").inc()
+        self._made.histogram("flux_request_duration_seconds", outcome).observe(seconds, exemplar(request_id))
+
+    def observe_phases(
+        self,
+        *,
+        queue_s: float,
+        encode_s: float,
+        denoise_s: float,
+        decode_s: float,
+        total_s: float,
+        request_id: str | None = None,
+    ) -> None:
+        """Record one picture's time in each phase."""
+        for phase, seconds in zip(PHASES, (queue_s, encode_s, denoise_s, decode_s, total_s), strict=True):
+            self._made.histogram("flux_phase_duration_seconds", phase).observe(seconds, exemplar(request_id))

@@ -1,0 +1,217 @@
+"""Every metric of the service in one table: the instruments and docs/metrics.md are both made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+Kind = Literal["counter", "gauge", "histogram"]
+Owner = Literal["api", "encoder", "coordinator"]
+
+# From the small model's tenths of a second on a CPU to a queue of FLUX.1-dev pictures.
+LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 150.0, 300.0)
+STEP = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+GAP = (0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+RATIO = tuple(tenth / 10 for tenth in range(11))
+# The shipped thresholds are 0.05 to 0.24 for one run of reused steps, and a picture adds up several runs.
+ERROR = (0.0, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+ROWS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+TOKENS = (0, 96, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+
+OUTCOMES = ("ok", "invalid", "busy", "unavailable", "failed", "cancelled")
+ERROR_CODES = (
+    "busy", "client_left", "deadline_impossible", "deadline_passed", "generation_failed", "internal_error",
+    "invalid_value", "model_not_found", "request_cancelled", "unavailable",
+)  # fmt: skip
+"""Those that exist from the start; the API's other codes of invalid requests join when they first occur."""
+PHASES = ("queue", "encode", "denoise", "decode", "total")
+DECISIONS = ("computed", "reused")
+BRANCHES = ("cond", "uncond")
+DECILES = tuple(str(decile) for decile in range(10))
+
+COMMON: Mapping[Owner, tuple[str, ...]] = MappingProxyType(
+    {"api": ("model",), "encoder": ("model",), "coordinator": ("model", "replica")}
+)
+"""Labels that every metric of an owner carries."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One metric.
+
+    Attributes:
+        name: as prometheus_client takes it; a counter's series end in ``_total`` beside it.
+        unit: what one unit of the value is.
+        labels: beside the owner's common ones, each with all values that it takes. A label without values is a number
+            that the deployment bounds (``rank``) or a version.
+        buckets: upper bounds of a histogram.
+        exemplars: whether buckets carry a ``request_id`` in OpenMetrics.
+    """
+
+    name: str
+    kind: Kind
+    owner: Owner
+    unit: str
+    help: str
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    buckets: tuple[float, ...] = ()
+    exemplars: bool = False
+
+    @property
+    def series(self) -> str:
+        """The name in queries; a histogram's series add ``_bucket``, ``_sum`` and ``_count``."""
+        return f"{self.name}_total" if self.kind == "counter" else self.name
+
+
+def _counter(owner: Owner, name: str, unit: str, text: str, **labels: tuple[str, ...]) -> Spec:
+    return Spec(name, "counter", owner, unit, text, labels)
+
+
+def _gauge(owner: Owner, name: str, unit: str, text: str, **labels: tuple[str, ...]) -> Spec:
+    return Spec(name, "gauge", owner, unit, text, labels)
+
+
+def _histogram(
+    owner: Owner,
+    name: str,
+    unit: str,
+    buckets: tuple[float, ...],
+    text: str,
+    exemplars: bool = False,
+    **labels: tuple[str, ...],
+) -> Spec:
+    return Spec(name, "histogram", owner, unit, text, labels, buckets, exemplars)
+
+
+CATALOGUE: tuple[Spec, ...] = (
+    # What the API counts.
+    _counter(
+        "api", "flux_requests", "requests",
+        "Image requests by outcome and class of the HTTP status; a stream counts by its end.",
+        outcome=OUTCOMES, status_class=("2xx", "4xx", "5xx"),
+    ),
+    _counter(
+        "api", "flux_request_errors", "requests",
+        "Image requests that ended without all their pictures, by the `code` in the reply; client_left has none.",
+        code=ERROR_CODES,
+    ),
+    _histogram(
+        "api", "flux_request_duration_seconds", "seconds", LATENCY,
+        "Time from an image request's arrival to its reply, by outcome.", exemplars=True, outcome=OUTCOMES,
+    ),
+    _histogram(
+        "api", "flux_phase_duration_seconds", "seconds", LATENCY,
+        "Time of one picture in each phase; total is from the request's arrival to the finished file.",
+        exemplars=True, phase=PHASES,
+    ),
+    _gauge(
+        "api", "flux_build_info", "1", "Always 1; the labels say what runs.",
+        version=(), torch=(), diffusers=(), ray=(),
+    ),
+    # What the prompt encoder counts.
+    _counter(
+        "encoder", "flux_prompt_cache_lookups", "prompts",
+        "Prompts by where their embeddings came from: kept ones (hit), a computation under way for the same prompt "
+        "(shared), or a new one (miss).",
+        result=("hit", "shared", "miss"),
+    ),
+    # What each coordinator counts: decisions.
+    _counter(
+        "coordinator", "flux_steps", "steps", "Denoising steps by decision and CFG branch.",
+        decision=DECISIONS, branch=BRANCHES,
+    ),
+    _counter(
+        "coordinator", "flux_schedule_steps", "steps",
+        "Steps of finished pictures (conditional branch) by tenth of their schedule, 0 is the first, and decision.",
+        decile=DECILES, decision=DECISIONS,
+    ),
+    _histogram(
+        "coordinator", "flux_request_skip_ratio", "share", RATIO,
+        "Share of a picture's steps that reused a residual, 0 to 1.", exemplars=True,
+    ),
+    _histogram(
+        "coordinator", "flux_request_predicted_error", "error", ERROR,
+        "Error that the profile predicts for a picture's reused steps, as the picture's reply reports it.",
+        exemplars=True,
+    ),
+    # Time of the ranks.
+    _histogram(
+        "coordinator", "flux_step_duration_seconds", "seconds", STEP,
+        "Time of one step plan on the slowest rank; kind is computed when any row computed, else reused.",
+        kind=DECISIONS,
+    ),
+    _histogram(
+        "coordinator", "flux_rank_step_duration_seconds", "seconds", STEP,
+        "Time of one step plan on each rank. Ranks wait for each other in computed plans; in reused ones each is "
+        "alone, and a slow one shows.",
+        rank=(), kind=DECISIONS,
+    ),
+    _histogram(
+        "coordinator", "flux_straggler_gap_seconds", "seconds", GAP,
+        "Time of a step plan on the slowest rank less that on the fastest.", kind=DECISIONS,
+    ),
+    _counter(
+        "coordinator", "flux_decision_seconds", "seconds",
+        "Time of the slowest rank that went into computed and into reused steps, estimated where a plan mixed them.",
+        decision=DECISIONS,
+    ),
+    _counter(
+        "coordinator", "flux_saved_seconds", "seconds",
+        "Estimate of the time that the reused steps would have taken longer had they been computed.",
+    ),
+    _histogram(
+        "coordinator", "flux_plan_wait_seconds", "seconds", GAP,
+        "Time that a rank with rows to step waited for a step plan, the longest of the ranks: the control plane's gap.",
+    ),
+    # The batch.
+    _histogram(
+        "coordinator", "flux_step_batch_rows", "rows", ROWS,
+        "Rows that computed the block stack in one step plan, both CFG branches counted; 0 when all rows reused.",
+    ),
+    _histogram(
+        "coordinator", "flux_step_batch_tokens", "tokens", TOKENS,
+        "Tokens that went through the block stack in one step plan; 0 when all rows reused.",
+    ),
+    _gauge(
+        "coordinator", "flux_residual_bytes", "bytes", "Memory that kept residuals take on one rank, the largest."
+    ),
+    # Pictures.
+    _gauge("coordinator", "flux_running_pictures", "pictures", "Pictures being denoised now."),
+    _gauge("coordinator", "flux_waiting_pictures", "pictures", "Pictures waiting for room in the batch."),
+    _gauge("coordinator", "flux_waiting_pictures_limit", "pictures", "Waiting pictures at which new ones are refused."),
+    _counter("coordinator", "flux_pictures_admitted", "pictures", "Pictures that joined the batch."),
+    _counter("coordinator", "flux_pictures_finished", "pictures", "Pictures that took their last step."),
+    _counter(
+        "coordinator", "flux_pictures_refused", "pictures",
+        "Pictures turned away at their arrival: the queue was full, or no allowed schedule meets the deadline.",
+        reason=("queue_full", "deadline_impossible"),
+    ),
+    _counter(
+        "coordinator", "flux_pictures_cancelled", "pictures",
+        "Pictures that ended, waiting or running, because their client left or somebody cancelled the request.",
+    ),
+    _counter(
+        "coordinator", "flux_deadline_misses", "pictures",
+        "Pictures that were taken and whose deadline passed before their last step.",
+    ),
+    _counter(
+        "coordinator", "flux_downgrades", "pictures",
+        "Admitted pictures with fewer computed steps than they asked for, taken by their deadline or by the load.",
+        reason=("deadline", "load"),
+    ),
+    # The group.
+    _gauge("coordinator", "flux_group_up", "1", "1 while the tensor-parallel group works, 0 once it has failed."),
+    _counter(
+        "coordinator", "flux_group_rebuilds", "rebuilds",
+        "Times that the tensor-parallel group was built again after a failure.",
+    ),
+    _counter("coordinator", "flux_digests_checked", "digests", "Ranks' history digests compared with the plan's."),
+    _counter(
+        "coordinator", "flux_digest_mismatches", "digests",
+        "Plans whose history digest a rank did not agree with; each rebuilds the group.",
+    ),
+)  # fmt: skip
+
+BY_NAME: Mapping[str, Spec] = MappingProxyType({spec.name: spec for spec in CATALOGUE})

@@ -1,0 +1,20 @@
+"""What the prompt encoder counts."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from prometheus_client import CollectorRegistry
+
+from app.metrics.instruments import Instruments
+
+
+class EncoderMetrics:
+    """What the prompt encoder counts, labelled with its model."""
+
+    def __init__(self, registry: CollectorRegistry, model: str) -> None:
+        self._made = Instruments(registry, "encoder", {"model": model})
+
+    def looked_up(self, result: Literal["hit", "shared", "miss"]) -> None:
+        """Count one prompt by where its embeddings came from."""
+        self._made.counter("flux_prompt_cache_lookups", result).inc()
