@@ -127,6 +127,6 @@ class CoordinatorMetrics:
         """Count rebuilds; a fresh coordinator is told of those before it."""
         self._made.counter("flux_group_rebuilds").inc(times)
 
-    def digest_mismatch(self) -> None:
-        """Count a rank that disagreed with the coordinator's history."""
-        self._made.counter("flux_digest_mismatches").inc()
+    def digest_mismatch(self, times: int = 1) -> None:
+        """Count ranks that disagreed with the coordinator's history; a fresh coordinator is told of those before it."""
+        self._made.counter("flux_digest_mismatches").inc(times)

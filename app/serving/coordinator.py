@@ -26,7 +26,7 @@ from app.engine.sampling import FlowMatchSampler
 from app.metrics import CoordinatorMetrics
 from app.serving.counts import Counts
 from app.serving.entry import Entry, Shape
-from app.serving.errors import GroupFailedError
+from app.serving.errors import GroupFailedError, HistoryMismatchError
 from app.serving.feeds import OVER, Feed, News
 from app.serving.intake import Intake, SentPlan, average_job
 from app.serving.logs import configure_logging
@@ -68,7 +68,9 @@ class Coordinator:
     No plan waits for a result: decisions depend on settings and step indices only, never on the data.
     """
 
-    def __init__(self, settings: Settings, ranks: Sequence[ActorHandle], replica: str, rebuilds: int) -> None:
+    def __init__(
+        self, settings: Settings, ranks: Sequence[ActorHandle], replica: str, rebuilds: int, mismatches: int = 0
+    ) -> None:
         configure_logging(settings.log_level)
         self._ranks = list(ranks)
         self._intake = Intake(settings, TrajectoryPlanner(settings, FlowMatchSampler(local_model(settings.model))))
@@ -77,6 +79,7 @@ class Coordinator:
         self._registry = CollectorRegistry()
         self._metrics = CoordinatorMetrics(self._registry, settings.model_name, replica)
         self._metrics.group_rebuilt(rebuilds)
+        self._metrics.digest_mismatch(mismatches)
         self._metrics.waiting_limit(settings.max_waiting_pictures)
         self._pending: dict[str, _Pending] = {}
         self._feeds: dict[str, Feed] = {}
@@ -263,11 +266,12 @@ class Coordinator:
             pending.fail(DeadlinePassedError(f"deadline_s of {entry.job.deadline_s:g} s passed after {done}"))
 
     def _fail(self, error: Exception) -> None:
-        if isinstance(error, PlanMismatchError):
-            self._metrics.digest_mismatch()
+        mismatch = isinstance(error, PlanMismatchError)
+        self._metrics.digest_mismatch(mismatch)
         logger.error("the group failed: %s", error)
         self._metrics.group_up(False)
-        self._failure = GroupFailedError(f"{type(error).__name__}: {error}")
+        kind = HistoryMismatchError if mismatch else GroupFailedError
+        self._failure = kind(f"{type(error).__name__}: {error}")
         for pending in self._pending.values():
             pending.fail(self._failure)
 

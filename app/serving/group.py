@@ -25,13 +25,16 @@ class RankGroup:
     ranks: tuple[Any, ...]
 
     @classmethod
-    async def build(cls, settings: Settings, bundles: PlacementGroup, replica: str, rebuilds: int) -> "RankGroup":
+    async def build(
+        cls, settings: Settings, bundles: PlacementGroup, replica: str, rebuilds: int, mismatches: int = 0
+    ) -> "RankGroup":
         """Start the actors, let the ranks meet and load, then start the coordinator.
 
         Args:
             bundles: one bundle per rank.
             replica: the replica's unique name; metrics carry it.
             rebuilds: how many groups this replica had before.
+            mismatches: how many of them ended because a rank had another history than its coordinator.
 
         Raises:
             ray.exceptions.RayError: an actor died, or the checkpoint cannot be loaded (the cause is in the message).
@@ -59,7 +62,7 @@ class RankGroup:
                 num_cpus=0,
                 max_concurrency=10_000,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(bundles, placement_group_bundle_index=0),
-            ).remote(settings, ranks, replica, rebuilds)
+            ).remote(settings, ranks, replica, rebuilds, mismatches)
             await coordinator.ping.remote()
             coordinator.run.remote()
         except BaseException:

@@ -11,7 +11,7 @@ from ray import serve
 
 from app.api.errors import DeadlinePassedError, UnavailableError
 from app.engine.messages import Conditioning, DenoiseJob, DenoiseResult, ProgressEvent
-from app.serving.errors import GroupFailedError
+from app.serving.errors import GroupFailedError, HistoryMismatchError
 from app.serving.group import RankGroup
 from app.serving.logs import configure_logging
 from app.serving.news import Selection, news_of, until
@@ -31,6 +31,7 @@ class FluxReplica:
         configure_logging(settings.log_level)
         self._settings = settings
         self._rebuilds = 0
+        self._mismatches = 0
         self._failure: Exception | None = None
         self._reports: asyncio.Queue[tuple[RankGroup, Exception]] = asyncio.Queue()
         self._settled = asyncio.Condition()
@@ -132,6 +133,7 @@ class FluxReplica:
 
     async def _rebuild(self, error: Exception) -> None:
         logger.error("rebuilding the tensor-parallel group: %s", error)
+        self._mismatches += isinstance(error, HistoryMismatchError)
         self._group.kill()
         for attempt in range(1, self._settings.rebuild_attempts + 1):
             self._rebuilds += 1
@@ -148,7 +150,7 @@ class FluxReplica:
     async def _build(self) -> RankGroup:
         bundles = ray.util.get_current_placement_group()
         assert bundles is not None, "Serve gives every replica the placement group that build() asks for"
-        return await RankGroup.build(self._settings, bundles, self._replica, self._rebuilds)
+        return await RankGroup.build(self._settings, bundles, self._replica, self._rebuilds, self._mismatches)
 
 
 def _with_time_left(job: DenoiseJob, spent_s: float) -> DenoiseJob:
