@@ -272,8 +272,15 @@ def test_the_service_is_scraped_once_and_ray_pod_by_pod() -> None:
     service = named(build("single-node"), "RayService")["metadata"]
     # KubeRay names the Service after the RayService.
     target = f"{service['name']}-serve-svc.{service['namespace']}.svc:{PROXY_PORT}"
-    assert (scrape["metricsPath"], scrape["staticConfigs"]) == ("/metrics", [{"targets": [target]}])
-    ports = {endpoint["port"] for endpoint in named(objects, "PodMonitor")["spec"]["podMetricsEndpoints"]}
+    (static,) = scrape["staticConfigs"]
+    assert (scrape["metricsPath"], static["targets"]) == ("/metrics", [target])
+    # What the rules join by; Serve's own metrics have `application` already, under the application's name there.
+    (application,) = serve_config("flux.yaml")["applications"]
+    assert (scrape["jobName"], static["labels"]["application"]) == ("flux", application["name"])
+    endpoints = named(objects, "PodMonitor")["spec"]["podMetricsEndpoints"]
+    named_so = [{"targetLabel": "cluster", "replacement": static["labels"]["cluster"]}]
+    assert all(endpoint["relabelings"] == named_so for endpoint in endpoints)
+    ports = {endpoint["port"] for endpoint in endpoints}
     head = {
         port["name"] for port in cluster_of("multi-node")["headGroupSpec"]["template"]["spec"]["containers"][0]["ports"]
     }
