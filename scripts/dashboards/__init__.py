@@ -1,0 +1,1 @@
+"""Grafana dashboards as code. `panels` says what a panel is, `service` and `magcache` have them, `build` makes JSON."""
