@@ -14,7 +14,7 @@ from . import loop, scenes, text, vae
 BATCH = 50
 # How the scenes are shared out over scenes.ASPECTS.
 SHARES = (0.7, 0.15, 0.15)
-SCENES = 24000
+SCENES = 30000
 
 
 @dataclass

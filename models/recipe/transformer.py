@@ -18,7 +18,7 @@ from .latents import Latents
 from .latents import load as load_latents
 from .text import WIDTH, Text, soft_cross_entropy
 
-BATCH = 16  # For each worker.
+BATCH = 32  # For each worker.
 WORKERS = 2
 DROP_CAPTION = 0.1
 # Predicting each token's colour and shape from inside the network teaches the layout early: the alignment of REPA
