@@ -131,7 +131,7 @@ def check_resources(settings: Settings) -> None:
         if time.monotonic() >= until:
             raise RuntimeError(shortage)
         if not told:
-            configure_logging(settings.log_level)
+            configure_logging(settings)
             logger.warning("%s Waiting up to %g s for more.", shortage, settings.resources_timeout_s)
             told = True
         time.sleep(1.0)

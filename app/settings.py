@@ -221,6 +221,17 @@ class HttpSettings(_Section):
     )
 
 
+class TelemetrySettings(_Section):
+    """Traces of requests."""
+
+    otlp_endpoint: str | None = Field(
+        default=None,
+        pattern=r"^https?://[^/\s]+",
+        description="Base URL of an OTLP/HTTP collector that gets spans of each request and its phases, for example "
+        "`http://otel-collector:4318`; needs the extra `otlp`. null sends none.",
+    )
+
+
 class AutoscalingSettings(_Section):
     """How the number of tensor-parallel groups follows the load; without `max_replicas` it stays at `num_replicas`."""
 
@@ -365,6 +376,9 @@ class Settings(_Section):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default="INFO", description="Least severe line to log."
     )
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="`text` lines for people, or one JSON object a line for a log collector."
+    )
     sampling: SamplingSettings = Field(default=SamplingSettings(), description="Request defaults and limits.")
     text_encoder: TextEncoderSettings = Field(default=TextEncoderSettings(), description="The text encoders.")
     vae: VaeSettings = Field(default=VaeSettings(), description="The VAE.")
@@ -372,6 +386,7 @@ class Settings(_Section):
     elastic: ElasticSettings = Field(default=ElasticSettings(), description="Quality under load.")
     quality: QualitySettings = Field(default=QualitySettings(), description="What `quality` means.")
     http: HttpSettings = Field(default=HttpSettings(), description="Limits on one HTTP request; streams.")
+    telemetry: TelemetrySettings = Field(default=TelemetrySettings(), description="Traces of requests.")
     autoscaling: AutoscalingSettings = Field(
         default=AutoscalingSettings(), description="How the number of groups follows the load."
     )

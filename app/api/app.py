@@ -39,7 +39,9 @@ def create_app(settings: Settings, get_backend: Callable[[], Backend], *, id_add
     app.state.service = service = new_service(settings, get_backend)
     app.include_router(router)
     app.include_router(edits.router)
-    app.add_middleware(RequestMiddleware, metrics=service.metrics, id_added_in_front=id_added_in_front)
+    app.add_middleware(
+        RequestMiddleware, metrics=service.metrics, tracing=service.tracing, id_added_in_front=id_added_in_front
+    )
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]

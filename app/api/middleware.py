@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import time
 import uuid
+from collections.abc import Callable, Iterator
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -15,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.api.errors import ServiceError
 from app.api.replies import error_response
 from app.metrics import ApiMetrics
+from app.telemetry import REQUEST_ID, Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +48,10 @@ class RequestMiddleware:
             so it is added here only when it differs.
     """
 
-    def __init__(self, app: ASGIApp, metrics: ApiMetrics, id_added_in_front: bool) -> None:
+    def __init__(self, app: ASGIApp, metrics: ApiMetrics, tracing: Tracing, id_added_in_front: bool) -> None:
         self.app = app
         self.metrics = metrics
+        self.tracing = tracing
         self.id_added_in_front = id_added_in_front
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -55,9 +59,16 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id")
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id")
         request_id = sane_request_id(given)
         scope.setdefault("state", {})["request_id"] = request_id
+        with self._traced(scope, headers, request_id) as ended:
+            ended(await self._serve(scope, receive, send, given))
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, given: str | None) -> int:
+        """Serve one request whose id is known; returns the status that it ended with."""
+        request_id: str = scope["state"]["request_id"]
         started = time.perf_counter()
         status = 0  # until the reply's start is sent
 
@@ -85,18 +96,42 @@ class RequestMiddleware:
         finally:
             # A stream that fails has sent its status long before.
             status = scope["state"].get("failed_with", status) if status < 400 else status
-            self._record(scope, request_id, status or 500, time.perf_counter() - started)
+            status = status or 500
+            self._record(scope, request_id, status, time.perf_counter() - started)
+        return status
+
+    @contextlib.contextmanager
+    def _traced(self, scope: Scope, headers: Headers, request_id: str) -> Iterator[Callable[[int], None]]:
+        """The request's id in every log line, and a span around a request for pictures."""
+        token = REQUEST_ID.set(request_id)
+        try:
+            if not _asks_for_pictures(scope):
+                yield lambda status: None
+                return
+            with self.tracing.request(_path(scope), headers, {"flux.request_id": request_id}) as ended:
+                yield ended
+        finally:
+            REQUEST_ID.reset(token)
 
     def _record(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
-        # Under a route prefix the path begins with it.
-        method, path = scope["method"], scope["path"].removeprefix(scope.get("root_path", ""))
+        method, path = scope["method"], _path(scope)
         # Probes and scrapes come every few seconds for ever: not worth a line each unless they fail.
         level = logging.DEBUG if method == "GET" and status < 400 else logging.INFO
         logger.log(level, "request %s: %s %.200r -> %d in %.3f s", request_id, method, path, status, seconds)
-        if path in (IMAGES_PATH, EDITS_PATH) and method == "POST":
+        if _asks_for_pictures(scope):
             code = scope["state"].get("error_code")
             if status == CLIENT_CLOSED_REQUEST:
                 code = CLIENT_LEFT
             elif status >= 500 and code is None:
                 code = ServiceError.code
             self.metrics.observe_request(outcome(status), status, seconds, code=code, request_id=request_id)
+
+
+def _path(scope: Scope) -> str:
+    # Under a route prefix the path begins with it.
+    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+    return path
+
+
+def _asks_for_pictures(scope: Scope) -> bool:
+    return scope["method"] == "POST" and _path(scope) in (IMAGES_PATH, EDITS_PATH)

@@ -24,6 +24,7 @@ from app.api.streaming import stream_response
 from app.api.validation import parse, read_json
 from app.metrics import ApiMetrics, Families, merge_families
 from app.settings import Settings
+from app.telemetry import Attributes, Tracing
 
 logger = logging.getLogger(__name__)
 router = APIRouter()
@@ -37,11 +38,19 @@ class Service:
     get_backend: Callable[[], Backend]
     registry: CollectorRegistry
     metrics: ApiMetrics
+    tracing: Tracing
     started: int
 
     def observe(self, picture: Picture, request_id: str) -> None:
-        """Count one finished picture."""
-        self.metrics.observe_phases(**timings(picture).model_dump(), request_id=request_id)
+        """Count and trace one finished picture."""
+        phases, report = timings(picture).model_dump(), picture.report
+        self.metrics.observe_phases(**phases, request_id=request_id)
+        attributes: Attributes = {
+            "flux.request_id": request_id,
+            "flux.seed": picture.seed,
+            "flux.schedule": report.schedule,
+        }
+        self.tracing.picture(**phases, attributes=attributes)
 
     @property
     def card(self) -> ModelCard:
@@ -222,4 +231,6 @@ async def index(request: Request) -> dict[str, Any]:
 def new_service(settings: Settings, get_backend: Callable[[], Backend]) -> Service:
     """The shared state of one application, with a metric registry of its own."""
     registry = CollectorRegistry()
-    return Service(settings, get_backend, registry, ApiMetrics(registry, settings.model_name), int(time.time()))
+    return Service(
+        settings, get_backend, registry, ApiMetrics(registry, settings.model_name), Tracing(settings), int(time.time())
+    )

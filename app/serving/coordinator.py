@@ -33,6 +33,7 @@ from app.serving.logs import configure_logging
 from app.serving.model_files import local_model
 from app.serving.trajectory import TrajectoryPlanner
 from app.settings import Settings
+from app.telemetry import REQUEST_ID
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class Coordinator:
     def __init__(
         self, settings: Settings, ranks: Sequence[ActorHandle], replica: str, rebuilds: int, mismatches: int = 0
     ) -> None:
-        configure_logging(settings.log_level)
+        configure_logging(settings)
         self._ranks = list(ranks)
         self._intake = Intake(settings, TrajectoryPlanner(settings, FlowMatchSampler(local_model(settings.model))))
         self._scheduler = self._intake.scheduler
@@ -121,6 +122,7 @@ class Coordinator:
             magcache_core.ConfigError: ``computed_steps`` cannot be met with the other settings.
             GroupFailedError: this coordinator or one of its ranks broke; the picture is not lost, ask a new group.
         """
+        REQUEST_ID.set(job.request_id)
         if self._failure is not None:
             raise self._failure
         (reference,) = conditioning
@@ -260,7 +262,8 @@ class Coordinator:
     def _end_what_is_too_late(self) -> None:
         for entry in self._scheduler.take_too_late():
             self.counts.deadline_passed += 1
-            logger.info("request %s: deadline passed, %s ended", entry.job.request_id, entry.job.row_id)
+            named = {"request_id": entry.job.request_id}  # no request's own task
+            logger.info("request %s: deadline passed, %s ended", *named.values(), entry.job.row_id, extra=named)
             pending = self._pending[entry.job.row_id]
             done = f"{pending.steps_done} of {entry.job.steps_to_run} steps"
             pending.fail(DeadlinePassedError(f"deadline_s of {entry.job.deadline_s:g} s passed after {done}"))

@@ -22,7 +22,7 @@ class ImageDecoder:
     """Works on one picture at a time, off the event loop; finished ones before previews."""
 
     def __init__(self, settings: Settings) -> None:
-        configure_logging(settings.log_level)
+        configure_logging(settings)
         self._device = torch.device(settings.decoder_runs_on)
         model = local_model(settings.model, settings.revision)
         self._family = family_of(model)

@@ -60,7 +60,7 @@ class PromptEncoder:
     """Encodes one prompt at a time, off the event loop; equal prompts that arrive together are encoded once."""
 
     def __init__(self, settings: Settings) -> None:
-        configure_logging(settings.log_level)
+        configure_logging(settings)
         self._encoders = TextEncoders(
             local_model(settings.model, settings.revision),
             settings.sampling.max_sequence_length,

@@ -27,5 +27,5 @@ class ImagesApi:
         self, settings: Settings, encoder: DeploymentHandle, replica: DeploymentHandle, decoder: DeploymentHandle
     ) -> None:
         global _backend
-        configure_logging(settings.log_level)
+        configure_logging(settings)
         _backend = ServeBackend(settings, encoder, replica, decoder)

@@ -27,7 +27,7 @@ class Rank:
     """One tensor-parallel rank. Its calls run one at a time, in the order in which the coordinator sends them."""
 
     def __init__(self, settings: Settings, rank: int) -> None:
-        configure_logging(settings.log_level)
+        configure_logging(settings)
         if settings.threads_per_rank:
             torch.set_num_threads(settings.threads_per_rank)
         self._settings = settings

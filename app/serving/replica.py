@@ -17,6 +17,7 @@ from app.serving.logs import configure_logging
 from app.serving.news import Selection, news_of, until
 from app.serving.preflight import fetch_and_check
 from app.settings import Settings
+from app.telemetry import REQUEST_ID
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class FluxReplica:
     """One tensor-parallel group behind Serve's routing, queueing and health checks."""
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
-        configure_logging(settings.log_level)
+        configure_logging(settings)
         self._settings = settings
         self._rebuilds = 0
         self._mismatches = 0
@@ -76,6 +77,7 @@ class FluxReplica:
         self, job: DenoiseJob, conditioning: Conditioning, asked: Callable[[RankGroup], None]
     ) -> DenoiseResult:
         """Ask one group after another, telling ``asked`` of each, until one makes the picture."""
+        REQUEST_ID.set(job.request_id)
         reference = ray.put(conditioning)
         came = time.monotonic()
         for _ in range(self._settings.rebuild_attempts + 1):
