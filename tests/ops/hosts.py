@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -23,12 +23,13 @@ class Host:
 
     name: str
     address: str
+    booted: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def boot(self, command: list[str], log: Path, environment: dict[str, str]) -> None:
         """Run ``command`` as this host's first process; the others end with it."""
         alone = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
         with log.open("ab") as output:
-            subprocess.Popen(
+            process = subprocess.Popen(
                 ["ip", "netns", "exec", self.name, *alone, *command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -36,6 +37,7 @@ class Host:
                 env=environment,
                 start_new_session=True,
             )
+        self.booted.append(process)
 
     def run(
         self, command: list[str], environment: dict[str, str], timeout_s: float
@@ -56,6 +58,8 @@ class Host:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.send_signal(sign)
             psutil.wait_procs(processes, timeout=PATIENCE_S)
+        for process in self.booted:
+            process.wait(PATIENCE_S)
 
     def _processes(self) -> list[psutil.Process]:
         found = []

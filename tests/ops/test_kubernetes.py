@@ -247,6 +247,7 @@ def test_only_the_ingress_reaches_the_service_and_nobody_ray(overlay: str) -> No
     assert sources(objects, 8265, "head") == {"kuberay-system", ours}
     for port in (6379, 10001, 8080, 52365):
         assert sources(objects, port, "head") == sources(objects, port, "worker") == {ours}
+    assert cluster_of(overlay)["authOptions"] == {"mode": "token"}
     closed = named(objects, "NetworkPolicy", "flux-nothing-else")["spec"]
     assert closed == {"podSelector": {}, "policyTypes": ["Ingress"]}
     # Prometheus gets its ports from the overlay that wants them read.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -113,11 +114,15 @@ def cluster() -> Iterator[Cluster]:
     # Ray's sockets have long names below this folder, and a socket's path has 107 characters at most.
     folder = Path(tempfile.mkdtemp(prefix="fx", dir="/tmp"))
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # The manifests have Ray ask for a token; KubeRay makes it and gives it to the pods in the same way.
+    token = secrets.token_hex(16)
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     environment |= {"PATH": f"{Path(RAY).parent}{os.pathsep}{environment['PATH']}"}
     with (
         hosts(3) as (head, *workers),
         httpx.Client(base_url=f"http://{head.address}:8265", timeout=30, trust_env=False) as dashboard,
     ):
+        dashboard.headers["Authorization"] = f"Bearer {token}"
         environment["RAY_ADDRESS"] = f"{head.address}:6379"  # as KubeRay sets it
         common = [RAY, "start", "--block", "--object-store-memory=100000000"]
         for host, options in [
