@@ -265,3 +265,15 @@ def test_counts_split_the_time_of_mixed_plans() -> None:
     reused = ranks.intake.counts.reused_seconds - before[1]
     assert computed + reused == pytest.approx(ranks.now_s - before[2])
     assert 0 < reused < computed
+
+
+def test_what_reuse_saved_is_what_computing_would_have_taken_longer() -> None:
+    ranks = calibrated()
+    ranks.take(picture("all", magcache=MagCacheOptions(False)))
+    ranks.run()
+    saved, started = ranks.intake.counts.saved_seconds, ranks.now_s
+    ranks.take(picture("some"))
+    ranks.run()
+    saved = ranks.intake.counts.saved_seconds - saved
+    taken, in_full = ranks.now_s - started, ranks.finished["all/0"].seconds
+    assert saved == pytest.approx(in_full - taken, rel=0.05)
