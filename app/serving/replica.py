@@ -79,11 +79,11 @@ class FluxReplica:
         """Ask one group after another, telling ``asked`` of each, until one makes the picture."""
         REQUEST_ID.set(job.request_id)
         reference = ray.put(conditioning)
-        came = time.monotonic()
+        came, asking = time.monotonic(), job
         for _ in range(self._settings.rebuild_attempts + 1):
             group = self._group
             try:
-                call = group.coordinator.denoise.remote(_with_time_left(job, time.monotonic() - came), [reference])
+                call = group.coordinator.denoise.remote(asking, [reference])
                 asked(group)
                 result: DenoiseResult = await call
                 return result
@@ -93,6 +93,7 @@ class FluxReplica:
             except (GroupFailedError, ray.exceptions.RayActorError) as error:
                 logger.warning("request %s: %s is made again: %s", job.request_id, job.row_id, error)
                 await self._replaced(group, error)
+                asking = _with_time_left(job, time.monotonic() - came)
         raise UnavailableError(
             f"the tensor-parallel group failed {self._settings.rebuild_attempts + 1} times on this request; ask again"
         )
