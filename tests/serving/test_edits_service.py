@@ -48,19 +48,19 @@ def source(width: int, height: int) -> Image.Image:
     return picture
 
 
-@pytest.fixture(scope="module")
-def serving(service: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    """Serve a tiny checkpoint beside the session's application, which reserves all of the cluster's CPUs."""
+@pytest.fixture
+def serving(service: str, tmp_path: Path) -> Iterator[Serving]:
+    """Serve a tiny checkpoint beside the session's application, which leaves a quarter of a CPU."""
     names: list[str] = []
 
     def start(model: str) -> tuple[openai.OpenAI, Path]:
-        folder = make_checkpoint(model, "tiny", tmp_path_factory.mktemp("models") / model)
+        folder = make_checkpoint(model, "tiny", tmp_path / model)
         settings = Settings.model_validate(
             {
                 "model": str(folder),
                 "served_model_name": "tiny",
-                "cpus_per_rank": 0.0,
-                "cpus_per_helper": 0.0,
+                "cpus_per_rank": 0.1,
+                "cpus_per_helper": 0.05,
                 "sampling": {"num_inference_steps": 4, "max_sequence_length": TEXT_TOKENS},
             }
         )
