@@ -120,12 +120,12 @@ BATCH = Row(
             "heatmap", "short", distribution("flux_step_batch_rows", GROUP),
         ),
         Panel(
-            "Packing", "Mean rows and tokens of a step plan's forward pass; 0 where all rows reuse.",
-            "timeseries", "short",
-            (
-                Query(mean("flux_step_batch_rows", "", GROUP), "rows"),
-                Query(mean("flux_step_batch_tokens", "", GROUP), "tokens"),
-            ),
+            "Rows per plan", "Mean rows in a step plan's forward pass; 0 counts where all rows reuse.",
+            "timeseries", "short", (Query(mean("flux_step_batch_rows", "replica", GROUP), "{{replica}}"),), width=6,
+        ),
+        Panel(
+            "Tokens per plan", "Mean tokens in a step plan's forward pass; `max_batch_tokens` bounds them.",
+            "timeseries", "short", (Query(mean("flux_step_batch_tokens", "replica", GROUP), "{{replica}}"),), width=6,
         ),
     ),
 )  # fmt: skip

@@ -63,8 +63,9 @@ def _draw(axes: Any, panel: Panel, answers: list[tuple[Query, Series]], when: Ra
         for name, samples in named:
             times, values = np.array(samples).T
             axes.plot(times - when.start, values * factor, label=name, linewidth=1.2)
-        axes.set_ylim(bottom=0)
-        if len(named) <= 8:
+        top = max((value for _, samples in named for _, value in samples), default=0.0) * factor
+        axes.set_ylim(0, 1.3 * top or 1)
+        if 0 < len(named) <= 8:
             axes.legend(fontsize=6, loc="upper left")
 
 
