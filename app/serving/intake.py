@@ -55,12 +55,13 @@ class Intake:
             InvalidRequestError: one step of it does not fit into a batch.
             magcache_core.ConfigError: ``computed_steps`` cannot be met with the other settings.
         """
-        if self.scheduler.waiting >= self._settings.max_waiting_pictures:
+        self._check_size(job)
+        free = self.scheduler.free_places(Shape.of(job, self._settings).tokens * len(job.branches))
+        if self.scheduler.waiting >= self._settings.max_waiting_pictures + free:
             self.counts.refused += 1
             self._turned_away += 1
             # Each that is turned away is told of a free place of its own, so that not all come back at once.
             raise BusyError(self._forecast().place_s(self._turned_away))
-        self._check_size(job)
         entry = self.scheduler.submit(job, self._planner.trajectories(job))
         position = self.scheduler.position(entry)
         at_once = position <= self.scheduler.free_places(entry.tokens)
