@@ -1,4 +1,4 @@
-"""Prompt and pictures in, a file out: the service's parts without a cluster against the whole pipeline of each model."""
+"""Prompt and pictures in, a file out: the service's parts without a cluster against each model's whole pipeline."""
 
 from __future__ import annotations
 
