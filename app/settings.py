@@ -4,256 +4,45 @@
 the repository.
 """
 
-import difflib
-from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Iterator
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
-Device = Literal["cpu", "cuda"]
-Placement = Literal["cpu", "gpu"]
-PositiveInt = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Share = Annotated[float, Field(gt=0.0, le=1.0)]
+from app.setting_sections import (
+    AutoscalingSettings,
+    Device,
+    ElasticSettings,
+    HttpSettings,
+    MagCacheSettings,
+    PositiveInt,
+    QualitySettings,
+    SamplingSettings,
+    Section,
+    TelemetrySettings,
+    TextEncoderSettings,
+    VaeSettings,
+    unknown_name,
+)
 
-
-def unknown_name(kind: str, name: str, valid: Iterable[str]) -> str:
-    """The message for a name that does not exist: it offers the nearest valid one, or lists them all."""
-    names = sorted(valid)
-    nearest = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
-    advice = f"did you mean {nearest[0]!r}?" if nearest else f"valid names: {', '.join(names)}"
-    return f"unknown {kind} {name[:80]!r}; {advice}"
-
-
-class _Section(BaseModel):
-    """A group of settings. Strict: ``"2"`` is not ``2``, and ``true`` is no number."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unknown_names(cls, data: Any) -> Any:
-        unknown = [str(key) for key in data if key not in cls.model_fields] if isinstance(data, dict) else []
-        if unknown:
-            raise ValueError("; ".join(unknown_name("setting", key, cls.model_fields) for key in unknown))
-        return data
-
-
-class SamplingSettings(_Section):
-    """What a request gets when it does not say, and what it may ask for at most."""
-
-    default_width: PositiveInt = Field(default=128, description="Width in pixels when a request names no `size`.")
-    default_height: PositiveInt = Field(default=128, description="Height in pixels when a request names no `size`.")
-    num_inference_steps: PositiveInt = Field(default=28, description="Denoising steps when a request does not say.")
-    guidance_scale: float = Field(default=3.5, ge=0.0, description="Distilled guidance when a request does not say.")
-    max_sequence_length: int = Field(
-        default=32,
-        ge=1,
-        le=512,
-        description="T5 tokens per prompt, padding included; the length the model was trained with.",
-    )
-    min_side: PositiveInt = Field(default=64, description="Shortest side in pixels that a request may ask for.")
-    max_side: PositiveInt = Field(default=256, description="Longest side in pixels that a request may ask for.")
-    max_pixels: PositiveInt = Field(
-        default=65536, description="Largest width x height that a request may ask for: bounds a step's time and memory."
-    )
-    side_multiple: PositiveInt = Field(
-        default=16, description="Both sides must be multiples of this: 8 for the VAE times 2 for FLUX's patches."
-    )
-    max_inference_steps: PositiveInt = Field(
-        default=100, description="Most denoising steps that a request may ask for."
-    )
-    max_n: PositiveInt = Field(default=10, description="Most pictures that one request may ask for (`n`).")
-
-    @field_validator("side_multiple")
-    @classmethod
-    def _patches(cls, value: int) -> int:
-        if value % 16:
-            raise ValueError(f"side_multiple is {value}; FLUX's VAE and patches need a multiple of 16")
-        return value
-
-    @model_validator(mode="after")
-    def _defaults_within_limits(self) -> Self:
-        for name in ("min_side", "max_side", "default_width", "default_height"):
-            value = getattr(self, name)
-            if value % self.side_multiple:
-                down = max(value // self.side_multiple, 1) * self.side_multiple
-                raise ValueError(
-                    f"{name} is {value}; it must be a multiple of {self.side_multiple}, for example {down}"
-                )
-        if self.min_side > self.max_side:
-            raise ValueError(f"min_side is {self.min_side}; it must not exceed max_side, {self.max_side}")
-        if self.min_side**2 > self.max_pixels:
-            raise ValueError(
-                f"max_pixels is {self.max_pixels}; raise it to at least min_side squared, {self.min_side**2}"
-            )
-        for name in ("default_width", "default_height"):
-            value = getattr(self, name)
-            if not self.min_side <= value <= self.max_side:
-                raise ValueError(
-                    f"{name} is {value}; choose one between min_side, {self.min_side}, and max_side, {self.max_side}"
-                )
-        pixels = self.default_width * self.default_height
-        if pixels > self.max_pixels:
-            raise ValueError(f"default_width x default_height is {pixels} pixels; raise max_pixels, {self.max_pixels}")
-        if self.num_inference_steps > self.max_inference_steps:
-            raise ValueError(
-                f"num_inference_steps is {self.num_inference_steps}; it must not exceed max_inference_steps, "
-                f"{self.max_inference_steps}"
-            )
-        return self
+__all__ = [
+    "AutoscalingSettings",
+    "ElasticSettings",
+    "HttpSettings",
+    "MagCacheSettings",
+    "QualitySettings",
+    "SamplingSettings",
+    "Settings",
+    "TelemetrySettings",
+    "TextEncoderSettings",
+    "VaeSettings",
+    "describe",
+    "table",
+    "unknown_name",
+]
 
 
-class MagCacheSettings(_Section):
-    """The server's MagCache policy; a request may override each of the last three and `enabled`."""
-
-    enabled: bool = Field(
-        default=True, description="Reuse residuals by default; `false` computes every step unless asked."
-    )
-    profile: str | None = Field(
-        default=None,
-        min_length=1,
-        description="Calibrated profile: a name that ships with magcache_core or a path to its JSON; null takes, for "
-        "each request, the shipped one of this model that is nearest in steps and pixels.",
-    )
-    mag_threshold: float | None = Field(
-        default=None, ge=0.0, description="Accumulated error at which a step must compute; null is the profile's."
-    )
-    mag_max_skip_steps: int | None = Field(
-        default=None, ge=0, description="Most steps reused in a row (K); null is the profile's."
-    )
-    mag_retention_ratio: Fraction | None = Field(
-        default=None, description="Leading share of the steps that always computes; null is the profile's."
-    )
-    min_computed_share: Share = Field(
-        default=0.25,
-        description="Least share of the steps that a deadline or a busy server may leave computed, whatever a request "
-        "allows.",
-    )
-
-
-class ElasticSettings(_Section):
-    """Fewer computed steps under load. A schedule that the client chose itself is lowered only as far as it allows."""
-
-    enabled: bool = Field(
-        default=False, description="Lower the computed steps of new pictures while the queue is long."
-    )
-    start_wait_s: float = Field(
-        default=5.0, ge=0.0, description="Queue wait in seconds from which computed steps are lowered."
-    )
-    full_wait_s: float = Field(
-        default=20.0,
-        gt=0.0,
-        description="Queue wait in seconds at which they are at their floor: the request's `min_computed_steps`, or "
-        "`magcache.min_computed_share`.",
-    )
-
-    @model_validator(mode="after")
-    def _rising(self) -> Self:
-        if self.full_wait_s <= self.start_wait_s:
-            raise ValueError(f"full_wait_s is {self.full_wait_s:g}; raise it above start_wait_s, {self.start_wait_s:g}")
-        return self
-
-
-class QualitySettings(_Section):
-    """Which share of a request's steps each `quality` computes; `auto` follows the `magcache` settings."""
-
-    low: Share = Field(default=0.25, description="Share of the steps that `quality: low` computes.")
-    medium: Share = Field(default=0.4, description="Share of the steps that `quality: medium` computes.")
-    high: Share = Field(default=0.65, description="Share of the steps that `quality: high` (or `hd`) computes.")
-
-    @model_validator(mode="after")
-    def _rising(self) -> Self:
-        if not self.low <= self.medium <= self.high:
-            raise ValueError(
-                f"low, medium and high are {self.low:g}, {self.medium:g}, {self.high:g}; none may exceed the next"
-            )
-        return self
-
-
-class TextEncoderSettings(_Section):
-    """The text encoders: CLIP and T5 for FLUX.1, Qwen3 for FLUX.2-klein."""
-
-    placement: Literal["cpu", "gpu", "offload"] | None = Field(
-        default=None,
-        description="Where they run: `gpu`; `cpu`, which needs no GPU memory and is slow for a new prompt; or "
-        "`offload`, which keeps them in host memory and brings them to the GPU for each new prompt. null is `gpu` "
-        "where `device` is `cuda`, else `cpu`.",
-    )
-
-
-class VaeSettings(_Section):
-    """The VAE, which decodes pictures and encodes those to edit."""
-
-    placement: Placement | None = Field(
-        default=None, description="Where it runs; null is `gpu` where `device` is `cuda`, else `cpu`."
-    )
-    tiling: bool = Field(
-        default=False,
-        description="Work on large pictures in overlapping tiles: less memory, more time, and tiles may show faintly.",
-    )
-
-
-class HttpSettings(_Section):
-    """Limits on what one HTTP request may carry, and how a stream is kept alive."""
-
-    max_body_bytes: int = Field(
-        default=1 << 20, ge=1024, description="Largest request body; above it the answer is 413."
-    )
-    max_prompt_chars: PositiveInt = Field(
-        default=32000,
-        description="Longest `prompt` or `negative_prompt` in characters; the encoders truncate far below it.",
-    )
-    max_edit_bytes: int = Field(
-        default=32 << 20, ge=1024, description="Largest body of an edit, pictures included; above it the answer is 413."
-    )
-    max_source_pixels: int = Field(
-        default=1 << 24,
-        ge=4096,
-        le=1 << 26,
-        description="Largest picture to edit, width x height; it bounds the memory that one upload takes once decoded.",
-    )
-    heartbeat_s: float = Field(
-        default=10.0,
-        gt=0.0,
-        description="Silence on a stream after which a comment line is sent, well below the idle timeouts of proxies; "
-        "also the longest that a stream's first byte waits for news of the request.",
-    )
-
-
-class TelemetrySettings(_Section):
-    """Traces of requests."""
-
-    otlp_endpoint: str | None = Field(
-        default=None,
-        pattern=r"^https?://[^/\s]+",
-        description="Base URL of an OTLP/HTTP collector that gets spans of each request and its phases, for example "
-        "`http://otel-collector:4318`; needs the extra `otlp`. null sends none.",
-    )
-
-
-class AutoscalingSettings(_Section):
-    """How the number of tensor-parallel groups follows the load; without `max_replicas` it stays at `num_replicas`."""
-
-    max_replicas: PositiveInt | None = Field(
-        default=None, description="Most groups; `num_replicas` is then the fewest. null keeps their number fixed."
-    )
-    target_ongoing_requests: float = Field(
-        default=4.0,
-        gt=0.0,
-        description="Pictures per group, running or waiting, that autoscaling aims at; about `max_batch_rows`.",
-    )
-    upscale_delay_s: float = Field(
-        default=30.0, ge=0.0, description="Time that the load must ask for more groups before one is added."
-    )
-    downscale_delay_s: float = Field(
-        default=600.0,
-        ge=0.0,
-        description="Time that the load must ask for fewer groups before one is drained: loading takes minutes.",
-    )
-
-
-class Settings(_Section):
+class Settings(Section):
     """All settings of one application: the `args` of an application in a Serve config file."""
 
     model: str = Field(
