@@ -34,7 +34,14 @@ MIX = (
     {"prompt": "a green square", **TINY, "negative_prompt": "a circle", "true_cfg_scale": 2.0},
     {"prompt": "two yellow triangles", "size": "128x128", "num_inference_steps": 28, "n": 2},
     {"prompt": "a blue square", **TINY, "magcache": {"computed_steps": 4}},
-    {"prompt": "a red circle", **TINY, "deadline_s": 0.001},
+    # Impossible in time; or late before it gets there, on a machine that is slow to encode.
+    {
+        "prompt": "a red circle on a blue background",
+        "size": "256x256",
+        "num_inference_steps": 100,
+        "magcache": {"enabled": False},
+        "deadline_s": 0.2,
+    },
     {"prompt": "a red circle", "size": "65x64"},
 )
 
@@ -68,7 +75,10 @@ def watched(service: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 def send_the_mix(service: str) -> None:
     with httpx.Client(base_url=service, timeout=120) as client, ThreadPoolExecutor(len(MIX)) as pool:
         replies = pool.map(lambda body: client.post("/v1/images/generations", json=body).status_code, MIX)
-        assert list(replies) == [200] * 5 + [422, 400]
+        *made, late, wrong = replies
+        assert made == [200] * 5
+        assert late in (422, 504)
+        assert wrong == 400
 
 
 def finished_pictures(service: str) -> float:
@@ -134,8 +144,7 @@ def test_exemplars_lead_to_requests(watched: tuple[str, Range]) -> None:
     "expr",
     [
         # Three rounds, and the tests before may have added to them.
-        'sum(flux_pictures_refused_total{reason="deadline_impossible"}) >= 3',
-        'sum(flux_request_errors_total{code="deadline_impossible"}) >= 3',
+        'sum(flux_request_errors_total{code=~"deadline_.*"}) >= 3',
         'sum(flux_request_errors_total{code="invalid_value"}) >= 3',
         'sum(flux_requests_total{outcome="ok"}) >= 15',
         "sum(flux_pictures_finished_total) >= 18",
