@@ -60,6 +60,11 @@ class Spec:
     exemplars: bool = False
 
     @property
+    def from_start(self) -> bool:
+        """Whether every combination of its labels' values exists from the start: all are known, and all can occur."""
+        return all(self.labels.values()) and "status_class" not in self.labels
+
+    @property
     def series(self) -> str:
         """The name in queries; a histogram's series add ``_bucket``, ``_sum`` and ``_count``."""
         return f"{self.name}_total" if self.kind == "counter" else self.name

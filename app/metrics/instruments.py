@@ -31,7 +31,7 @@ class Instruments:
             spec = BY_NAME[name]
             if not spec.labels:
                 made.labels(*self._common)
-            elif all(spec.labels.values()) and name != "flux_requests":  # most pairs of its labels never occur
+            elif spec.from_start:
                 for values in itertools.product(*spec.labels.values()):
                     made.labels(*self._common, *values)
 
