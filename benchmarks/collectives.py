@@ -1,105 +1,87 @@
 """Is one all-reduce for a double block's two streams faster than two? ``python -m benchmarks.collectives``
 
-Two ranks on this machine over gloo. ``separate`` is what a double block does: the product of each stream is summed by
-itself. ``joined`` lets both products write into one buffer, which is summed once. A timing is of the two products and
-their sums, for the attention's output of one block; the two ways take turns, so that both see the same machine.
+The block stack of flux-tiny on two ranks of this machine, over gloo: as the engine runs it, with one sum for the
+outputs of attention's image and text stream, and with a sum for each. The two take turns on the same machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import tempfile
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
 from torch.distributed import FileStore
-from torch.nn import functional as F
 
-from app.engine.parallel import TensorParallelGroup
+from app.engine.engine import Engine
+from app.engine.geometry import Geometry
+from app.engine.parallel import JoinedStreams, RowParallelLinear, TensorParallelGroup
 
-RANKS = 2
-ROUNDS = 200
-
-
-@dataclass(frozen=True)
-class Case:
-    """One block's output projections: rows x tokens of both streams, features in and out of the whole layer."""
-
-    name: str
-    rows: int
-    image_tokens: int
-    text_tokens: int
-    dim: int
+MODEL = Path("models/flux-tiny")
+TEXT_TOKENS = 32
+RANKS, WARM_UP = 2, 5
+CASES = ((1, 128), (8, 128), (1, 256), (4, 256))
+"""Rows and the side of the square pictures, in pixels."""
 
 
-CASES = (
-    Case("flux-tiny, 128x128", 1, 64, 32, 192),
-    Case("flux-tiny, 128x128, 8 rows", 8, 64, 32, 192),
-    Case("flux-tiny, 256x256", 1, 256, 32, 192),
-    Case("FLUX.1's width, 256x256", 1, 256, 512, 3072),
-)
+def separate(transformer: Any) -> None:
+    """Give each stream of each double block its own all-reduce back."""
+    for module in transformer.modules():
+        if isinstance(module, JoinedStreams):
+            attention: Any = module
+            attention.__class__ = type(attention).__mro__[2]
+            attention.to_out[0].__class__ = attention.to_add_out.__class__ = RowParallelLinear
 
 
-def separate(group: TensorParallelGroup, image: torch.Tensor, text: torch.Tensor, weights: list[torch.Tensor]) -> None:
-    """Two products, two sums."""
-    group.sum(F.linear(image, weights[0]))
-    group.sum(F.linear(text, weights[1]))
-
-
-def joined(group: TensorParallelGroup, image: torch.Tensor, text: torch.Tensor, weights: list[torch.Tensor]) -> None:
-    """Two products into one buffer, one sum."""
-    flat = [stream.flatten(0, 1) for stream in (image, text)]
-    buffer = torch.empty(sum(map(len, flat)), weights[0].shape[0])
-    for part, stream, weight in zip(buffer.split([len(stream) for stream in flat]), flat, weights, strict=True):
-        torch.mm(stream, weight.T, out=part)
-    group.sum(buffer)
-
-
-def _rank(rank: int, folder: str) -> None:
+def _rank(rank: int, folder: str, rounds: int) -> None:
     torch.set_num_threads(1)
     store = FileStore(f"{folder}/store", RANKS)
     group = TensorParallelGroup.join(rank, RANKS, store, torch.device("cpu"), timeout_seconds=300)
+    engines = {"joined": Engine(MODEL, group), "separate": Engine(MODEL, group)}
+    separate(engines["separate"].transformer)
     found = []
-    for case in CASES:
-        width = case.dim // RANKS
-        image = torch.randn(case.rows, case.image_tokens, width)
-        text = torch.randn(case.rows, case.text_tokens, width)
-        weights = [torch.randn(case.dim, width) for _ in range(2)]
-        seconds: dict[str, list[float]] = {"separate": [], "joined": []}
+    for rows, side in CASES:
+        geometry = Geometry.of(side, side)
+        width = engines["joined"].transformer.inner_dim
+        hidden, context = torch.randn(rows, geometry.tokens, width), torch.randn(rows, TEXT_TOKENS, width)
+        temb, rotary = torch.randn(rows, width), engines["joined"]._rotary(geometry, TEXT_TOKENS, ())
+        seconds: dict[str, list[float]] = {name: [] for name in engines}
         with torch.inference_mode():
-            for turn in range(ROUNDS + 10):
-                for way in (separate, joined):
+            for turn in range(rounds + WARM_UP):
+                for name, engine in engines.items():
                     torch.distributed.barrier()
                     started = time.perf_counter()
-                    way(group, image, text, weights)
-                    if turn >= 10:
-                        seconds[way.__name__].append(time.perf_counter() - started)
-        medians = {f"{name}_us": round(statistics.median(times) * 1e6, 1) for name, times in seconds.items()}
-        found.append(asdict(case) | medians)
+                    engine.strategy.blocks(engine.transformer, hidden, context, temb, rotary)
+                    if turn >= WARM_UP:
+                        seconds[name].append(time.perf_counter() - started)
+        medians = {f"{name}_ms": round(statistics.median(times) * 1e3, 2) for name, times in seconds.items()}
+        found.append({"rows": rows, "side": side, **medians})
     if rank == 0:
         Path(folder, "found.json").write_text(json.dumps(found))
     torch.distributed.barrier()
+    os._exit(0)  # gloo's orderly exit may abort when the other rank is gone already
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.collectives", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/collectives.json"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, args=(folder,), nprocs=RANKS)  # type: ignore[no-untyped-call]
+        mp.spawn(_rank, args=(folder, args.rounds), nprocs=RANKS)  # type: ignore[no-untyped-call]
         cases: list[dict[str, Any]] = json.loads(Path(folder, "found.json").read_text())
     machine = f"{platform.machine()} CPU, torch {torch.__version__}, gloo, {RANKS} ranks of one thread"
-    args.out.write_text(json.dumps({"machine": machine, "rounds": ROUNDS, "cases": cases}, indent=1) + "\n")
+    args.out.write_text(json.dumps({"machine": machine, "rounds": args.rounds, "cases": cases}, indent=1) + "\n")
     for case in cases:
-        print(f"{case['name']}: separate {case['separate_us']} us, joined {case['joined_us']} us")
+        print(json.dumps(case))
 
 
 if __name__ == "__main__":

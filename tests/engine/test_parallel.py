@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed import FileStore
 
 from app.engine.engine import Engine
+from app.engine.geometry import Geometry
 from app.engine.loading import load_transformer
 from app.engine.messages import Conditioning, MagCacheOptions, PromptEmbeddings, StepPlan
 from app.engine.parallel import TensorParallelGroup, shard_specs
@@ -74,6 +75,23 @@ def test_each_rank_holds_its_slices_only(size: int) -> None:
         held = [rank.get_parameter(name).numel() for rank in ranks]
         expected = count // size if name in sharded_names.keys() - bias else count
         assert held == [expected] * size, name
+
+
+def test_a_double_block_sums_three_times_and_a_single_block_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sums: list[torch.Size] = []
+
+    def count(group: TensorParallelGroup, partial: torch.Tensor) -> torch.Tensor:
+        sums.append(partial.shape)
+        return partial
+
+    monkeypatch.setattr(TensorParallelGroup, "sum", count)
+    engine = Engine(MODEL, TensorParallelGroup(0, 2))
+    blocks = engine.transformer
+    hidden, context, temb = torch.randn(1, 64, 192), torch.randn(1, 32, 192), torch.randn(1, 192)
+    with torch.no_grad():
+        engine.strategy.blocks(blocks, hidden, context, temb, engine._rotary(Geometry(8, 8), 32, ()))
+    assert len(sums) == 3 * len(blocks.transformer_blocks) + len(blocks.single_transformer_blocks)
+    assert sums[0] == (1, 96, 192), "attention's outputs for image and text"
 
 
 def test_a_size_that_does_not_divide_the_heads_names_those_that_do() -> None:
