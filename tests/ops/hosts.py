@@ -25,9 +25,17 @@ class Host:
     address: str
     booted: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
-    def boot(self, command: list[str], log: Path, environment: dict[str, str]) -> None:
-        """Run ``command`` as this host's first process; the others end with it."""
+    def boot(self, command: list[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
+        """Run ``command`` as this host's first process; the others end with it.
+
+        Args:
+            folder: where this host sees an empty folder of its own, though the path is the same on all.
+        """
+        own = log.with_suffix("")
+        own.mkdir()
+        folder.mkdir(exist_ok=True)
         alone = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        alone += ["sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"', str(own), str(folder)]
         with log.open("ab") as output:
             process = subprocess.Popen(
                 ["ip", "netns", "exec", self.name, *alone, *command],

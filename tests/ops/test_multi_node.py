@@ -126,11 +126,11 @@ def cluster() -> Iterator[Cluster]:
         environment["RAY_ADDRESS"] = f"{head.address}:6379"  # as KubeRay sets it
         common = [RAY, "start", "--block", "--object-store-memory=100000000"]
         for host, options in [
-            (head, ["--head", "--port=6379", f"--temp-dir={folder}", "--dashboard-host=0.0.0.0", "--num-cpus=0"]),
+            (head, ["--head", "--port=6379", f"--temp-dir={folder}/ray", "--dashboard-host=0.0.0.0", "--num-cpus=0"]),
             *((worker, [f"--address={head.address}:6379", "--num-cpus=2"]) for worker in workers),
         ]:
             command = [*common, f"--node-ip-address={host.address}", *options]
-            host.boot(command, folder / f"{host.name}.log", environment)
+            host.boot(command, folder / "ray", folder / f"{host.name}.log", environment)
             if host is head:
                 wait_for(lambda: dashboard.get("/api/gcs_healthz").status_code == 200, "the head is up")
         made = Cluster(head, workers, dashboard, environment)
