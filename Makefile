@@ -31,8 +31,8 @@ serve: setup ## Serve deployments/flux-tiny.yaml (another: CONFIG=deployments/fl
 test: setup ## Run all tests (some of them: ARGS="tests/engine -k tp2")
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: setup ## Measure serving against diffusers' own, 12 minutes (ARGS=--quick: does it run?)
-	$(BIN)/python -m benchmarks.serving $(ARGS)
+bench: setup ## Measure serving against diffusers' own into docs/performance.md, 12 minutes (ARGS=--quick: does it run?)
+	$(BIN)/python -m benchmarks.serving $(or $(ARGS),--page docs/performance.md)
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check $(CHECKED)

@@ -32,6 +32,7 @@ from benchmarks.serve.peers import CachedPipeline
 from benchmarks.serve.phases import speed_up
 from benchmarks.serve.plots import draw
 from benchmarks.serve.systems import MODEL, PROFILE, SYSTEMS, THREADS, cluster, ours, running, settle
+from benchmarks.serve.tables import fill, markdown
 
 # A picture is in time when it comes within so many times what the bare pipeline takes for one.
 DEADLINE_FACTOR = 5.0
@@ -174,11 +175,14 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a few requests: does everything run?")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/serving.json"))
     parser.add_argument("--plot", type=Path, default=Path("benchmarks/results/serving.png"))
+    parser.add_argument("--page", type=Path, help="Markdown file to put the tables into, such as docs/performance.md")
     args = parser.parse_args()
     document = run(QUICK if args.quick else Effort())
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     draw(document, args.plot)
+    if args.page is not None:
+        fill(args.page, markdown(document))
     print("denoising", json.dumps(document["denoising"]))
     for name, target in document["targets"].items():
         word = "reached" if target["reached"] else "MISSED"

@@ -12,6 +12,7 @@ import pytest
 from benchmarks.serve.load import SIZES, STEPS, Outcome, summarise, workload
 from benchmarks.serve.peers import CachedPipeline
 from benchmarks.serve.systems import MODEL, PROFILE
+from benchmarks.serve.tables import BEGIN, END
 from magcache_core import load_profile, schedule
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +63,9 @@ def test_the_peer_computes_the_steps_that_the_rule_says() -> None:
 
 
 def test_all_of_it_runs(tmp_path: Path) -> None:
-    files = ["--out", str(tmp_path / "figures.json"), "--plot", str(tmp_path / "figures.png")]
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    files = ["--out", str(tmp_path / "figures.json"), "--plot", str(tmp_path / "figures.png"), "--page", str(page)]
     ran = subprocess.run(
         [sys.executable, "-m", "benchmarks.serving", "--quick", *files],
         cwd=ROOT,
@@ -84,3 +87,8 @@ def test_all_of_it_runs(tmp_path: Path) -> None:
         assert phase["gap_per_step_s"] is not None
     assert all(isinstance(target["reached"], bool) for target in document["targets"].values())
     assert (tmp_path / "figures.png").stat().st_size > 10_000
+    written = page.read_text()
+    assert written.startswith("before\n")
+    assert written.endswith("after\n")
+    assert "old" not in written
+    assert written.count("| this service, tp 2 |") == 3
