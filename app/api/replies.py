@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import time
 from typing import Any
 
@@ -85,7 +86,7 @@ def image_reply(job: ImagesJob, picture: Picture) -> ImageReply:
             schedule=report.schedule,
             computed=report.computed,
             skipped=report.skipped,
-            predicted_error=report.predicted_error,
+            predicted_error=_finite(report.predicted_error),
             negative_schedule=report.negative_schedule,
             lowered_by=report.lowered_by,  # type: ignore[arg-type]  # the scheduler's two words
             uncached_reason=report.uncached_reason,
@@ -94,6 +95,11 @@ def image_reply(job: ImagesJob, picture: Picture) -> ImageReply:
         eta_s=report.eta_seconds,
         queue_position=report.queue_position,
     )
+
+
+def _finite(error: float) -> float | None:
+    """Infinity is what the profile says of a reuse longer than any that it measured, and JSON has no such number."""
+    return error if math.isfinite(error) else None
 
 
 def _headers(ask: Ask, pictures: list[Picture]) -> dict[str, str]:
@@ -108,7 +114,10 @@ def _headers(ask: Ask, pictures: list[Picture]) -> dict[str, str]:
         "X-MagCache-Negative-Schedule": [report.negative_schedule for report in reports],
         "X-MagCache-Computed": [str(report.computed) for report in reports],
         "X-MagCache-Skipped": [str(report.skipped) for report in reports],
-        "X-MagCache-Predicted-Error": [f"{report.predicted_error:.6g}" for report in reports],
+        "X-MagCache-Predicted-Error": [
+            None if error is None else f"{error:.6g}"
+            for error in (_finite(report.predicted_error) for report in reports)
+        ],
         "X-MagCache-Lowered-By": [report.lowered_by for report in reports],
         "X-MagCache-Uncached-Reason": [report.uncached_reason for report in reports[:1]],
     }

@@ -39,6 +39,7 @@ class FakeBackend:
         self.cancelled = 0
         self.ready = True
         self.lowered_by: str | None = None
+        self.predicted_error = 0.125
         self.uncached_reason: str | None = None
         self.held: dict[str, asyncio.Event] = {}
         self.kind = FLUX_DEV
@@ -96,7 +97,7 @@ class FakeBackend:
             schedule=SCHEDULE,
             computed=4,
             skipped=4,
-            predicted_error=0.125,
+            predicted_error=self.predicted_error,
             negative_schedule=None if job.negative_prompt is None else SCHEDULE,
             queue_seconds=0.01,
             denoise_seconds=0.2,

@@ -251,6 +251,14 @@ async def test_why_nothing_was_reused_is_said(client: httpx.AsyncClient, backend
     assert response.headers["x-magcache-uncached-reason"] == backend.uncached_reason
 
 
+async def test_an_error_that_nobody_measured_is_null(client: httpx.AsyncClient, backend: FakeBackend) -> None:
+    backend.predicted_error = float("inf")
+    response = await client.post(URL, json=PROMPT)
+    assert response.status_code == 200
+    assert response.json()["data"][0]["magcache"]["predicted_error"] is None
+    assert "x-magcache-predicted-error" not in response.headers
+
+
 async def test_json_replies_carry_the_numbers_of_each_picture_in_headers(client: httpx.AsyncClient) -> None:
     headers = (await client.post(URL, json={**PROMPT, "seed": 5, "n": 2})).headers
     assert headers["x-seed"] == "5, 6"
