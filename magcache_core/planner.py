@@ -119,6 +119,8 @@ def _fewest(forced: Sequence[bool], longest: int) -> int:
 def fill(profile: Profile, schedule: str, reuse: str, branch: str = "cond") -> Plan:
     """A plan that follows a given schedule (the threshold rule's, say) with a reuse mode.
 
+    Unlike `plan`, it may hold runs of reused steps longer than any measured; their cost is extrapolated.
+
     Args:
         profile: where ``fitted`` weights, ratios and costs come from.
         schedule: ``C`` and ``.``, one character per step.
@@ -135,7 +137,7 @@ def fill(profile: Profile, schedule: str, reuse: str, branch: str = "cond") -> P
     return replace(
         made,
         ratios=config.ratios,
-        predicted_error=costs.error(sum(float(costs.values[segment]) for segment in segments(schedule))),
+        predicted_error=costs.error(sum(costs.estimate(*segment) for segment in segments(schedule))),
         weights=_weights(profile, schedule, branch) if reuse == "fitted" else (),
         unit=costs.unit,
     )
@@ -172,6 +174,21 @@ class SegmentCosts:
     def error(self, total: float) -> float:
         """The predicted error of a schedule whose segments' values add up to ``total``."""
         return math.sqrt(total) if self.unit == "latent" else total
+
+    def estimate(self, step: int, gap: int, length: int) -> float:
+        """The value of a segment, finite where anything was measured at this step.
+
+        After a gap wider than any measured the widest one counts; in a run longer than any measured the latents are
+        taken to drift on in proportion, so that the squared distance grows with the square of the length.
+        """
+        known = self.values[step].isfinite()
+        if not known[gap, length]:
+            measured = known[: gap + 1, 1:]
+            gap = int(measured.any(dim=1).nonzero().amax()) if measured.any() else gap
+            longest = int(known[gap].nonzero().amax())
+            if longest > 0:
+                return float(self.values[step, gap, longest]) * (length / longest) ** 2
+        return float(self.values[step, gap, length])
 
 
 def segment_costs(profile: Profile, config: MagCacheConfig, reuse: str, branch: str = "cond") -> SegmentCosts:

@@ -5,13 +5,25 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magcache_core import BranchCurve, ConfigError, Plan, Profile, decisions, fewest_steps, load_profile, plan
+from magcache_core import (
+    BranchCurve,
+    ConfigError,
+    Plan,
+    Profile,
+    choose,
+    decisions,
+    fewest_steps,
+    fill,
+    load_profile,
+    plan,
+)
 from magcache_core.costs import CostTable, empty_table
 
 FLUX = load_profile("flux.1-dev")
@@ -181,3 +193,16 @@ def test_the_fewest_steps_are_the_smallest_budget(
     assert math.isfinite(found.predicted_error), "a segment longer than any that was measured"
     with pytest.raises(ConfigError, match=f"from {fewest} to {steps}"):
         plan(profile, steps, budget=fewest - 1, **bounds)
+
+
+@pytest.mark.parametrize("steps", range(4, 51))
+def test_the_rule_has_a_finite_error_at_every_step_count(steps: int) -> None:
+    """Few steps of a 28-step profile reuse over longer stretches than any measured; a reply must be a number."""
+    made = choose(load_profile("flux-tiny"), steps, threshold=0.24, max_skip_steps=5, retention_ratio=0.1)
+    assert math.isfinite(made.predicted_error)
+
+
+def test_a_longer_run_than_measured_costs_more() -> None:
+    profile = load_profile("flux-tiny")
+    errors = [fill(profile, "CCC" + "." * n + "C" * (9 - n), "residual").predicted_error for n in range(1, 10)]
+    assert all(shorter < longer for shorter, longer in pairwise(errors))
