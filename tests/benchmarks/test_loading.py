@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks import loading
 from benchmarks.make_checkpoint import make_checkpoint
@@ -32,10 +31,18 @@ def test_a_rank_that_fails_fails_the_benchmark(tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_peak_grows_with_what_is_touched() -> None:
-    before = loading.peak_mb()
-    block = torch.ones(128 << 20, dtype=torch.uint8)
-    assert loading.peak_mb() >= before + 60
-    assert block.numel() == 128 << 20
+    """In a process of its own: this one may have had a higher peak long ago."""
+    grown = """
+import torch
+from benchmarks import loading
+before = loading.peak_mb()
+block = torch.ones(128 << 20, dtype=torch.uint8)
+print(loading.peak_mb() - before)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", grown], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert 120 <= float(result.stdout) <= 160
 
 
 def test_loading_takes_the_shard_and_little_more(tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def name(cluster: None) -> Iterator[str]:
+def name(service: str) -> Iterator[str]:
+    """An application beside the one that serves: whoever starts Serve first decides on which port it answers."""
     yield "broken"
     serve.delete("broken")
 
@@ -83,7 +84,6 @@ def test_it_is_found_when_the_application_is_built(
     damage(model)
     application = {"name": name, "route_prefix": "/broken", "import_path": "app.main:build"}
     config = {"applications": [{**application, "args": _small(model, **settings)}]}
-    serve.start()
     # `serve deploy` goes through the dashboard, which the tests' cluster does without, to this call.
     serve.context._get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
     assert message in _failure(name)
