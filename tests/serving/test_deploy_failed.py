@@ -12,6 +12,7 @@ from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
 import app.main
+from app.engine.checkpoint_files import CheckpointError
 from app.settings import Settings
 from tests.local_group import MODEL
 
@@ -69,25 +70,30 @@ def _stays_failed(name: str) -> None:
         time.sleep(0.1)
 
 
+def test_it_is_found_when_the_application_is_built(name: str, model: Path) -> None:
+    """As `serve deploy` does it: the controller runs the builder in a task of its own."""
+    _truncate(model)
+    application = {"name": name, "route_prefix": "/broken", "import_path": "app.main:build"}
+    config = {"applications": [{**application, "args": _small(model)}]}
+    # `serve deploy` goes through the dashboard, which the tests' cluster does without, to this call.
+    serve.context._get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
+    assert "transformer/diffusion_pytorch_model.safetensors cannot be read" in _failure(name)
+    _stays_failed(name)
+
+
 @pytest.mark.parametrize(
     ("damage", "settings", "message"),
     [
-        (_truncate, {}, "transformer/diffusion_pytorch_model.safetensors cannot be read"),
         (_remove_the_vae, {}, "vae/diffusion_pytorch_model.safetensors is missing"),
         (_keep, {"tensor_parallel_size": 4}, "tensor_parallel_size 4 does not divide the 6 attention heads"),
     ],
 )
-def test_it_is_found_when_the_application_is_built(
-    name: str, model: Path, damage: Callable[[Path], None], settings: dict[str, object], message: str
+def test_the_builder_says_what_is_wrong(
+    model: Path, damage: Callable[[Path], None], settings: dict[str, object], message: str
 ) -> None:
-    """As `serve deploy` does it: the controller runs the builder in a task of its own."""
     damage(model)
-    application = {"name": name, "route_prefix": "/broken", "import_path": "app.main:build"}
-    config = {"applications": [{**application, "args": _small(model, **settings)}]}
-    # `serve deploy` goes through the dashboard, which the tests' cluster does without, to this call.
-    serve.context._get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
-    assert message in _failure(name)
-    _stays_failed(name)
+    with pytest.raises(CheckpointError, match=message):
+        app.main.build(Settings(**_small(model, **settings)))
 
 
 def test_it_is_found_by_the_replica_where_the_head_has_no_folder(
