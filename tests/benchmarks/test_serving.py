@@ -76,7 +76,7 @@ def test_all_of_it_runs(tmp_path: Path) -> None:
     )
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-4000:]
     document = json.loads((tmp_path / "figures.json").read_text())
-    assert list(document["systems"]) == ["pipeline", "batched", "ours-tp1", "ours-tp2"]
+    assert list(document["systems"]) == ["pipeline", "ours-tp1"]
     for system in document["systems"].values():
         for figures in (*system["closed"], *system["open"]):
             assert figures["failed"] == 0
@@ -91,4 +91,4 @@ def test_all_of_it_runs(tmp_path: Path) -> None:
     assert written.startswith("before\n")
     assert written.endswith("after\n")
     assert "old" not in written
-    assert written.count("| this service, tp 2 |") == 3
+    assert written.count("| this service, tp 1 |") == 3

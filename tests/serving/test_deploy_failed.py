@@ -12,7 +12,6 @@ from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
 import app.main
-from app.engine.checkpoint_files import CheckpointError
 from app.settings import Settings
 from tests.local_group import MODEL
 
@@ -92,7 +91,7 @@ def test_the_builder_says_what_is_wrong(
     model: Path, damage: Callable[[Path], None], settings: dict[str, object], message: str
 ) -> None:
     damage(model)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(ValueError, match=message):
         app.main.build(Settings(**_small(model, **settings)))
 
 
