@@ -31,13 +31,8 @@ def train(work: Path, budget: loop.Budget, device: torch.device) -> None:
     student.load_state_dict(copy.deepcopy(teacher.state_dict()))
     steppers = optimizers(student, [], LEARNING_RATE)
     average = loop.Average(student, 0.99)
-    if path.exists():
-        state = loop.load(path, device)
-        student.load_state_dict(state["model"])
-        for stepper, saved in zip(steppers, state["optimizers"], strict=True):
-            stepper.load_state_dict(saved)
-        average.shadow = state["average"]
-        budget.resume(state["budget"])
+    checkpoint = loop.Checkpoint(path, budget, model=student, optimizers=steppers, average=average)
+    checkpoint.resume(device)
     text = Text.load(work, device)
     sets = load_latents(work)
     samplers = [Sampler(sets, text, device, seed=loop.SEED + 7 + 1000 * i + budget.step) for i in range(WORKERS)]
@@ -45,17 +40,6 @@ def train(work: Path, budget: loop.Budget, device: torch.device) -> None:
         empty = text.embed(*(ids.to(device) for ids in samplers[0].empty))
     empty_tokens, empty_pooled = empty[0].expand(BATCH, -1, -1), empty[1].expand(BATCH, -1)
     running = 0.0
-
-    def checkpoint() -> None:
-        loop.save(
-            path,
-            {
-                "model": student.state_dict(),
-                "optimizers": [stepper.state_dict() for stepper in steppers],
-                "average": average.shadow,
-                "budget": budget.state(),
-            },
-        )
 
     def gradients(sampler: Sampler) -> float:
         """One worker's share of a step: its loss, the gradients added to the parameters'."""
@@ -74,7 +58,7 @@ def train(work: Path, budget: loop.Budget, device: torch.device) -> None:
         return loss.item()
 
     workers = Workers(device)
-    for step, bar in budget.run("distill", checkpoint):
+    for step, bar in budget.run("distill", checkpoint.save):
         factor = min(1.0, (step + 1) / 20) * loop.flat_then_linear(budget.fraction)
         loss = sum(workers.map(gradients, samplers)) / WORKERS
         update(workers, steppers, list(student.parameters()), factor)

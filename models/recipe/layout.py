@@ -63,13 +63,8 @@ def train(work: Path, budget: loop.Budget, device: torch.device) -> None:
     model = build(single_blocks=0).to(device)
     head = LabelHead(model).to(device)
     steppers = optimizers(model, list(head.parameters()))
-    if path.exists():
-        state = loop.load(path, device)
-        model.load_state_dict(state["model"])
-        head.load_state_dict(state["head"])
-        for stepper, saved in zip(steppers, state["optimizers"], strict=True):
-            stepper.load_state_dict(saved)
-        budget.resume(state["budget"])
+    checkpoint = loop.Checkpoint(path, budget, model=model, head=head, optimizers=steppers)
+    checkpoint.resume(device)
     text = Text.load(work, device)
     count = CAPTIONS if budget.steps is None else 100
     sets = [
@@ -80,17 +75,6 @@ def train(work: Path, budget: loop.Budget, device: torch.device) -> None:
         Captions(sets, torch.Generator().manual_seed(loop.SEED + 1000 * i + budget.step), device)
         for i in range(WORKERS)
     ]
-
-    def checkpoint() -> None:
-        loop.save(
-            path,
-            {
-                "model": model.state_dict(),
-                "head": head.state_dict(),
-                "optimizers": [stepper.state_dict() for stepper in steppers],
-                "budget": budget.state(),
-            },
-        )
 
     def gradients(reader: Captions) -> float:
         """A worker's share of a step: the label loss; its gradients are added to the parameters'."""
@@ -107,7 +91,7 @@ def train(work: Path, budget: loop.Budget, device: torch.device) -> None:
     workers = Workers(device)
     running = 0.0
     parameters = [*model.parameters(), *head.parameters()]
-    for step, bar in budget.run("layout", checkpoint):
+    for step, bar in budget.run("layout", checkpoint.save):
         factor = min(1.0, (step + 1) / 50) * loop.flat_then_linear(budget.fraction, floor=0.2)
         named = sum(workers.map(gradients, readers)) / WORKERS
         update(workers, steppers, parameters, factor)

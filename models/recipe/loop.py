@@ -1,10 +1,10 @@
 """What every training stage shares: the budget that paces it, atomic checkpoints and the average of weights."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -89,6 +89,44 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
     return torch.load(path, map_location=device, weights_only=True)
 
 
+class Stateful(Protocol):
+    """A part of a stage that can be put aside and taken up again: modules, optimizers and averages."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state: Any) -> Any: ...
+
+
+class Checkpoint:
+    """The file from which a stage goes on: its named parts, single or several in a list, and its budget."""
+
+    def __init__(self, path: Path, budget: Budget, **parts: Stateful | Sequence[Stateful]) -> None:
+        self._path = path
+        self._budget = budget
+        self._parts = parts
+
+    def resume(self, device: torch.device) -> None:
+        """Take up what was saved, if anything was."""
+        if not self._path.exists():
+            return
+        state = load(self._path, device)
+        for name, part in self._parts.items():
+            if isinstance(part, Sequence):
+                for one, saved in zip(part, state[name], strict=True):
+                    one.load_state_dict(saved)
+            else:
+                part.load_state_dict(state[name])
+        self._budget.resume(state["budget"])
+
+    def save(self) -> None:
+        """Keep the parts as they are now."""
+        parts = {
+            name: [one.state_dict() for one in part] if isinstance(part, Sequence) else part.state_dict()
+            for name, part in self._parts.items()
+        }
+        save(self._path, parts | {"budget": self._budget.state()})
+
+
 class Average:
     """The exponential moving average of a module's parameters, with a warm-up so that it forgets the random start."""
 
@@ -96,6 +134,12 @@ class Average:
         self.decay = decay
         self.live = [parameter.detach() for parameter in module.parameters()]
         self.shadow = [parameter.clone() for parameter in self.live]
+
+    def state_dict(self) -> list[torch.Tensor]:
+        return self.shadow
+
+    def load_state_dict(self, state: list[torch.Tensor]) -> None:
+        self.shadow = state
 
     def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))

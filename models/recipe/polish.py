@@ -15,20 +15,12 @@ def train(work: Path, budget: loop.Budget, device: torch.device) -> None:
     decoder = model.decoder.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1.5e-3, weight_decay=1e-4, betas=(0.9, 0.99))
     average = loop.Average(decoder, 0.998)
-    if path.exists():
-        state = loop.load(path, device)
-        decoder.load_state_dict(state["decoder"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.shadow = state["average"]
-        budget.resume(state["budget"])
+    checkpoint = loop.Checkpoint(path, budget, decoder=decoder, optimizer=optimizer, average=average)
+    checkpoint.resume(device)
     images = vae.draw_scenes(64 if budget.steps else 3000, seed=5)
     rng = np.random.default_rng([loop.SEED, 6, budget.step])
 
-    def checkpoint() -> None:
-        state = {"decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(), "average": average.shadow}
-        loop.save(path, state | {"budget": budget.state()})
-
-    for step, bar in budget.run("polish", checkpoint):
+    for step, bar in budget.run("polish", checkpoint.save):
         loop.set_lr(optimizer, min(1.0, (step + 1) / 50) * loop.flat_then_linear(budget.fraction))
         target = vae.to_tensor(vae.crops(images, rng), device)
         with loop.autocast(device):

@@ -195,25 +195,11 @@ def train(work: Path, budget: loop.Budget, device: torch.device) -> None:
     canvas, listing = Canvas(), nn.Linear(WIDTH, sum(ATTRIBUTES))
     modules = nn.ModuleList([text.t5, text.clip, canvas, listing]).to(device)
     steppers = optimizers(modules)
-    if path.exists():
-        state = loop.load(path, device)
-        modules.load_state_dict(state["modules"])
-        for stepper, saved in zip(steppers, state["optimizers"], strict=True):
-            stepper.load_state_dict(saved)
-        budget.resume(state["budget"])
+    checkpoint = loop.Checkpoint(path, budget, modules=modules, optimizers=steppers)
+    checkpoint.resume(device)
     data = examples(text, 256 if quick else 30000, seed=11)
 
-    def checkpoint() -> None:
-        loop.save(
-            path,
-            {
-                "modules": modules.state_dict(),
-                "optimizers": [stepper.state_dict() for stepper in steppers],
-                "budget": budget.state(),
-            },
-        )
-
-    for step, bar in budget.run("text", checkpoint):
+    for step, bar in budget.run("text", checkpoint.save):
         factor = min(1.0, (step + 1) / 30) * loop.flat_then_linear(budget.fraction)
         pick = torch.randint(len(data.t5_ids), (BATCH,))
         with loop.autocast(device):

@@ -191,38 +191,19 @@ def train(work: Path, budget: loop.Budget, device: torch.device) -> None:
     torch.manual_seed(loop.SEED + 2)
     model = build().to(device)
     head = LabelHead(model).to(device)
-    steppers = optimizers(model, list(head.parameters()))
-    average = loop.Average(model, 0.998)
-    if path.exists():
-        state = loop.load(path, device)
-        model.load_state_dict(state["model"])
-        head.load_state_dict(state["head"])
-        for stepper, saved in zip(steppers, state["optimizers"], strict=True):
-            stepper.load_state_dict(saved)
-        average.shadow = state["average"]
-        budget.resume(state["budget"])
-    else:
+    if not path.exists():
         start = loop.load(work / "layout.pt", device)
         model.load_state_dict(start["model"], strict=False)  # The single-stream blocks begin here.
         head.load_state_dict(start["head"])
-        average = loop.Average(model, average.decay)
+    steppers = optimizers(model, list(head.parameters()))
+    average = loop.Average(model, 0.998)
+    checkpoint = loop.Checkpoint(path, budget, model=model, head=head, optimizers=steppers, average=average)
+    checkpoint.resume(device)
     text = Text.load(work, device)
     sets = load_latents(work)
     samplers = [Sampler(sets, text, device, seed=loop.SEED + 1000 * i + budget.step) for i in range(WORKERS)]
     parameters = [*model.parameters(), *head.parameters()]
     running = 0.0
-
-    def checkpoint() -> None:
-        loop.save(
-            path,
-            {
-                "model": model.state_dict(),
-                "head": head.state_dict(),
-                "optimizers": [stepper.state_dict() for stepper in steppers],
-                "average": average.shadow,
-                "budget": budget.state(),
-            },
-        )
 
     def gradients(sampler: Sampler) -> tuple[float, float]:
         """A worker's share of a step: the flow and label losses; their gradients are added to the parameters'."""
@@ -238,7 +219,7 @@ def train(work: Path, budget: loop.Budget, device: torch.device) -> None:
         return flow.item(), named.item()
 
     workers = Workers(device)
-    for step, bar in budget.run("transformer", checkpoint):
+    for step, bar in budget.run("transformer", checkpoint.save):
         factor = min(1.0, (step + 1) / 50) * loop.flat_then_linear(budget.fraction)
         losses = workers.map(gradients, samplers)
         update(workers, steppers, parameters, factor)
@@ -254,6 +235,6 @@ def averaged(work: Path, device: torch.device, stage: str = "transformer") -> Fl
     """The averaged weights of a stage's latest checkpoint."""
     model = build().to(device)
     average = loop.Average(model, 0.0)
-    average.shadow = loop.load(work / f"{stage}.pt", device)["average"]
+    average.load_state_dict(loop.load(work / f"{stage}.pt", device)["average"])
     average.copy_to(model)
     return model.eval()

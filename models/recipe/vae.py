@@ -71,27 +71,12 @@ def train(work: Path, budget: loop.Budget, device: torch.device) -> None:
     model = build().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-4, betas=(0.9, 0.99))
     average = loop.Average(model, 0.998)
-    if path.exists():
-        state = loop.load(path, device)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.shadow = state["average"]
-        budget.resume(state["budget"])
+    checkpoint = loop.Checkpoint(path, budget, model=model, optimizer=optimizer, average=average)
+    checkpoint.resume(device)
     images = draw_scenes(4000 if budget.steps is None else 64, seed=1)
     rng = np.random.default_rng([loop.SEED, 2, budget.step])
 
-    def checkpoint() -> None:
-        loop.save(
-            path,
-            {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "average": average.shadow,
-                "budget": budget.state(),
-            },
-        )
-
-    for step, bar in budget.run("vae", checkpoint):
+    for step, bar in budget.run("vae", checkpoint.save):
         warm = min(1.0, (step + 1) / 100)
         loop.set_lr(optimizer, warm * loop.flat_then_linear(budget.fraction))
         target = to_tensor(crops(images, rng), device)

@@ -64,3 +64,34 @@ def test_the_average_starts_at_once_and_ends_slow() -> None:
         average.update(step)
     average.copy_to(layer)
     assert layer.weight.item() == pytest.approx(7.0, rel=1e-3)
+
+
+def test_a_checkpoint_takes_up_every_part_where_it_was(tmp_path: Path) -> None:
+    def stage(seed: int) -> tuple[torch.nn.Linear, list[torch.optim.Optimizer], loop.Average, loop.Budget]:
+        torch.manual_seed(seed)
+        layer = torch.nn.Linear(2, 2)
+        steppers: list[torch.optim.Optimizer] = [torch.optim.Adam([parameter]) for parameter in layer.parameters()]
+        return layer, steppers, loop.Average(layer, 0.9), loop.Budget(60, steps=5)
+
+    def step(layer: torch.nn.Linear, steppers: list[torch.optim.Optimizer]) -> None:
+        layer(torch.ones(1, 2)).square().sum().backward()
+        for stepper in steppers:
+            stepper.step()
+            stepper.zero_grad()
+
+    layer, steppers, average, budget = stage(1)
+    step(layer, steppers)
+    budget.tick()
+    loop.Checkpoint(tmp_path / "a.pt", budget, layer=layer, steppers=steppers, average=average).save()
+    again, others, other_average, other_budget = stage(2)
+    loop.Checkpoint(tmp_path / "a.pt", other_budget, layer=again, steppers=others, average=other_average).resume(
+        torch.device("cpu")
+    )
+    assert other_budget.step == 1
+    for mine, saved in zip(other_average.shadow, average.shadow, strict=True):
+        torch.testing.assert_close(mine, saved)
+    step(layer, steppers)
+    step(again, others)  # equal only if the optimizers' moments came along
+    torch.testing.assert_close(again.weight, layer.weight)
+    loop.Checkpoint(tmp_path / "none.pt", other_budget, layer=again).resume(torch.device("cpu"))
+    assert other_budget.step == 1
