@@ -84,7 +84,19 @@ class ModelNotFoundError(ServiceError):
     code = "model_not_found"
 
 
-class BusyError(ServiceError):
+class RetryLaterError(ServiceError):
+    """It is worth asking again after ``retry_after_s`` seconds."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
+
+
+class BusyError(RetryLaterError):
     """The queue is full: 429, with the seconds after which it is worth asking again."""
 
     status: int = HTTPStatus.TOO_MANY_REQUESTS
@@ -92,12 +104,7 @@ class BusyError(ServiceError):
     code = "busy"
 
     def __init__(self, retry_after_s: float, message: str = "the service's queue is full; ask again later") -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
+        super().__init__(message, retry_after_s)
 
 
 class DeadlineImpossibleError(ServiceError):
@@ -147,19 +154,14 @@ class RequestNotFoundError(ServiceError):
     code = "request_not_found"
 
 
-class UnavailableError(ServiceError):
+class UnavailableError(RetryLaterError):
     """Nothing can serve the request at the moment, for example while a group starts or is rebuilt: 503."""
 
     status: int = HTTPStatus.SERVICE_UNAVAILABLE
     code = "unavailable"
 
     def __init__(self, message: str = "the service is not ready yet; ask again", retry_after_s: float = 5.0) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
+        super().__init__(message, retry_after_s)
 
 
 class GenerationError(ServiceError):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
-from http import HTTPStatus
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from pydantic import BaseModel
@@ -14,6 +12,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
+from app.api.bodies import bounded, require_media_type
 from app.api.errors import InvalidRequestError
 
 _MAX_FILES = 16
@@ -39,17 +38,10 @@ async def read_form(request: Request, max_bytes: int, max_field_bytes: int) -> F
     Raises:
         InvalidRequestError: another type of body, a broken or too large one, or a field that is there twice.
     """
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "multipart/form-data":
-        raise InvalidRequestError(
-            f"the body must be multipart/form-data with the picture in the field image, not {media_type[:80]!r}",
-            param="Content-Type",
-            code="unsupported_media_type",
-            status=HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
-        )
+    require_media_type(request, "multipart/form-data", "multipart/form-data with the picture in the field image")
     parser = MultiPartParser(
         request.headers,
-        _bounded(request.stream(), max_bytes),
+        bounded(request, max_bytes),
         max_files=_MAX_FILES,
         max_fields=_MAX_FIELDS,
         max_part_size=max_field_bytes,
@@ -71,15 +63,6 @@ async def read_form(request: Request, max_bytes: int, max_field_bytes: int) -> F
     finally:
         await form.close()
     return Form(fields, tuple(files))
-
-
-async def _bounded(stream: AsyncIterator[bytes], max_bytes: int) -> AsyncGenerator[bytes, None]:
-    read = 0
-    async for chunk in stream:
-        read += len(chunk)
-        if read > max_bytes:
-            raise InvalidRequestError(f"the body is larger than {max_bytes} bytes", code="body_too_large", status=413)
-        yield chunk
 
 
 def typed(fields: dict[str, str], schema: type[BaseModel]) -> dict[str, Any]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from http import HTTPStatus
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import ValidationError
 from starlette.requests import Request
 
+from app.api.bodies import bounded, require_media_type
 from app.api.errors import InvalidRequestError
 from app.api.schemas import REASONS, ImagesRequest, MagCacheBody
 from app.settings import unknown_name
@@ -19,19 +19,9 @@ Body = TypeVar("Body", bound=ImagesRequest)
 
 async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
     """The request's JSON object; no more than ``max_bytes`` are ever held."""
-    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if media_type != "application/json":
-        raise InvalidRequestError(
-            f"the body must be JSON with the header Content-Type: application/json, not {media_type[:80]!r}",
-            param="Content-Type",
-            code="unsupported_media_type",
-            status=HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
-        )
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise InvalidRequestError(f"the body is larger than {max_bytes} bytes", code="body_too_large", status=413)
+    json_type = "application/json"
+    require_media_type(request, json_type, f"JSON with the header Content-Type: {json_type}", undeclared=json_type)
+    body = b"".join([chunk async for chunk in bounded(request, max_bytes)])
     try:
         # json.loads guesses UTF-16 and UTF-32 for bytes; JSON over HTTP is UTF-8.
         value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
