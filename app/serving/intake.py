@@ -55,8 +55,7 @@ class Intake:
             InvalidRequestError: one step of it does not fit into a batch.
             magcache_core.ConfigError: ``computed_steps`` cannot be met with the other settings.
         """
-        self._check_size(job)
-        free = self.scheduler.free_places(Shape.of(job, self._settings).tokens * len(job.branches))
+        free = self.scheduler.free_places(self._tokens(job))
         if self.scheduler.waiting >= self._settings.max_waiting_pictures + free:
             self.counts.refused += 1
             self._turned_away += 1
@@ -116,15 +115,16 @@ class Intake:
         self.scheduler.cancel(job.row_id)
         return {"waiting": waiting, "running": running, "eta_s": eta_s}
 
-    def _check_size(self, job: DenoiseJob) -> None:
-        shape = Shape.of(job, self._settings)
-        tokens, limit = shape.tokens * len(job.branches), self._settings.max_batch_tokens
+    def _tokens(self, job: DenoiseJob) -> int:
+        """Tokens of one step in which all branches compute; refuses a picture whose step is larger than a batch."""
+        tokens, limit = Shape.of(job, self._settings).tokens * len(job.branches), self._settings.max_batch_tokens
         if tokens > limit:
             raise InvalidRequestError(
                 f"a step of this picture has {tokens} tokens, references and both CFG branches counted, and the "
                 f"server's max_batch_tokens is {limit}; ask for a smaller size or give smaller source pictures",
                 param="size",
             )
+        return tokens
 
     def _settle(self, entry: Entry) -> None:
         """Fix what an admitted picture follows."""
