@@ -103,6 +103,15 @@ class MagCacheStrategy:
         """
         raise self._no_split()
 
+    def embed_time(
+        self, transformer: Any, timestep: torch.Tensor, guidance: torch.Tensor | None, pooled: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What modulates the blocks, (rows, dim); arguments as for `embed`.
+
+        It doesn't depend on the latents, so that all steps of a request can be embedded at once, one row each.
+        """
+        raise self._no_split()
+
     def embed(
         self,
         transformer: Any,
@@ -125,7 +134,8 @@ class MagCacheStrategy:
         Raises:
             TypeError: the class has no split.
         """
-        raise self._no_split()
+        hidden = self.embed_image(transformer, hidden_states)
+        return hidden, self.embed_time(transformer, timestep.to(hidden.dtype), guidance, pooled)
 
     def context(self, transformer: Any, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
         """Text embeddings as the blocks take them: (rows, text_tokens, joint_dim) -> (rows, text_tokens, dim)."""
@@ -179,20 +189,13 @@ class FluxStrategy(_FluxFamily):
         known = block_class.__name__ in ("FluxTransformerBlock", "FluxSingleTransformerBlock")
         return BlockMetadata(hidden_index=1, context_index=0) if known else None
 
-    def embed(
-        self,
-        transformer: Any,
-        hidden_states: torch.Tensor,
-        timestep: torch.Tensor,
-        guidance: torch.Tensor | None,
-        pooled: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `MagCacheStrategy.embed`; ``timestep`` is FluxPipeline's, already divided by 1000."""
-        hidden = self.embed_image(transformer, hidden_states)
-        thousandths = timestep.to(hidden.dtype) * 1000
-        if guidance is None:
-            return hidden, transformer.time_text_embed(thousandths, pooled)
-        return hidden, transformer.time_text_embed(thousandths, guidance.to(hidden.dtype) * 1000, pooled)
+    def embed_time(
+        self, transformer: Any, timestep: torch.Tensor, guidance: torch.Tensor | None, pooled: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See `MagCacheStrategy.embed_time`; ``timestep`` is FluxPipeline's, already divided by 1000."""
+        levels = [timestep * 1000] if guidance is None else [timestep * 1000, guidance.to(timestep.dtype) * 1000]
+        temb: torch.Tensor = transformer.time_text_embed(*levels, pooled)
+        return temb
 
     def blocks(
         self, transformer: Any, hidden: torch.Tensor, context: torch.Tensor, temb: torch.Tensor, rotary: Rotary
@@ -218,19 +221,13 @@ class Flux2Strategy(_FluxFamily):
         """See `MagCacheStrategy.compute_residual`; ``output`` is (rows, text_tokens + image_tokens, dim)."""
         return super().compute_residual(output[:, -head_input.shape[1] :], head_input)
 
-    def embed(
-        self,
-        transformer: Any,
-        hidden_states: torch.Tensor,
-        timestep: torch.Tensor,
-        guidance: torch.Tensor | None,
-        pooled: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `MagCacheStrategy.embed`; FLUX.2 has no pooled text."""
-        dtype = hidden_states.dtype
-        scaled = None if guidance is None else guidance.to(dtype) * 1000
-        temb = transformer.time_guidance_embed(timestep.to(dtype) * 1000, scaled)
-        return self.embed_image(transformer, hidden_states), temb
+    def embed_time(
+        self, transformer: Any, timestep: torch.Tensor, guidance: torch.Tensor | None, pooled: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See `MagCacheStrategy.embed_time`; FLUX.2 has no pooled text."""
+        scaled = None if guidance is None else guidance.to(timestep.dtype) * 1000
+        temb: torch.Tensor = transformer.time_guidance_embed(timestep * 1000, scaled)
+        return temb
 
     def blocks(
         self, transformer: Any, hidden: torch.Tensor, context: torch.Tensor, temb: torch.Tensor, rotary: Rotary

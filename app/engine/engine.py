@@ -138,9 +138,11 @@ class Engine:
         geometry = Geometry.of(job.width, job.height)
         # FLUX's schedule is that of all steps; image-to-image enters it late.
         sigmas = self.sampler.sigmas(job.num_inference_steps, geometry.tokens)[job.first_step :]
-        branches = {COND: self._branch(conditioning.prompt)}
+        # FluxPipeline rounds the timestep (0..1000) to the latents' dtype before it divides by 1000.
+        timesteps = ((sigmas[:-1] * 1000).to(self.dtype) / 1000).to(self.device)
+        branches = {COND: self._branch(conditioning.prompt, timesteps, job.guidance_scale)}
         if conditioning.negative is not None:
-            branches[UNCOND] = self._branch(conditioning.negative)
+            branches[UNCOND] = self._branch(conditioning.negative, timesteps, job.guidance_scale)
         latents = self.family.layout.noise(
             job.seed, geometry, self.transformer.config.in_channels, self.device, self.dtype
         )
@@ -153,9 +155,6 @@ class Engine:
             geometry=geometry,
             latents=latents,
             sigmas=sigmas.to(self.device),
-            # FluxPipeline rounds the timestep (0..1000) to the latents' dtype before it divides by 1000.
-            timesteps=((sigmas[:-1] * 1000).to(self.dtype) / 1000).to(self.device),
-            guidance=torch.tensor(job.guidance_scale, dtype=torch.float32, device=self.device),
             branches=branches,
             references=self._embed_references(references),
             reference_geometries=tuple(Geometry.of(one.width, one.height) for one in references),
@@ -167,11 +166,16 @@ class Engine:
         tokens = [torch.empty(0, channels), *(one.latents for one in references)]
         return self.strategy.embed_image(self.transformer, torch.cat(tokens).to(self.device, self.dtype)[None])[0]
 
-    def _branch(self, prompt: PromptEmbeddings) -> Branch:
+    def _branch(self, prompt: PromptEmbeddings, timesteps: torch.Tensor, guidance_scale: float) -> Branch:
         tokens = prompt.tokens.to(self.device, self.dtype)
         context = self.strategy.context(self.transformer, tokens[None])[0]
-        pooled = None if prompt.pooled is None else prompt.pooled.to(self.device, self.dtype)
-        return Branch(context, pooled)
+        steps = len(timesteps)
+        guidance = torch.full((steps,), guidance_scale, dtype=torch.float32, device=self.device)
+        pooled = None if prompt.pooled is None else prompt.pooled.to(self.device, self.dtype).expand(steps, -1)
+        temb = self.strategy.embed_time(
+            self.transformer, timesteps, guidance if self.transformer.config.guidance_embeds else None, pooled
+        )
+        return Branch(context, temb)
 
     def _step(self, row_steps: Sequence[RowStep]) -> dict[str, torch.Tensor]:
         """Take one step of rows of equal shapes: forward pass of all branches, true CFG, Euler; returns previews."""
@@ -200,14 +204,8 @@ class Engine:
 
     def _velocity(self, parts: Sequence[_Part]) -> torch.Tensor:
         """Predicted velocities, (parts, image_tokens, channels), each computed or with a reused residual."""
-        pooled = [part.branch.pooled for part in parts if part.branch.pooled is not None]
-        hidden, temb = self.strategy.embed(
-            self.transformer,
-            torch.stack([part.row.latents for part in parts]),
-            torch.stack([part.row.timesteps[part.row_step.step] for part in parts]),
-            torch.stack([part.row.guidance for part in parts]) if self.transformer.config.guidance_embeds else None,
-            torch.stack(pooled) if pooled else None,
-        )
+        hidden = self.strategy.embed_image(self.transformer, torch.stack([part.row.latents for part in parts]))
+        temb = torch.stack([part.branch.temb[part.row_step.step] for part in parts])
         computing = [index for index, part in enumerate(parts) if part.step.compute]
         if len(computing) == len(parts):
             output = self._blocks(parts, hidden, temb)

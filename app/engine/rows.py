@@ -20,12 +20,13 @@ class Branch:
 
     Attributes:
         context: (text_tokens, inner_dim), the embedded prompt; it is the same at every step, so it is embedded once.
-        pooled: (pooled_projection_dim,); None for models without.
+        temb: (steps to run, inner_dim), noise level, guidance and pooled prompt of every step, embedded: all are known
+            when the row is admitted.
         residuals: the block stack's last outputs minus its inputs, newest first, each (image_tokens, inner_dim).
     """
 
     context: torch.Tensor
-    pooled: torch.Tensor | None
+    temb: torch.Tensor
     residuals: deque[torch.Tensor] = field(default_factory=deque)
 
     def store(self, residual: torch.Tensor, history: int) -> None:
@@ -59,8 +60,6 @@ class Row:
     Attributes:
         latents: (image_tokens, channels), packed.
         sigmas: (steps to run + 1,), float32, on the rank's device.
-        timesteps: (steps to run,), ``sigmas`` in the transformer's dtype, as FluxPipeline rounds them.
-        guidance: (), float32, on the rank's device.
         references: (reference tokens, inner_dim), the embedded reference pictures one after another; they are the same
             at every step, so they are embedded once. Empty for most pictures.
         reference_geometries: of the pictures in ``references``.
@@ -70,8 +69,6 @@ class Row:
     geometry: Geometry
     latents: torch.Tensor
     sigmas: torch.Tensor
-    timesteps: torch.Tensor
-    guidance: torch.Tensor
     branches: dict[str, Branch]
     references: torch.Tensor
     reference_geometries: tuple[Geometry, ...]
