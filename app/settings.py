@@ -129,7 +129,7 @@ class Settings(Section):
         "sooner, and a level of priority is worth as much. A higher one goes first until the other has waited longer.",
     )
     plans_in_flight: int = Field(
-        default=3, ge=1, le=64, description="Step plans sent ahead of their results, so that ranks never wait for one."
+        default=3, ge=1, le=64, description="Messages of step plans sent ahead of their results."
     )
     max_ongoing_requests: PositiveInt = Field(
         default=320,

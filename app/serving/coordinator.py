@@ -205,15 +205,14 @@ class Coordinator:
         while True:
             await self._work.wait()
             await self._room.acquire()
-            plans = self._scheduler.next_message()
+            sent = self._intake.next_message(self._shape_of)
             self._end_what_is_too_late()
-            if not plans:
+            if not sent:
                 self._work.clear()
                 self._room.release()
                 continue
+            plans = tuple(one.plan for one in sent)
             tensors = [self._pending[job.row_id].conditioning for plan in plans for job in plan.admit]
-            self.counts.messages += 1
-            sent = [self._intake.sent(plan, self._shape_of) for plan in plans]
             self._sent.put_nowait((sent, [rank.execute.remote(plans, *tensors) for rank in self._ranks]))
 
     async def _collect_results(self) -> None:

@@ -5,6 +5,7 @@ that decides whether its deadline can be met at all. At its admission, with the 
 that runs.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,13 +81,22 @@ class Intake:
             )
         return entry
 
-    def sent(self, plan: StepPlan, shape_of: Callable[[str], Shape]) -> SentPlan:
-        """Note that ``plan`` goes to the ranks; ``shape_of`` gives the shape of one of its rows by id."""
-        parts = parts_of(plan, shape_of)
-        sent = SentPlan(plan, parts, self.costs.plan_seconds(parts))
-        self._sent_s += sent.seconds
-        self.counts.plans += 1
-        return sent
+    def next_message(self, shape_of: Callable[[str], Shape]) -> list[SentPlan]:
+        """The plans of the next message to the ranks, noted as sent; ``shape_of`` gives a row's shape by its id."""
+
+        def sent(plan: StepPlan) -> SentPlan:
+            parts = parts_of(plan, shape_of)
+            return SentPlan(plan, parts, self.costs.plan_seconds(parts))
+
+        def seconds_of(plan: StepPlan) -> float:
+            known = self.costs.calibrated or not any(part.compute for row in plan.rows for part in row.branches)
+            return sent(plan).seconds if known else math.inf
+
+        message = [sent(plan) for plan in self.scheduler.next_message(seconds_of)]
+        self._sent_s += sum(one.seconds for one in message)
+        self.counts.plans += len(message)
+        self.counts.messages += bool(message)
+        return message
 
     def done(self, sent: SentPlan, results: Sequence[StepResult]) -> None:
         """Learn from what the ranks answered."""

@@ -19,8 +19,10 @@ from app.serving.ordered import Ordered
 from app.serving.trajectory import Trajectory
 from app.settings import Settings
 
+MESSAGE_S = 0.02
+"""Work that is worth a message: sending one and answering it takes a rank and the coordinator a millisecond each."""
 MAX_PLANS_PER_MESSAGE = 16
-"""A run of reused steps is sent as one message; so long a run is rare, and cheap to have sent."""
+"""However little they are estimated to take, so many plans are sent at once."""
 
 
 class StepScheduler:
@@ -119,19 +121,25 @@ class StepScheduler:
         taken, self._too_late = self._too_late, []
         return taken
 
-    def next_message(self) -> tuple[StepPlan, ...]:
+    def next_message(self, seconds_of: Callable[[StepPlan], float]) -> tuple[StepPlan, ...]:
         """The next plans to send in one message; empty when there is nothing to do.
 
-        A message ends with the first plan that takes time or whose outcome somebody waits for: plans of which every
-        row only reuses are so short that a message each would cost more than they do.
+        A message ends with the first plan whose outcome somebody waits for, or when its plans are together estimated
+        to take `MESSAGE_S`: a large model's computed step is a message of its own, while steps that only reuse, and
+        those of a small model, are so short that a message each would cost more than they do.
+
+        Args:
+            seconds_of: the estimated time of a plan; infinite while nothing is known.
         """
         plans: list[StepPlan] = []
-        while len(plans) < MAX_PLANS_PER_MESSAGE:
+        seconds = 0.0
+        while len(plans) < MAX_PLANS_PER_MESSAGE and seconds < MESSAGE_S:
             plan = self.next_plan()
             if plan is None:
                 break
             plans.append(plan)
-            if any(row.last or row.preview or any(part.compute for part in row.branches) for row in plan.rows):
+            seconds += seconds_of(plan)
+            if any(row.last or row.preview for row in plan.rows):
                 break
         return tuple(plans)
 

@@ -49,20 +49,19 @@ class SimulatedRanks:
         return entry
 
     def tick(self) -> bool:
-        """Run one plan; False when there is none."""
-        plan = self.intake.scheduler.next_plan()
+        """Run the plans of one message; False when there are none."""
+        message = self.intake.next_message(lambda row_id: self._entries[row_id].shape)
         self.too_late += [entry.job.row_id for entry in self.intake.scheduler.take_too_late()]
-        if plan is None:
-            return False
-        sent = self.intake.sent(plan, lambda row_id: self._entries[row_id].shape)
-        seconds = sum(map(self._seconds, sent.parts))
-        self.now_s += seconds
-        self.intake.done(sent, [StepResult(0, plan.sequence, plan.digest, seconds, 0, {})])
-        for row in plan.rows:
-            if row.last:
-                entry = self._entries[row.row_id]
-                self.finished[row.row_id] = Finished(entry.report(self.now_s), self.now_s - entry.submitted_s)
-        return True
+        for sent in message:
+            plan = sent.plan
+            seconds = sum(map(self._seconds, sent.parts))
+            self.now_s += seconds
+            self.intake.done(sent, [StepResult(0, plan.sequence, plan.digest, seconds, 0, {})])
+            for row in plan.rows:
+                if row.last:
+                    entry = self._entries[row.row_id]
+                    self.finished[row.row_id] = Finished(entry.report(self.now_s), self.now_s - entry.submitted_s)
+        return bool(message)
 
     def run(self, until_s: float = float("inf")) -> None:
         """Run plans until the clock reaches ``until_s`` or nothing is left."""

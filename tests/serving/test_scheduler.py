@@ -17,7 +17,7 @@ from app.engine.messages import (
     plan_digest,
 )
 from app.engine.sampling import FlowMatchSampler
-from app.serving.scheduler import MAX_PLANS_PER_MESSAGE, StepScheduler
+from app.serving.scheduler import MAX_PLANS_PER_MESSAGE, MESSAGE_S, StepScheduler
 from app.serving.trajectory import TrajectoryPlanner
 from app.settings import MagCacheSettings, SamplingSettings, Settings
 from tests.local_group import MODEL, job
@@ -234,17 +234,29 @@ def test_a_deadline_that_passes_ends_a_picture_waiting_or_running() -> None:
     assert scheduler.empty
 
 
-def test_a_message_ends_with_what_takes_time_or_is_waited_for() -> None:
+@pytest.mark.parametrize(
+    ("computed_s", "expected"),
+    [
+        (MESSAGE_S, ["C", "C", "C", "..C", "...C", ".C", "..p", "..C", ".....C", "..C", "."]),
+        (0.6 * MESSAGE_S, ["CC", "C..C", "...C.C", "..p", "..C.....C", "..C."]),
+        (0.0, ["CCC..C...C.C..p", "..C.....C..C."]),
+    ],
+)
+def test_a_message_ends_with_enough_work_or_what_is_waited_for(computed_s: float, expected: list[str]) -> None:
     scheduler = StepScheduler(FLUX_DEV)
     submit(scheduler, job("a/0", magcache=ON, partial_images=1))
-    messages = list(iter(scheduler.next_message, ()))
+
+    def seconds_of(plan: StepPlan) -> float:
+        return computed_s * any(branch.compute for row in plan.rows for branch in row.branches)
+
+    messages = list(iter(lambda: scheduler.next_message(seconds_of), ()))
     marks = [
         "".join(
             "C" if row.branches[0].compute else "p" if row.preview else "." for plan in message for row in plan.rows
         )
         for message in messages
     ]
-    assert marks == ["C", "C", "C", "..C", "...C", ".C", "..p", "..C", ".....C", "..C", "."]
+    assert marks == expected
     assert max(len(message) for message in messages) <= MAX_PLANS_PER_MESSAGE
 
 
