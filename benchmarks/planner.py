@@ -25,6 +25,7 @@ from magcache_core import (
     MagCacheConfig,
     Profile,
     apply_mag_cache,
+    evenly_spaced,
     fill,
     load_profile,
     plan,
@@ -60,6 +61,7 @@ class Case:
 def cases(profile: Profile, budgets: tuple[int, ...]) -> Iterator[Case]:
     """All lines of the table, the ones that are compared most first."""
     for budget in budgets:
+        yield cached(budget, "tried out", plan(profile, STEPS, budget=budget))
         for reuse in ("fitted", "linear", "residual"):
             yield from followed(profile, budget, reuse)
         yield cached(budget, "planned on ratios", fill(profile, ratio_schedule(profile, budget), "residual"))
@@ -74,7 +76,7 @@ def followed(profile: Profile, budget: int, reuse: str) -> Iterator[Case]:
     """The three schedules with one reuse mode."""
     yield cached(budget, "planned", plan(profile, STEPS, budget=budget, reuse=reuse))
     yield cached(budget, "threshold", fill(profile, threshold_schedule(profile, budget), reuse))
-    yield cached(budget, "even", fill(profile, even_schedule(budget), reuse))
+    yield cached(budget, "even", fill(profile, evenly_spaced(STEPS, budget), reuse))
 
 
 def cached(budget: int, method: str, chosen: Any) -> Case:
@@ -101,12 +103,6 @@ def threshold_schedule(profile: Profile, budget: int) -> str:
             if marks.count("C") < budget:
                 break
     raise ConfigError("budget", budget, "one that some threshold gives")
-
-
-def even_schedule(budget: int) -> str:
-    """Computed steps as evenly spaced as whole steps allow."""
-    computed = {i * STEPS // budget for i in range(budget)}
-    return "".join("C" if i in computed else "." for i in range(STEPS))
 
 
 def ratio_schedule(profile: Profile, budget: int) -> str:

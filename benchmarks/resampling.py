@@ -2,7 +2,8 @@
 
 Carries flux-tiny's 28-step curve to other step counts by nearest index and by interpolating the cumulative
 log-magnitude over sigma, and compares both with the curve measured there, and the pictures of the threshold rule at
-equal computed steps.
+equal computed steps. Then, for several shares of computed steps, plans from the interpolated costs against evenly
+spaced schedules with ``linear`` reuse.
 """
 
 from __future__ import annotations
@@ -13,13 +14,27 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.pictures import Generator, draw_prompts, psnr
-from magcache_core import MagCacheConfig, Profile, apply_mag_cache, load_profile, remove_mag_cache, schedule
+from magcache_core import (
+    MagCacheConfig,
+    Plan,
+    Profile,
+    apply_mag_cache,
+    evenly_spaced,
+    fill,
+    load_profile,
+    plan,
+    remove_mag_cache,
+    schedule,
+)
 from magcache_core.calibration import StepStatistics
 from magcache_core.measure import recording
 
 STEP_COUNTS = (10, 20, 50)
 COMPUTED_SHARE = 0.4
+PLANNED_SHARES = (0.25, 0.35, 0.5, 0.6)
 
 
 def measured_curve(generator: Generator, steps: int) -> tuple[list[float], list[float]]:
@@ -48,35 +63,49 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resampling", description=__doc__)
     parser.add_argument("--model", type=Path, default=Path("models/flux-tiny"))
     parser.add_argument("--profile", default="flux-tiny", help="name or path")
-    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/resampling.json"))
     args = parser.parse_args()
     profile = load_profile(args.profile)
     generator = Generator(args.model, draw_prompts(args.prompts, held_out=True, seed=4))
     lines = []
+    plans = []
     for steps in STEP_COUNTS:
         truth, sigmas = measured_curve(generator, steps)
         reference = generator(steps)
+
+        def decibels(followed: MagCacheConfig | Plan, steps: int = steps, reference: torch.Tensor = reference) -> float:
+            apply_mag_cache(generator.transformer, followed)
+            images = generator(steps)
+            remove_mag_cache(generator.transformer)
+            return round(psnr(images, reference).mean().item(), 2)
+
         for method, options in {"nearest": {}, "sigma": {"resample": "sigma", "sigmas": sigmas}}.items():
             curve = profile.config(steps, **options).ratios
             error = sum(abs(math.log(a / b)) for a, b in zip(curve, truth, strict=True)) / steps
             config = with_budget(profile, steps, round(COMPUTED_SHARE * steps), **options)
-            apply_mag_cache(generator.transformer, config)
-            decibels = psnr(generator(steps), reference).mean().item()
-            remove_mag_cache(generator.transformer)
             line = {
                 "steps": steps,
                 "resampling": method,
                 "mean_abs_log_ratio_error": round(error, 5),
                 "schedule": schedule(config),
                 "computed": schedule(config).count("C"),
-                "psnr": round(decibels, 2),
+                "psnr": decibels(config),
             }
             lines.append(line)
             print(json.dumps(line), flush=True)
+        for budget in (math.ceil(share * steps) for share in PLANNED_SHARES):
+            compared = {
+                "steps": steps,
+                "computed": budget,
+                "planned, fitted": decibels(plan(profile, steps, budget=budget, reuse="fitted")),
+                "even, linear": decibels(fill(profile, evenly_spaced(steps, budget), "linear")),
+            }
+            plans.append(compared)
+            print(json.dumps(compared), flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(
-        json.dumps({"model": args.model.name, "prompts": args.prompts, "lines": lines}, indent=1) + "\n"
+        json.dumps({"model": args.model.name, "prompts": args.prompts, "lines": lines, "plans": plans}, indent=1) + "\n"
     )
 
 

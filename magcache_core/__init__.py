@@ -7,8 +7,8 @@ hooks and the strategies work on diffusers' models.
 from magcache_core.choice import choose
 from magcache_core.config import ConfigError, MagCacheConfig
 from magcache_core.hooks import apply_mag_cache, remove_mag_cache
-from magcache_core.plan_data import Plan
-from magcache_core.planner import fewest_steps, fill, plan
+from magcache_core.plan_data import Plan, Trial
+from magcache_core.planner import evenly_spaced, fewest_steps, fill, plan
 from magcache_core.profile_data import BranchCurve, Profile, ProfileError, write_profile
 from magcache_core.profiles import load_profile, pick_profile, profile_names
 from magcache_core.reuse import REUSE_MODES, decisions, reuse_weights
@@ -35,9 +35,11 @@ __all__ = [
     "Profile",
     "ProfileError",
     "ResidualError",
+    "Trial",
     "apply_mag_cache",
     "choose",
     "decisions",
+    "evenly_spaced",
     "fewest_steps",
     "fill",
     "get_strategy",

@@ -21,6 +21,7 @@ import torch
 from magcache_core.measure import BranchMeasurement, measure_sensitivity, recording
 from magcache_core.profile_data import BranchCurve, Profile, write_profile
 from magcache_core.reuse import REUSE_MODES
+from magcache_core.trials import try_schedules
 
 LONGEST_SEGMENT = 12
 """Reused steps in a row to measure costs for; beyond it a schedule isn't planned."""
@@ -112,6 +113,22 @@ def calibrate(pipe: Any, job: CalibrationJob, name: str, model: str, progress: b
     )
 
 
+def try_out(pipe: Any, job: CalibrationJob, profile: Profile, runs: int, moves: int, progress: bool = True) -> Profile:
+    """``profile`` with the schedules that came closest on the job's first ``runs`` runs; see `try_schedules`."""
+    from tqdm import tqdm
+
+    tried = job.runs[:runs]
+    batches = [tried[start : start + job.batch] for start in range(0, len(tried), job.batch)]
+
+    def run() -> torch.Tensor:
+        asked = [_call_arguments(pipe, job, batch) | {"output_type": "pt"} for batch in batches]
+        return torch.cat([pipe(**arguments).images for arguments in asked])
+
+    with tqdm(unit="budget", disable=not progress, desc="trying schedules") as bar:
+        trials = try_schedules(pipe.transformer, run, profile, moves, progress=lambda: bar.update(1))
+    return replace(profile, trials=trials)
+
+
 def _sensitivity(pipe: Any, job: CalibrationJob, batch: Sequence[tuple[str, int]], progress: bool) -> list[float]:
     """Measured on one batch: it is a property of the flow more than of a prompt."""
     from tqdm import tqdm
@@ -200,6 +217,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-sequence-length", type=int, help="text tokens; the pipeline's default otherwise")
     parser.add_argument("--reuse", choices=REUSE_MODES, default="fitted", help="reuse mode to recommend")
     parser.add_argument("--budget", type=int, help="computed steps to recommend; without it, the threshold rule")
+    parser.add_argument(
+        "--trials", type=int, default=4, metavar="RUNS", help="runs to try schedules out on; 0 only predicts errors"
+    )
+    parser.add_argument("--moves", type=int, default=6, help="neighbours of each best schedule to try out as well")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
@@ -226,6 +247,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipe = DiffusionPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(args.device)
     measured = calibrate(pipe, job, args.name or args.out.stem, args.model_id or args.model)
     profile = replace(measured, reuse=args.reuse, budget=args.budget)
+    if args.trials > 0:
+        profile = try_out(pipe, job, profile, args.trials, args.moves)
     write_profile(profile, args.out)
     print(f"wrote {args.out}: {len(job.runs)} runs, branches {', '.join(profile.branches)}")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from magcache_core.config import ConfigError
 from magcache_core.plan_data import Plan
-from magcache_core.planner import fill, plan
+from magcache_core.planner import fewest_steps, fill, plan
 from magcache_core.profile_data import Profile
 from magcache_core.state import schedule
 
@@ -27,8 +27,8 @@ def choose(
 
     A request that names a ``budget`` or a ``max_error`` gets the best schedule for it; one that names a ``threshold``
     gets the threshold rule's; one that names none of them gets what the profile recommends: where costs were measured,
-    the cheapest plan that is predicted to be as close to the uncached run as the recommended budget is at the
-    profile's own step count, else the threshold rule with the profile's settings.
+    the best schedule for the recommended budget, or at another step count for the budget of the cheapest plan that is
+    predicted to be as close to the uncached run, else the threshold rule with the profile's settings.
 
     Args:
         profile: the model's profile.
@@ -44,10 +44,13 @@ def choose(
     """
     rule: dict[str, Any] = {"max_skip_steps": max_skip_steps, "retention_ratio": retention_ratio}
     if threshold is None and budget is None and max_error is None and profile.budget is not None:
-        reference = plan(profile, budget=profile.budget, branch=branch)
-        if steps in (None, profile.steps) and max_skip_steps is None and retention_ratio is None and reuse is None:
-            return reference
-        max_error = reference.predicted_error
+        budget = profile.budget
+        if steps not in (None, profile.steps):
+            planned = plan(profile, budget=budget, reuse=profile.reuse, branch=branch)
+            budget = plan(
+                profile, steps, max_error=planned.predicted_error, reuse=profile.reuse, branch=branch, **rule
+            ).computed
+        budget = max(budget, fewest_steps(profile, steps, branch=branch, **rule))
     if budget is not None or max_error is not None:
         if threshold is not None:
             raise ConfigError("threshold", threshold, "left out beside a budget or a max_error")

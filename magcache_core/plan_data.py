@@ -11,6 +11,27 @@ REUSE = "."
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A schedule that was run.
+
+    Attributes:
+        schedule: one character per step, ``C`` computes, ``.`` reuses.
+        reuse: how reused steps were filled in, one of `REUSE_MODES`.
+        error: how far its pictures were from the uncached ones: root mean square over the pixels of a picture, in
+            [0, 1], geometric mean over the pictures. ``-20 log10(error)`` is the mean PSNR in dB.
+    """
+
+    schedule: str
+    reuse: str
+    error: float
+
+    @property
+    def computed(self) -> int:
+        """Number of steps that ran the block stack."""
+        return self.schedule.count(COMPUTE)
+
+
+@dataclass(frozen=True)
 class Plan:
     """A schedule chosen ahead.
 

@@ -35,12 +35,17 @@ def plan(
 ) -> Plan:
     """The schedule with the least predicted error for a budget, or the cheapest within an error.
 
+    Where the profile has trials, and neither a reuse mode nor bounds are asked for, a budget gets what came closest
+    when it was tried out. At other step counts than the profile's that is an evenly spaced schedule with ``linear``
+    reuse, as long as no more than half of the steps compute: trials come near it, and pictures are closer than with a
+    plan (docs/magcache.md has the figures).
+
     Args:
         profile: costs to plan with. Where it has only ratios, a reused step costs |1 - product of ratios|.
         steps: denoising steps of the request; the profile's by default.
         budget: computed steps; the plan has exactly as many.
         max_error: predicted error that the plan must not exceed, in the unit of its costs; exactly one of the two.
-        reuse: one of `REUSE_MODES`; the profile's by default.
+        reuse: one of `REUSE_MODES`; the trial's or else the profile's by default.
         retention_ratio: fraction of the first steps that always compute.
         max_skip_steps: most reused steps in a row. These two keep the rule from what magnitudes don't show, so where
             the profile has only ratios they are the profile's by default. Measured costs show it: then only the first
@@ -50,6 +55,7 @@ def plan(
     Raises:
         ConfigError: a setting is out of range, or no schedule has this budget (the message gives the range).
     """
+    free = reuse is None and retention_ratio is None and max_skip_steps is None
     reuse = check_reuse(reuse if reuse is not None else profile.reuse)
     config = _bounds(profile, steps, retention_ratio, max_skip_steps, branch)
     if (budget is None) == (max_error is None):
@@ -59,12 +65,22 @@ def plan(
     search = _Search(segment_costs(profile, config, reuse, branch), config)
     if budget is not None:
         count = search.check(budget)
+        if free and (tried := _tried(profile, config.num_inference_steps, count)):
+            return fill(profile, *tried, branch)
     else:
         count = search.fewest
         while search.error(count) > float(max_error or 0.0):
             count += 1
     found = search.plan(count, reuse)
     return replace(found, weights=_weights(profile, found.schedule, branch)) if reuse == "fitted" else found
+
+
+def _tried(profile: Profile, steps: int, budget: int) -> tuple[str, str] | None:
+    """The schedule and the reuse mode that trials recommend, if they do."""
+    if steps == profile.steps:
+        return next(((one.schedule, one.reuse) for one in profile.trials if one.computed == budget), None)
+    even = profile.trials and not profile.protected_steps and 2 * budget <= steps
+    return (evenly_spaced(steps, budget), "linear") if even else None
 
 
 def fewest_steps(
@@ -141,6 +157,12 @@ def fill(profile: Profile, schedule: str, reuse: str, branch: str = "cond") -> P
         weights=_weights(profile, schedule, branch) if reuse == "fitted" else (),
         unit=costs.unit,
     )
+
+
+def evenly_spaced(steps: int, budget: int) -> str:
+    """The schedule whose ``budget`` computed steps are as evenly spaced as whole steps allow."""
+    computed = {i * steps // budget for i in range(budget)}
+    return "".join(COMPUTE if i in computed else REUSE for i in range(steps))
 
 
 def segments(schedule: str) -> list[tuple[int, int, int]]:

@@ -11,7 +11,9 @@ from typing import Any
 
 from magcache_core.config import ConfigError, MagCacheConfig, ratio_tuple
 from magcache_core.costs import CostTable
+from magcache_core.plan_data import COMPUTE, REUSE, Trial
 from magcache_core.resample import interpolate, nearest_index, resample_over_sigma
+from magcache_core.reuse import REUSE_MODES
 
 FORMAT = "magcache-profile"
 VERSION = 1
@@ -66,6 +68,7 @@ class Profile:
         threshold, max_skip_steps, retention_ratio: recommended settings.
         reuse: recommended reuse mode of the threshold rule.
         budget: recommended number of computed steps of a plan at ``steps`` steps; None when plans aren't recommended.
+        trials: the best schedule that was found by running it, by rising number of computed steps; empty when none was.
         provenance: where the numbers come from, as free text and version fields.
     """
 
@@ -84,6 +87,7 @@ class Profile:
     retention_ratio: float = 0.1
     reuse: str = "residual"
     budget: int | None = None
+    trials: tuple[Trial, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -165,6 +169,7 @@ class Profile:
             branches={name: curve.tail(first) for name, curve in self.branches.items()},
             protected_steps=tuple(step - first for step in self.protected_steps if step >= first),
             budget=None if self.budget is None else math.ceil(self.budget * steps / self.steps),
+            trials=(),
         )
 
     def check_transformer(self, class_name: str) -> None:
@@ -203,6 +208,7 @@ def to_json(profile: Profile) -> str:
             }
             for name, curve in profile.branches.items()
         },
+        "trials": [[trial.schedule, trial.reuse, float(f"{trial.error:.4g}")] for trial in profile.trials],
         "provenance": dict(profile.provenance),
     }
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in document.items()]
@@ -260,10 +266,18 @@ def _profile(document: dict[str, Any]) -> Profile:
         retention_ratio=defaults["retention_ratio"],
         reuse=defaults["reuse"],
         budget=defaults["budget"],
+        trials=tuple(_trial(entry, steps) for entry in document.get("trials", ())),
         provenance=document["provenance"],
     )
     profile.config()  # refuses defaults and protected steps that are out of range
     return profile
+
+
+def _trial(entry: Sequence[Any], steps: int) -> Trial:
+    schedule, reuse, error = entry
+    if len(schedule) != steps or set(schedule) - {COMPUTE, REUSE} or reuse not in REUSE_MODES:
+        raise ProfileError(f"a trial has schedule {schedule!r} and reuse {reuse!r}")
+    return Trial(schedule, reuse, float(error))
 
 
 def _branch(name: str, document: dict[str, Any], steps: int) -> BranchCurve:

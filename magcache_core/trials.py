@@ -1,0 +1,113 @@
+"""Try schedules out: of each number of computed steps, the one whose pictures are closest to the uncached ones.
+
+Predicted costs add up what reuse does to the latents of an uncached run. A cached run answers: its computed steps see
+latents that have drifted, mistakes of neighbouring segments may cancel, and not every distance in latents shows in a
+picture. So the predictions only name candidates here, evenly spaced schedules are others, and runs decide, with a short
+local search around the best.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from magcache_core.hooks import apply_mag_cache, remove_mag_cache
+from magcache_core.plan_data import COMPUTE, REUSE, Plan, Trial
+from magcache_core.planner import evenly_spaced, fewest_steps, fill, plan
+from magcache_core.profile_data import Profile
+
+MODES = ("linear", "fitted")
+"""Reuse modes that are tried; plain reuse was never the closest."""
+LEAST = 1e-5
+"""Distance (100 dB) at which equal pictures count, so that its logarithm is finite."""
+
+
+def try_schedules(
+    transformer: nn.Module,
+    run: Callable[[], torch.Tensor],
+    profile: Profile,
+    moves: int = 6,
+    seed: int = 0,
+    progress: Callable[[], object] = lambda: None,
+) -> tuple[Trial, ...]:
+    """The best schedule found for each number of computed steps below ``profile.steps``.
+
+    Args:
+        transformer: the model that ``run`` calls.
+        run: one run with ``profile.steps`` steps, always from the same noise; pictures in [0, 1], (rows, 3, height,
+            width).
+        profile: measured costs, which name candidates and fit weights.
+        moves: schedules to try beside the candidates, each with one computed step of the best so far moved.
+        seed: of the moves.
+        progress: called after each number of computed steps.
+
+    Returns:
+        By rising number of computed steps; errors never rise.
+    """
+    bare = replace(profile, trials=())
+    reference = _bytes(run())
+    rng = random.Random(seed)
+    known: dict[tuple[str, str], Trial] = {}
+
+    def tried(candidate: Plan) -> Trial:
+        key = candidate.schedule, candidate.reuse
+        if key not in known:
+            apply_mag_cache(transformer, candidate)
+            try:
+                distances = (_bytes(run()) - reference).square().flatten(1).mean(dim=1).sqrt()
+            finally:
+                remove_mag_cache(transformer)
+            known[key] = Trial(*key, distances.clamp(min=LEAST).log().mean().exp().item())
+        return known[key]
+
+    found: list[Trial] = []
+    for budget in range(fewest_steps(bare), bare.steps):
+        denser = found[-1] if found else None
+        best = min(map(tried, _candidates(bare, budget, denser)), key=_error)
+        for _ in range(moves):
+            moved = fill(bare, _moved(best.schedule, bare.protected_steps, rng), best.reuse)
+            best = min(best, tried(moved), key=_error)
+        # A smaller budget that did better by luck bounds what this one is expected to do.
+        found.append(best if denser is None else replace(best, error=min(best.error, denser.error)))
+        progress()
+    return tuple(found)
+
+
+def _candidates(profile: Profile, budget: int, before: Trial | None) -> Iterator[Plan]:
+    """Planned and evenly spaced schedules, and the best with a step less and its longest segment halved."""
+    schedules = [evenly_spaced(profile.steps, budget)]
+    if before is not None:
+        longest = max(before.schedule.split(COMPUTE), key=len)
+        middle = before.schedule.index(COMPUTE + longest) + 1 + len(longest) // 2
+        schedules.append(_with(before.schedule, middle, COMPUTE))
+    for mode in MODES:
+        yield plan(profile, budget=budget, reuse=mode)
+        for schedule in schedules:
+            if all(schedule[step] == COMPUTE for step in profile.protected_steps):
+                yield fill(profile, schedule, mode)
+
+
+def _error(trial: Trial) -> float:
+    return trial.error
+
+
+def _bytes(pictures: torch.Tensor) -> torch.Tensor:
+    """As served, in steps of 1/255."""
+    return (pictures.float().clamp(0, 1) * 255).round() / 255
+
+
+def _moved(schedule: str, protected: tuple[int, ...], rng: random.Random) -> str:
+    """``schedule`` with one computed step a step earlier or later, where that is free; unchanged where it is not."""
+    step = rng.choice([i for i, mark in enumerate(schedule) if mark == COMPUTE])
+    to = step + rng.choice((-1, 1))
+    if step == 0 or step in protected or not 0 < to < len(schedule):
+        return schedule
+    return _with(_with(schedule, step, REUSE), to, COMPUTE) if schedule[to] == REUSE else schedule
+
+
+def _with(schedule: str, step: int, mark: str) -> str:
+    return schedule[:step] + mark + schedule[step + 1 :]

@@ -1,0 +1,102 @@
+"""Schedules that were tried out, against runs of the same pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+from magcache_core import (
+    Plan,
+    Profile,
+    Trial,
+    apply_mag_cache,
+    choose,
+    evenly_spaced,
+    fewest_steps,
+    fill,
+    plan,
+    remove_mag_cache,
+)
+from magcache_core.calibrate import calibrate, try_out
+from magcache_core.profile_data import ProfileError, parse, to_json
+from tests.magcache_core.test_calibrate import STEPS, PromptPipe, embeddings, job
+
+
+@pytest.fixture
+def tried(pipe: FluxPipeline) -> Profile:
+    jobs = job(batch=1)
+    measured = calibrate(PromptPipe(pipe), jobs, "tiny", "test/tiny", progress=False)
+    return try_out(PromptPipe(pipe), jobs, measured, runs=2, moves=2, progress=False)
+
+
+def drift(pipe: FluxPipeline, followed: Plan) -> float:
+    """How far both pictures are from the uncached ones, geometric mean of the root mean squares."""
+    tokens, pooled = zip(*map(embeddings, ("a", "b")), strict=True)
+
+    def run() -> torch.Tensor:
+        images: torch.Tensor = pipe(
+            prompt_embeds=torch.stack(tokens),
+            pooled_prompt_embeds=torch.stack(pooled),
+            num_inference_steps=STEPS,
+            width=32,
+            height=32,
+            guidance_scale=3.5,
+            generator=[torch.Generator("cpu").manual_seed(0) for _ in range(2)],
+            output_type="pt",
+        ).images
+        return (images.clamp(0, 1) * 255).round() / 255
+
+    reference = run()
+    apply_mag_cache(pipe.transformer, followed)
+    moved = run()
+    remove_mag_cache(pipe.transformer)
+    return (moved - reference).square().flatten(1).mean(dim=1).sqrt().clamp(min=1e-5).log().mean().exp().item()
+
+
+def test_no_candidate_was_closer(pipe: FluxPipeline, tried: Profile) -> None:
+    assert [trial.computed for trial in tried.trials] == list(range(fewest_steps(tried), STEPS))
+    errors = [trial.error for trial in tried.trials]
+    assert errors == sorted(errors, reverse=True)
+    bare = replace(tried, trials=())
+    for trial in tried.trials:
+        found = drift(pipe, plan(tried, budget=trial.computed))
+        assert trial.error <= found * (1 + 1e-3)
+        for mode in ("linear", "fitted"):
+            for other in (
+                plan(bare, budget=trial.computed, reuse=mode),
+                fill(bare, evenly_spaced(STEPS, trial.computed), mode),
+            ):
+                assert found <= drift(pipe, other) * (1 + 1e-3)
+
+
+def test_a_plan_comes_from_a_trial_unless_more_is_asked_for(tried: Profile) -> None:
+    for trial in tried.trials:
+        made = plan(tried, budget=trial.computed)
+        assert made == fill(tried, trial.schedule, trial.reuse)
+    assert plan(tried, budget=STEPS).predicted_error == 0.0
+    assert plan(tried, max_error=0.0).computed == STEPS
+    bare = replace(tried, trials=())
+    assert plan(tried, max_error=0.5) == plan(bare, max_error=0.5)
+    for asked in ({"reuse": "linear"}, {"steps": STEPS - 1}, {"retention_ratio": 0.2}, {"max_skip_steps": 3}):
+        assert plan(tried, budget=4, **asked) == plan(bare, budget=4, **asked)
+    assert plan(tried, STEPS + 4, budget=6) == fill(tried, "C.C.C.C.C.C.", "linear")
+    assert choose(tried, STEPS + 4, budget=7) == plan(bare, STEPS + 4, budget=7)
+    recommending = replace(tried, budget=4)
+    assert choose(recommending) == plan(tried, budget=4)
+    cheapest = plan(bare, STEPS + 4, max_error=plan(bare, budget=4).predicted_error)
+    assert choose(recommending, STEPS + 4) == plan(tried, STEPS + 4, budget=cheapest.computed)
+
+
+def test_trials_survive_the_file(tried: Profile) -> None:
+    read = parse(to_json(tried), "it")
+    assert [(trial.schedule, trial.reuse) for trial in read.trials] == [
+        (trial.schedule, trial.reuse) for trial in tried.trials
+    ]
+    assert [trial.error for trial in read.trials] == pytest.approx([trial.error for trial in tried.trials], rel=1e-3)
+    assert read.tail(2, STEPS).trials == ()
+    for wrong in (Trial("C.", "linear", 1.0), Trial("C......X", "linear", 1.0), Trial("C.......", "no", 1.0)):
+        with pytest.raises(ProfileError, match="trial"):
+            parse(to_json(replace(tried, trials=(wrong,))), "it")
