@@ -119,6 +119,14 @@ class Conditioning:
     negative: PromptEmbeddings | None = None
     sources: tuple[SourceImage, ...] = ()
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that the tensors take."""
+        prompts = [prompt for prompt in (self.prompt, self.negative) if prompt is not None]
+        tensors = [prompt.tokens for prompt in prompts] + [source.latents for source in self.sources]
+        tensors += [prompt.pooled for prompt in prompts if prompt.pooled is not None]
+        return sum(tensor.nbytes for tensor in tensors)
+
 
 @dataclass(frozen=True)
 class BranchStep:

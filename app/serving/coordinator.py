@@ -44,9 +44,9 @@ QUEUE_NEWS_S = 1.0
 
 
 class _Pending:
-    """A submitted picture: its table entry, its tensors (by reference only) and whoever waits for it."""
+    """A submitted picture: its table entry, its tensors (by reference unless small) and whoever waits for it."""
 
-    def __init__(self, entry: Entry, conditioning: "ray.ObjectRef[Conditioning]") -> None:
+    def __init__(self, entry: Entry, conditioning: "Conditioning | ray.ObjectRef[Conditioning]") -> None:
         self.entry = entry
         self.conditioning = conditioning
         self.done: asyncio.Future[DenoiseResult] = asyncio.get_running_loop().create_future()
@@ -107,11 +107,13 @@ class Coordinator:
         except* Exception as errors:
             self._fail(errors.exceptions[0])
 
-    async def denoise(self, job: DenoiseJob, conditioning: "list[ray.ObjectRef[Conditioning]]") -> DenoiseResult:
+    async def denoise(
+        self, job: DenoiseJob, conditioning: "list[Conditioning | ray.ObjectRef[Conditioning]]"
+    ) -> DenoiseResult:
         """Denoise one picture.
 
         Args:
-            conditioning: one reference, in a list so that Ray does not fetch it here: only ranks need the tensors.
+            conditioning: one, or a reference to it, in a list so that Ray does not fetch it here: only ranks need it.
 
         Raises:
             BusyError: the queue is full; it says when it is worth asking again.
@@ -125,8 +127,8 @@ class Coordinator:
         REQUEST_ID.set(job.request_id)
         if self._failure is not None:
             raise self._failure
-        (reference,) = conditioning
-        pending = _Pending(self._intake.take(job), reference)
+        (tensors,) = conditioning
+        pending = _Pending(self._intake.take(job), tensors)
         self._pending[job.row_id] = pending
         if job.partial_images:
             self._feeds.setdefault(job.row_id, Feed())

@@ -25,6 +25,10 @@ WATCH_SECONDS = 2.0
 """How often an idle group is looked at, so that a killed rank is replaced before the next request needs it."""
 
 
+INLINE_BYTES = 100_000
+"""Up to this size Ray carries a value within a call instead of its object store."""
+
+
 class FluxReplica:
     """One tensor-parallel group behind Serve's routing, queueing and health checks."""
 
@@ -78,12 +82,13 @@ class FluxReplica:
     ) -> DenoiseResult:
         """Ask one group after another, telling ``asked`` of each, until one makes the picture."""
         REQUEST_ID.set(job.request_id)
-        reference = ray.put(conditioning)
+        # By reference the coordinator never holds them; a few kilobytes reach the ranks sooner within the calls.
+        tensors = ray.put(conditioning) if conditioning.nbytes > INLINE_BYTES else conditioning
         came, asking = time.monotonic(), job
         for _ in range(self._settings.rebuild_attempts + 1):
             group = self._group
             try:
-                call = group.coordinator.denoise.remote(asking, [reference])
+                call = group.coordinator.denoise.remote(asking, [tensors])
                 asked(group)
                 result: DenoiseResult = await call
                 return result

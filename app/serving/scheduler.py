@@ -19,7 +19,7 @@ from app.serving.ordered import Ordered
 from app.serving.trajectory import Trajectory
 from app.settings import Settings
 
-MESSAGE_S = 0.02
+MESSAGE_S = 0.03
 """Work that is worth a message: sending one and answering it takes a rank and the coordinator a millisecond each."""
 MAX_PLANS_PER_MESSAGE = 16
 """However little they are estimated to take, so many plans are sent at once."""
