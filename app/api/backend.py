@@ -87,7 +87,11 @@ class Preview:
 
 @dataclass(frozen=True)
 class Picture:
-    """One finished picture: the encoded file, how it was denoised, and seconds by phase."""
+    """One finished picture: the encoded file, how it was denoised, and seconds by phase.
+
+    Attributes:
+        source_tokens: of the pictures that the request sent, as the model took them.
+    """
 
     data: bytes
     seed: int
@@ -95,6 +99,7 @@ class Picture:
     encode_seconds: float
     decode_seconds: float
     total_seconds: float
+    source_tokens: int = 0
 
 
 StreamItem = Progress | Preview | Picture

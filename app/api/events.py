@@ -98,7 +98,7 @@ def event_of(ask: Ask, item: StreamItem, kind: Kind = "image_generation") -> byt
                 "type": f"{kind}.completed",
                 "index": item.seed - job.seed,
                 **image_reply(job, item).model_dump(),
-                "usage": usage(ask, 1).model_dump(),
+                "usage": usage(ask, [item]).model_dump(),
                 "warnings": ask.warnings,
                 **common,
             }

@@ -6,6 +6,7 @@ import base64
 import json
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.responses import Response
@@ -58,20 +59,21 @@ def pictures_response(ask: Ask, pictures: list[Picture]) -> Response:
         output_format=ask.job.output_format,
         quality=ask.quality,
         size=ask.size,
-        usage=usage(ask, len(pictures)),
+        usage=usage(ask, pictures),
         warnings=list(ask.warnings),
     )
     return AsciiJSONResponse(reply.model_dump(), headers=headers)
 
 
-def usage(ask: Ask, pictures: int) -> Usage:
-    """Tokens of ``ask``'s prompts and of so many pictures."""
-    output = pictures * Geometry.of(ask.job.width, ask.job.height).tokens
+def usage(ask: Ask, pictures: Sequence[Picture]) -> Usage:
+    """Tokens of ``ask``'s prompts, of the pictures that it sent, and of those that it gets."""
+    sources = pictures[0].source_tokens
+    output = len(pictures) * Geometry.of(ask.job.width, ask.job.height).tokens
     return Usage(
-        input_tokens=ask.text_tokens,
+        input_tokens=ask.text_tokens + sources,
         output_tokens=output,
-        total_tokens=ask.text_tokens + output,
-        input_tokens_details=TokenDetails(text_tokens=ask.text_tokens, image_tokens=0),
+        total_tokens=ask.text_tokens + sources + output,
+        input_tokens_details=TokenDetails(text_tokens=ask.text_tokens, image_tokens=sources),
     )
 
 

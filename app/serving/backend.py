@@ -119,7 +119,9 @@ class ServeBackend:
                 data, decode_s = await self._decode(result, order.job)
             finally:
                 follower.stop_previews()
-        picture = Picture(data, denoise.seed, result.report, encode_s, decode_s, total_seconds=order.elapsed_s)
+        picture = Picture(
+            data, denoise.seed, result.report, encode_s, decode_s, order.elapsed_s, _source_tokens(conditioning)
+        )
         if order.tell is not None:
             order.tell(picture)
         return picture
@@ -153,7 +155,7 @@ class ServeBackend:
             partial_images=job.partial_images,
             strength=job.strength,
             # With strength the one source turns into the picture, and no step reads it beside.
-            source_tokens=0 if job.strength else sum(len(source.latents) for source in conditioning.sources),
+            source_tokens=0 if job.strength else _source_tokens(conditioning),
         )
 
     def _left_s(self, order: _Order) -> float | None:
@@ -192,6 +194,10 @@ class ServeBackend:
         """The encoder's and all coordinators' families, merged; who does not answer is left out."""
         coordinators, encoder = await asyncio.gather(ask_coordinators("metric_families"), _families_of(self._encoder))
         return merge_families(*coordinators, encoder)
+
+
+def _source_tokens(conditioning: Conditioning) -> int:
+    return sum(len(source.latents) for source in conditioning.sources)
 
 
 def _file_form(job: ImagesJob) -> FileForm:

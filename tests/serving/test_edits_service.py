@@ -135,6 +135,8 @@ def test_kontext_reads_the_picture(serving: Serving) -> None:
         generator=torch.Generator("cpu").manual_seed(7),
     ).images[0]
     assert psnr(pixels(reply), np.asarray(expected) / 255) >= 55
+    assert reply.usage is not None
+    assert reply.usage.input_tokens_details.image_tokens == fitted.width * fitted.height // 256
 
 
 def test_klein_reads_several_pictures(serving: Serving) -> None:
