@@ -2,8 +2,8 @@
 
 flux-tiny, mixed sizes and step counts, the same threads and the same computed steps everywhere: diffusers' pipeline
 with diffusers' MagCache in one Serve deployment, one picture at a time and with ``@serve.batch``, and this service with
-one and with two tensor-parallel ranks. Closed loops and Poisson arrivals; beside them the bare pipeline without Serve,
-and what MagCache saves in the denoising phase on flux-tiny and on a random checkpoint of 160 million parameters.
+two groups of one rank and with one of two. Closed loops and Poisson arrivals; beside them the bare pipeline without
+Serve, and what MagCache saves in the denoising phase on flux-tiny and on a random checkpoint of 160 million parameters.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Effort:
     closed: tuple[tuple[int, int], ...] = ((1, 24), (4, 48), (16, 96), (64, 192))
     open_seconds: float = 10.0
     open_loads: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
-    repetitions: int = 9
+    repetitions: int = 15
     large: tuple[tuple[str, int], ...] = ()
     systems: tuple[str, ...] = tuple(system.name for system in SYSTEMS)
 
@@ -164,7 +164,7 @@ def run(effort: Effort) -> dict[str, Any]:
                     document["denoising"]["flux-tiny"] = speed_up(url, effort.repetitions)
         large = Path(folder) / "random"
         parameters = write_checkpoint(MODEL, large, **dict(effort.large))
-        with running(ours(1, large)):
+        with running(ours(1, 1, large)):
             settle(url, workload(1, seed=9)[0])
             document["denoising"]["random-160m"] = {"parameters": parameters, **speed_up(url, effort.repetitions)}
     document["targets"] = targets(document)

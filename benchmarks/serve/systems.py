@@ -37,8 +37,11 @@ class System:
     application: Callable[[], serve.Application]
 
 
-def ours(tensor_parallel_size: int, model: Path = MODEL, **changes: Any) -> serve.Application:
-    """This service with the threshold rule that diffusers has, so that both compute the same steps."""
+def ours(tensor_parallel_size: int, groups: int, model: Path = MODEL) -> serve.Application:
+    """This service with the threshold rule that diffusers has, so that both compute the same steps.
+
+    The threads are divided among the ranks of all ``groups``.
+    """
     args = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["applications"][0]["args"]
     profile = load_profile(PROFILE)
     rule = {
@@ -49,18 +52,19 @@ def ours(tensor_parallel_size: int, model: Path = MODEL, **changes: Any) -> serv
     args |= {
         "model": str(model),
         "tensor_parallel_size": tensor_parallel_size,
-        "threads_per_rank": THREADS // tensor_parallel_size,
+        "num_replicas": groups,
+        "threads_per_rank": THREADS // (tensor_parallel_size * groups),
         "log_level": "WARNING",
         "magcache": args["magcache"] | rule,
     }
-    return build(Settings(**(args | changes)))
+    return build(Settings(**args))
 
 
 SYSTEMS = (
     System("pipeline", "diffusers, one at a time", lambda: application(OneAtATime, str(MODEL), PROFILE, THREADS)),
     System("batched", "diffusers, @serve.batch", lambda: application(Batched, str(MODEL), PROFILE, THREADS)),
-    System("ours-tp1", "this service, tp 1", lambda: ours(1)),
-    System("ours-tp2", "this service, tp 2", lambda: ours(2)),
+    System("ours-tp1", "this service, tp 1, 2 groups", lambda: ours(1, groups=2)),
+    System("ours-tp2", "this service, tp 2", lambda: ours(2, groups=1)),
 )
 
 
