@@ -38,7 +38,8 @@ def plan(
     Where the profile has trials, and neither a reuse mode nor bounds are asked for, a budget gets what came closest
     when it was tried out. At other step counts than the profile's that is an evenly spaced schedule with ``linear``
     reuse, as long as no more than half of the steps compute: trials come near it, and pictures are closer than with a
-    plan (docs/magcache.md has the figures).
+    plan (docs/magcache.md has the figures). ``predicted_error`` is what is predicted for that schedule: among plans it
+    falls with the budget, among trials the measured error does.
 
     Args:
         profile: costs to plan with. Where it has only ratios, a reused step costs |1 - product of ratios|.
