@@ -91,4 +91,4 @@ def test_all_of_it_runs(tmp_path: Path) -> None:
     assert written.startswith("before\n")
     assert written.endswith("after\n")
     assert "old" not in written
-    assert written.count("| this service, tp 1 |") == 3
+    assert written.count("| this service, tp 1, 2 groups |") == 3

@@ -173,13 +173,13 @@ async def test_a_full_queue_and_impossible_wishes_are_refused(group: Group) -> N
         await group.start("c/0", magcache=MagCacheOptions(computed_steps=1))
 
 
-async def test_runs_of_reused_steps_travel_together(group: Group) -> None:
+async def test_plans_travel_together(group: Group) -> None:
     before = group.coordinator.counts.messages, group.coordinator.counts.plans
     report = (await group.start("a/0", magcache=MagCacheOptions())).report
     counts = group.coordinator.counts
     assert counts.plans - before[1] == 28
-    # Each computed step ends a message, and so does the last step.
-    assert counts.messages - before[0] == report.computed + report.schedule.endswith(".")
+    # How many computed steps share a message depends on the time that they take; reused ones never have their own.
+    assert 1 <= counts.messages - before[0] <= report.computed + report.schedule.endswith(".")
     assert min(counts.computed_seconds, counts.reused_seconds) > 0
     assert counts.rank_seconds == [pytest.approx(counts.computed_seconds + counts.reused_seconds)]
 
