@@ -63,17 +63,23 @@ def plan(
         raise ConfigError("budget", budget, "given, or max_error, but not both")
     if max_error is not None and not max_error >= 0:
         raise ConfigError("max_error", max_error, "a number >= 0")
-    search = _Search(segment_costs(profile, config, reuse, branch), config)
+    fewest = _fewest(_forced(config), config.max_skip_steps)
     if budget is not None:
-        count = search.check(budget)
-        if free and (tried := _tried(profile, config.num_inference_steps, count)):
+        _check_budget(budget, fewest, config.num_inference_steps)
+        if free and (tried := _tried(profile, config.num_inference_steps, budget)):
             return fill(profile, *tried, branch)
-    else:
-        count = search.fewest
-        while search.error(count) > float(max_error or 0.0):
-            count += 1
+    search = _Search(segment_costs(profile, config, reuse, branch), config)
+    count = fewest if budget is None else budget
+    while max_error is not None and search.error(count) > max_error:
+        count += 1
     found = search.plan(count, reuse)
     return replace(found, weights=_weights(profile, found.schedule, branch)) if reuse == "fitted" else found
+
+
+def _check_budget(budget: int, fewest: int, steps: int) -> None:
+    if isinstance(budget, bool) or not isinstance(budget, int) or not fewest <= budget <= steps:
+        allowed = f"an integer from {fewest} to {steps} for these steps, retention and max_skip_steps"
+        raise ConfigError("budget", budget, allowed)
 
 
 def _tried(profile: Profile, steps: int, budget: int) -> tuple[str, str] | None:
@@ -244,7 +250,6 @@ class _Search:
         self._ratios = config.ratios
         self.steps, gaps, self._lengths = costs.values.shape
         must = _forced(config)
-        self.fewest = _fewest(must, config.max_skip_steps)
         forced = torch.tensor(must + [False] * self._lengths)
         # [a, l]: some step of a + 1 ... a + l has to compute, so that no segment may hold it.
         blocked = forced.unfold(0, self._lengths, 1)[: self.steps].clone()
@@ -262,13 +267,6 @@ class _Search:
         self._best = torch.full((self.steps, nowhere + 1), torch.inf)
         self._gaps = torch.zeros((self.steps, self.steps, self._lengths), dtype=torch.long)
         self._filled = 0
-
-    def check(self, budget: int) -> int:
-        """``budget``, if a schedule can have it."""
-        if isinstance(budget, bool) or not isinstance(budget, int) or not self.fewest <= budget <= self.steps:
-            allowed = f"an integer from {self.fewest} to {self.steps} for these steps, retention and max_skip_steps"
-            raise ConfigError("budget", budget, allowed)
-        return budget
 
     def _fill(self, count: int) -> None:
         for layer in range(self._filled, count):

@@ -48,7 +48,6 @@ def try_schedules(
     Returns:
         By rising number of computed steps; errors never rise.
     """
-    bare = replace(profile, trials=())
     reference = _bytes(run())
     rng = random.Random(seed)
     known: dict[tuple[str, str], Trial] = {}
@@ -65,14 +64,14 @@ def try_schedules(
         return known[key]
 
     found: list[Trial] = []
-    for budget in range(fewest_steps(bare), bare.steps):
-        denser = found[-1] if found else None
-        best = min(map(tried, _candidates(bare, budget, denser)), key=_error)
+    for budget in range(fewest_steps(profile), profile.steps):
+        before = found[-1] if found else None
+        best = min(map(tried, _candidates(profile, budget, before)), key=_error)
         for _ in range(moves):
-            moved = fill(bare, _moved(best.schedule, bare.protected_steps, rng), best.reuse)
+            moved = fill(profile, _moved(best.schedule, profile.protected_steps, rng), best.reuse)
             best = min(best, tried(moved), key=_error)
         # A smaller budget that did better by luck bounds what this one is expected to do.
-        found.append(best if denser is None else replace(best, error=min(best.error, denser.error)))
+        found.append(best if before is None else replace(best, error=min(best.error, before.error)))
         progress()
     return tuple(found)
 
