@@ -84,15 +84,16 @@ class Intake:
     def next_message(self, shape_of: Callable[[str], Shape]) -> list[SentPlan]:
         """The plans of the next message to the ranks, noted as sent; ``shape_of`` gives a row's shape by its id."""
 
-        def sent(plan: StepPlan) -> SentPlan:
-            parts = parts_of(plan, shape_of)
-            return SentPlan(plan, parts, self.costs.plan_seconds(parts))
+        estimates: list[tuple[tuple[Part, ...], float]] = []
 
         def seconds_of(plan: StepPlan) -> float:
-            known = self.costs.calibrated or not any(part.compute for row in plan.rows for part in row.branches)
-            return sent(plan).seconds if known else math.inf
+            parts = parts_of(plan, shape_of)
+            estimates.append((parts, self.costs.plan_seconds(parts)))
+            known = self.costs.calibrated or not any(part.compute for part in parts)
+            return estimates[-1][1] if known else math.inf
 
-        message = [sent(plan) for plan in self.scheduler.next_message(seconds_of)]
+        plans = self.scheduler.next_message(seconds_of)
+        message = [SentPlan(plan, *estimate) for plan, estimate in zip(plans, estimates, strict=True)]
         self._sent_s += sum(one.seconds for one in message)
         self.counts.plans += len(message)
         self.counts.messages += bool(message)
