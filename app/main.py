@@ -18,6 +18,7 @@ from app.serving.ingress import ImagesApi
 from app.serving.logs import configure_logging
 from app.serving.preflight import check_here
 from app.serving.replica import FluxReplica
+from app.setting_sections import Device
 from app.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -38,19 +39,14 @@ def build(settings: Settings) -> Application:
     helper = {"num_cpus": settings.cpus_per_helper}
     patient = {"max_constructor_retry_count": CONSTRUCTOR_ATTEMPTS}
     common: dict[str, Any] = {**patient, "graceful_shutdown_timeout_s": settings.drain_seconds}
-    gpu = settings.gpus_per_helper
-    encoder = _deployment(
-        PromptEncoder,
-        ray_actor_options={**helper, "num_gpus": gpu if settings.encoder_runs_on == "cuda" else 0},
-        max_ongoing_requests=settings.max_ongoing_requests,
-        **common,
-    )
-    decoder = _deployment(
-        ImageDecoder,
-        ray_actor_options={**helper, "num_gpus": gpu if settings.decoder_runs_on == "cuda" else 0},
-        max_ongoing_requests=settings.max_ongoing_requests,
-        **common,
-    )
+
+    def own_deployment(part: type, runs_on: Device) -> Application:
+        gpus = settings.gpus_per_helper if runs_on == "cuda" else 0
+        options = {**helper, "num_gpus": gpus}
+        return _deployment(
+            part, ray_actor_options=options, max_ongoing_requests=settings.max_ongoing_requests, **common
+        ).bind(settings)
+
     replica = _deployment(
         FluxReplica,
         **replica_count(settings),
@@ -72,9 +68,9 @@ def build(settings: Settings) -> Application:
     )
     return api.bind(
         settings,
-        encoder.bind(settings),
         replica.bind(settings),
-        decoder.bind(settings),
+        None if settings.encoder_is_in_api else own_deployment(PromptEncoder, settings.encoder_runs_on),
+        None if settings.decoder_is_in_api else own_deployment(ImageDecoder, settings.decoder_runs_on),
     )
 
 
@@ -110,8 +106,9 @@ def needed_resources(settings: Settings) -> dict[str, float]:
     ranks = settings.num_replicas * settings.tensor_parallel_size
     on_gpu = [settings.encoder_runs_on, settings.decoder_runs_on].count("cuda")
     gpus = ranks * settings.gpus_per_rank if settings.device == "cuda" else 0.0
+    helpers = 1 + [settings.encoder_is_in_api, settings.decoder_is_in_api].count(False)
     return {
-        "CPU": ranks * settings.cpus_per_rank + 3 * settings.cpus_per_helper,
+        "CPU": ranks * settings.cpus_per_rank + helpers * settings.cpus_per_helper,
         "GPU": gpus + on_gpu * settings.gpus_per_helper,
     }
 

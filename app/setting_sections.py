@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Device = Literal["cpu", "cuda"]
-Placement = Literal["cpu", "gpu"]
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -173,19 +172,22 @@ class QualitySettings(Section):
 class TextEncoderSettings(Section):
     """The text encoders: CLIP and T5 for FLUX.1, Qwen3 for FLUX.2-klein."""
 
-    placement: Literal["cpu", "gpu", "offload"] | None = Field(
+    placement: Literal["api", "cpu", "gpu", "offload"] | None = Field(
         default=None,
-        description="Where they run: `gpu`; `cpu`, which needs no GPU memory and is slow for a new prompt; or "
-        "`offload`, which keeps them in host memory and brings them to the GPU for each new prompt. null is `gpu` "
-        "where `device` is `cuda`, else `cpu`.",
+        description="Where they run: `gpu`; `cpu`, which needs no GPU memory and is slow for a new prompt; `offload`, "
+        "which keeps them in host memory and brings them to the GPU for each new prompt; or `api`, on the CPU in the "
+        "API's own process, which saves the way to another where the model is small. null is `gpu` where `device` is "
+        "`cuda`, else `cpu`.",
     )
 
 
 class VaeSettings(Section):
     """The VAE, which decodes pictures and encodes those to edit."""
 
-    placement: Placement | None = Field(
-        default=None, description="Where it runs; null is `gpu` where `device` is `cuda`, else `cpu`."
+    placement: Literal["api", "cpu", "gpu"] | None = Field(
+        default=None,
+        description="Where it runs; `api` is on the CPU in the API's own process. null is `gpu` where `device` is "
+        "`cuda`, else `cpu`.",
     )
     tiling: bool = Field(
         default=False,

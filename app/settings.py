@@ -91,7 +91,10 @@ class Settings(Section):
     )
     cpus_per_rank: float = Field(default=1.0, ge=0.0, description="Logical CPUs that Ray reserves for one rank.")
     cpus_per_helper: float = Field(
-        default=0.25, ge=0.0, description="Logical CPUs that Ray reserves for each of encoder, decoder and API."
+        default=0.25,
+        ge=0.0,
+        description="Logical CPUs that Ray reserves for the API, and for the encoder and the decoder where they have a "
+        "process of their own.",
     )
     gpus_per_rank: float = Field(
         default=1.0,
@@ -260,13 +263,23 @@ class Settings(Section):
     def encoder_runs_on(self) -> Device:
         """Where the text encoders run, offloaded between prompts or not."""
         placement = self.text_encoder.placement
-        return self.device if placement is None else "cpu" if placement == "cpu" else "cuda"
+        return self.device if placement is None else "cuda" if placement in ("gpu", "offload") else "cpu"
 
     @property
     def decoder_runs_on(self) -> Device:
         """Where the VAE runs."""
         placement = self.vae.placement
-        return self.device if placement is None else "cpu" if placement == "cpu" else "cuda"
+        return self.device if placement is None else "cuda" if placement == "gpu" else "cpu"
+
+    @property
+    def encoder_is_in_api(self) -> bool:
+        """Whether the text encoders have no deployment of their own."""
+        return self.text_encoder.placement == "api"
+
+    @property
+    def decoder_is_in_api(self) -> bool:
+        """Whether the VAE has no deployment of its own."""
+        return self.vae.placement == "api"
 
 
 def describe(section: type[BaseModel] = Settings, prefix: str = "") -> Iterator[tuple[str, str, str]]:

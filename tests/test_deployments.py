@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from app.engine.families import FEW_STEPS
+from app.main import needed_resources
 from app.settings import Settings
 from benchmarks import fits
 
@@ -142,8 +143,7 @@ def test_a_misspelt_setting_is_refused(section: str) -> None:
 def test_flux_tiny_fits_two_cpus_and_stays_on_this_machine() -> None:
     path = FOLDER / "flux-tiny.yaml"
     settings = _settings(path)
-    cpus = settings.num_replicas * settings.tensor_parallel_size * settings.cpus_per_rank + 3 * settings.cpus_per_helper
-    assert cpus <= 2
+    assert needed_resources(settings) == {"CPU": 1.25, "GPU": 0.0}
     assert (settings.device, settings.tensor_parallel_size) == ("cpu", 2)
     assert (settings.encoder_runs_on, settings.decoder_runs_on) == ("cpu", "cpu")
     assert (FOLDER.parent / settings.model).name == settings.model_name == "flux-tiny"

@@ -38,6 +38,11 @@ def test_helpers_run_where_the_ranks_run_unless_told() -> None:
     settings = Settings(device="cuda", text_encoder={"placement": "offload"}, vae={"placement": "cpu"})
     assert (settings.encoder_runs_on, settings.decoder_runs_on) == ("cuda", "cpu")
     assert Settings(device="cpu", vae={"placement": "gpu"}).decoder_runs_on == "cuda"
+    assert not settings.encoder_is_in_api
+    settings = Settings(device="cuda", text_encoder={"placement": "api"}, vae={"placement": "api"})
+    assert (settings.encoder_runs_on, settings.decoder_runs_on) == ("cpu", "cpu")
+    assert settings.encoder_is_in_api
+    assert settings.decoder_is_in_api
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,13 @@ from ray.serve.handle import DeploymentHandle
 from app.api.backend import HealthReport, ImagesJob, Picture, StreamItem
 from app.api.errors import BusyError
 from app.engine.families import Family
-from app.engine.messages import Conditioning, DenoiseJob, DenoiseResult, PromptEmbeddings, SourceImage
+from app.engine.messages import Conditioning, DenoiseJob, DenoiseResult
 from app.metrics import merge_families
 from app.serving.calls import result_of
 from app.serving.client_errors import client_error, innermost
 from app.serving.coordinators import ANSWER_SECONDS, ask_coordinators
+from app.serving.decoder import ImageDecoder
+from app.serving.encoder import PromptEncoder
 from app.serving.flights import Flight, Flights
 from app.serving.following import FileForm, Follower
 from app.settings import Settings
@@ -48,7 +50,7 @@ class ServeBackend:
     """Makes pictures with the other deployments; see `app.api.backend.Backend`."""
 
     def __init__(
-        self, settings: Settings, encoder: DeploymentHandle, replica: DeploymentHandle, decoder: DeploymentHandle
+        self, settings: Settings, encoder: PromptEncoder, replica: DeploymentHandle, decoder: ImageDecoder
     ) -> None:
         self.settings = settings
         self._encoder = encoder
@@ -99,11 +101,9 @@ class ServeBackend:
 
     async def _encode(self, job: ImagesJob) -> Conditioning:
         prompts = [job.prompt] if job.negative_prompt is None else [job.prompt, job.negative_prompt]
-        embeddings: list[PromptEmbeddings] = await asyncio.gather(
-            *(result_of(self._encoder.encode.remote(prompt)) for prompt in prompts)
-        )
-        sources: list[SourceImage] = await asyncio.gather(
-            *(result_of(self._decoder.encode.remote(source.pixels, job.width, job.height)) for source in job.sources)
+        embeddings = await asyncio.gather(*(self._encoder.encode(prompt) for prompt in prompts))
+        sources = await asyncio.gather(
+            *(self._decoder.encode(source.pixels, job.width, job.height) for source in job.sources)
         )
         return Conditioning(embeddings[0], None if job.negative_prompt is None else embeddings[1], tuple(sources))
 
@@ -129,7 +129,7 @@ class ServeBackend:
     async def _decode(self, result: DenoiseResult, job: ImagesJob) -> tuple[bytes, float]:
         """The picture file, and the seconds that it took."""
         started = time.perf_counter()
-        data: bytes = await result_of(self._decoder.decode.remote(result.latents, *_file_form(job)))
+        data = await self._decoder.decode(result.latents, *_file_form(job))
         seconds = time.perf_counter() - started
         mean = self._decode_s.get(job.width * job.height, seconds)
         self._decode_s[job.width * job.height] = mean + _NEWEST_SHARE * (seconds - mean)
@@ -170,7 +170,7 @@ class ServeBackend:
         """What kind of model is served; asked once of the decoder, which has its files."""
         if self._family is None:
             try:
-                self._family = await result_of(self._decoder.family.remote())
+                self._family = await self._decoder.family()
             except Exception as error:
                 raise client_error(error, 0.0) from error
         return self._family
@@ -209,19 +209,19 @@ async def _least_wait_s() -> float:
     return min((load["eta_s"] for load in await ask_coordinators("load")), default=1.0)
 
 
-async def _families_of(deployment: DeploymentHandle) -> list[Metric]:
+async def _families_of(encoder: PromptEncoder) -> list[Metric]:
     try:
         async with asyncio.timeout(ANSWER_SECONDS):
-            families: list[Metric] = await result_of(deployment.metric_families.remote())
+            families = await encoder.metric_families()
     except (TimeoutError, ray.exceptions.RayError, RayServeException):
         return []
     return families
 
 
-async def _is_up(deployment: DeploymentHandle) -> bool:
+async def _is_up(part: PromptEncoder | ImageDecoder) -> bool:
     try:
         async with asyncio.timeout(ANSWER_SECONDS):
-            await deployment.ping.remote()
+            await part.ping()
     except (TimeoutError, ray.exceptions.RayError, RayServeException):
         return False
     return True

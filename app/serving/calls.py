@@ -1,10 +1,10 @@
 """Calls through Serve's handles that end with whoever awaits them."""
 
 import asyncio
-from collections.abc import AsyncGenerator
-from typing import Any
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any, TypeVar, cast
 
-from ray.serve.handle import DeploymentResponse, DeploymentResponseGenerator
+from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
 # Serve types what `remote` gives as the union of both, whatever the handle's options are.
 Response = DeploymentResponse[Any] | DeploymentResponseGenerator[Any]
@@ -31,3 +31,27 @@ async def items_of(response: Response) -> AsyncGenerator[Any, None]:
     finally:
         if not finished:
             response.cancel()
+
+
+Part = TypeVar("Part")
+
+
+def remote(handle: DeploymentHandle, part: type[Part]) -> Part:
+    """The ``part`` that a deployment holds, to be used as if it were in this process; coroutine methods only."""
+    return cast(Part, _Remote(handle))
+
+
+class _Remote:
+    """Turns a method's name into a call through the handle; each method's handle is made once."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+
+    def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
+        method = getattr(self._handle, name)
+
+        async def call(*args: Any) -> Any:
+            return await result_of(method.remote(*args))
+
+        setattr(self, name, call)
+        return call

@@ -10,7 +10,8 @@ from ray.serve.handle import DeploymentHandle
 
 from app.api.backend import Preview, Progress, StreamItem
 from app.engine.messages import Conditioning, DenoiseJob, DenoiseResult, ProgressEvent
-from app.serving.calls import items_of, result_of
+from app.serving.calls import items_of
+from app.serving.decoder import ImageDecoder
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ class Follower:
     def __init__(
         self,
         replica: DeploymentHandle,
-        decoder: DeploymentHandle,
+        decoder: ImageDecoder,
         form: FileForm,
         index: int,
         tell: Callable[[StreamItem], None],
@@ -66,7 +67,7 @@ class Follower:
                 task.add_done_callback(self._decoded)
 
     async def _preview(self, latents: torch.Tensor, partial_index: int) -> None:
-        data: bytes = await result_of(self._decoder.preview.remote(latents, *self._form))
+        data = await self._decoder.preview(latents, *self._form)
         self._tell(Preview(self._index, partial_index, data))
 
     def _decoded(self, task: asyncio.Task[None]) -> None:

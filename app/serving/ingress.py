@@ -1,4 +1,4 @@
-"""The Serve ingress: the HTTP application over handles to the encoder, the replicas and the decoder."""
+"""The Serve ingress: the HTTP application over the encoder, the replicas and the decoder."""
 
 from fastapi import FastAPI
 from ray import serve
@@ -6,6 +6,9 @@ from ray.serve.handle import DeploymentHandle
 
 from app.api.app import create_app
 from app.serving.backend import ServeBackend
+from app.serving.calls import remote
+from app.serving.decoder import ImageDecoder
+from app.serving.encoder import PromptEncoder
 from app.serving.logs import configure_logging
 from app.settings import Settings
 
@@ -21,11 +24,20 @@ def build_http_app() -> FastAPI:
 
 @serve.ingress(build_http_app)
 class ImagesApi:
-    """Receives HTTP requests."""
+    """Receives HTTP requests, and holds the encoder and the decoder where they have no deployment of their own."""
 
     def __init__(
-        self, settings: Settings, encoder: DeploymentHandle, replica: DeploymentHandle, decoder: DeploymentHandle
+        self,
+        settings: Settings,
+        replica: DeploymentHandle,
+        encoder: DeploymentHandle | None,
+        decoder: DeploymentHandle | None,
     ) -> None:
         global _backend
         configure_logging(settings)
-        _backend = ServeBackend(settings, encoder, replica, decoder)
+        _backend = ServeBackend(
+            settings,
+            PromptEncoder(settings) if encoder is None else remote(encoder, PromptEncoder),
+            replica,
+            ImageDecoder(settings) if decoder is None else remote(decoder, ImageDecoder),
+        )

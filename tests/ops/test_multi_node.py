@@ -41,6 +41,8 @@ def config(**changes: Any) -> dict[str, Any]:
         "placement_group_strategy": "STRICT_SPREAD",
         "cpus_per_rank": 0.5,
         "cpus_per_helper": 0.1,
+        "text_encoder": {"placement": "cpu"},  # in processes of their own, on whatever host
+        "vae": {"placement": "cpu"},
         "drain_seconds": 30,
         "autoscaling": {"max_replicas": 2, "target_ongoing_requests": 1, "upscale_delay_s": 1, "downscale_delay_s": 1},
         **changes,
