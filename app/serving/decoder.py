@@ -17,6 +17,9 @@ from app.serving.model_files import local_model
 from app.serving.source_encoder import SourceEncoder
 from app.settings import Settings
 
+PNG_LEVEL = 1
+"""zlib's fastest: a fifth larger than its default, in less than a third of the time."""
+
 
 class ImageDecoder:
     """Works on one picture at a time, off the event loop; finished ones before previews."""
@@ -34,7 +37,7 @@ class ImageDecoder:
                 use_safetensors=True,
                 low_cpu_mem_usage=False,
             )
-            .to(self._device)
+            .to(self._device, memory_format=torch.channels_last)  # what its convolutions are fastest in
             .eval()
         )
         if settings.vae.tiling:
@@ -98,6 +101,6 @@ class ImageDecoder:
         pixels = self._vae.decode(scaled, return_dict=False)[0]
         (picture,) = self._processor.postprocess(pixels, output_type="pil")
         file = io.BytesIO()
-        options = {} if output_format == "png" else {"quality": compression}
+        options = {"compress_level": PNG_LEVEL} if output_format == "png" else {"quality": compression}
         picture.save(file, format=output_format, **options)
         return file.getvalue()
