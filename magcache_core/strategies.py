@@ -12,7 +12,8 @@ import torch
 
 from magcache_core.profiles import load_profile
 
-Rotary = tuple[torch.Tensor, torch.Tensor]
+Rotary = tuple[torch.Tensor, torch.Tensor] | torch.Tensor
+"""Positions as the blocks take them: diffusers' cosines and sines, or what an attention processor wants instead."""
 """Cosines and sines, each (text_tokens + image_tokens, head_dim)."""
 
 

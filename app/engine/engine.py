@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from diffusers import ModelMixin
 
+from app.engine.attention import rotations, use_rotations
 from app.engine.families import Edits
 from app.engine.geometry import Geometry
 from app.engine.loading import load_transformer
@@ -34,6 +35,7 @@ from app.engine.rows import BatchKey, Branch, Row
 from app.engine.sampling import FlowMatchSampler, mix_noise
 from app.engine.tuning import Tuning, check_attention, tune
 from magcache_core import get_strategy
+from magcache_core.strategies import Rotary
 
 
 class PlanMismatchError(RuntimeError):
@@ -71,9 +73,12 @@ class Engine:
         self.group = group or TensorParallelGroup()
         self.device = torch.device(device)
         self.dtype = dtype
+        self._rotates = False
         if transformer is None:
             check_attention(tuning.attention_backend, self.device, dtype)
             transformer = load_transformer(model, self.group, self.device, dtype, tuning.quantization)
+            # The compiler fuses the real form by itself, and has no code for complex numbers.
+            self._rotates = not tuning.compile and use_rotations(transformer)
             tune(transformer, tuning, self.device, dtype)
         self.transformer = transformer
         self.strategy = get_strategy(self.transformer)
@@ -239,9 +244,7 @@ class Engine:
                 parts[index].branch.store(residuals[index].clone(), parts[index].step.history)
         return output
 
-    def _rotary_embedding(
-        self, geometry: Geometry, text_tokens: int, references: tuple[Geometry, ...]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rotary_embedding(self, geometry: Geometry, text_tokens: int, references: tuple[Geometry, ...]) -> Rotary:
         ids = self.family.layout.position_ids(geometry, text_tokens, references).to(self.device)
         rotary: tuple[torch.Tensor, torch.Tensor] = self.transformer.pos_embed(ids)
-        return rotary
+        return rotations(*rotary) if self._rotates else rotary

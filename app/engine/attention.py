@@ -1,0 +1,80 @@
+"""FLUX.1's attention with its positions applied as complex rotations.
+
+A rotary embedding turns each pair of a head's channels by an angle. Written with real numbers, as diffusers does it,
+that is seven passes over all queries and keys, with a copy of each that has its pairs swapped; as a product of complex
+numbers, of which the pairs are a view, it is one, and its result the same to the last bit in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
+from torch import nn
+
+
+class RotatingAttnProcessor(FluxAttnProcessor):
+    """As its base, but takes `rotations` for ``image_rotary_emb``."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Attend within image tokens, or jointly with text tokens; both (rows, tokens, dim), and so is what returns."""
+        assert image_rotary_emb is not None, "the engine gives every block the positions"
+        query, key, value = (_heads(attn, project(hidden_states)) for project in (attn.to_q, attn.to_k, attn.to_v))
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        if encoder_hidden_states is not None:
+            projections = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
+            of_text = [_heads(attn, project(encoder_hidden_states)) for project in projections]
+            query = torch.cat([attn.norm_added_q(of_text[0]), query], dim=1)
+            key = torch.cat([attn.norm_added_k(of_text[1]), key], dim=1)
+            value = torch.cat([of_text[2], value], dim=1)
+        attended: torch.Tensor = dispatch_attention_fn(
+            rotate(query, image_rotary_emb),
+            rotate(key, image_rotary_emb),
+            value,
+            attn_mask=attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        ).flatten(2, 3)
+        if encoder_hidden_states is None:
+            return attended
+        text, image = attended.tensor_split([encoder_hidden_states.shape[1]], dim=1)
+        # The second module of to_out is a dropout, which has nothing to do here.
+        return attn.to_out[0](image.contiguous()), attn.to_add_out(text.contiguous())
+
+
+def use_rotations(transformer: nn.Module) -> bool:
+    """Have every attention of FLUX.1 in ``transformer`` take `rotations`; False where it has none."""
+    attentions = [module for module in transformer.modules() if isinstance(module, FluxAttention)]
+    for attention in attentions:
+        attention.set_processor(RotatingAttnProcessor())
+    return bool(attentions)
+
+
+def rotations(cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """Positions as (tokens, 1, head_dim / 2) complex64, from what diffusers' embedding gives: both (tokens, head_dim).
+
+    The two channels of a pair have the same angle.
+    """
+    return torch.complex(cosine[:, ::2], sine[:, ::2])[:, None]
+
+
+def rotate(heads: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """Turn (rows, tokens, heads, head_dim) by `rotations`; computed in float32, whatever the precision is."""
+    pairs = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2)))
+    turned: torch.Tensor = torch.view_as_real(pairs * turns).flatten(-2).to(heads.dtype)
+    return turned
+
+
+def _heads(attn: Any, projected: torch.Tensor) -> torch.Tensor:
+    """(rows, tokens, dim) -> (rows, tokens, heads, head_dim), with as many heads as this rank has."""
+    split: torch.Tensor = projected.unflatten(-1, (-1, attn.head_dim))
+    return split
