@@ -69,12 +69,12 @@ QUICK = Effort(
 )
 
 
-def bare_loop(count: int) -> dict[str, float]:
+def bare_loop(count: int, dtype: str) -> dict[str, float]:
     """The pipeline alone, in a process like those that serve: one picture after another, PNG files included."""
 
     class Loop:
         def __init__(self) -> None:
-            self._pipeline = CachedPipeline(str(MODEL), PROFILE, THREADS)
+            self._pipeline = CachedPipeline(str(MODEL), PROFILE, THREADS, dtype)
 
         def run(self, seed: int) -> list[float]:
             seconds = []
@@ -139,11 +139,11 @@ def targets(document: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run(effort: Effort) -> dict[str, Any]:
+def run(effort: Effort, dtype: str) -> dict[str, Any]:
     """Everything, one system after another."""
     started = time.perf_counter()
     document: dict[str, Any] = {
-        "machine": f"{platform.machine()} CPU, {len(os.sched_getaffinity(0))} cores, fp32",
+        "machine": f"{platform.machine()} CPU, {len(os.sched_getaffinity(0))} cores, {dtype}",
         "software": f"torch {torch.__version__}, diffusers {diffusers.__version__}, Ray {ray.__version__}",
         "threads": THREADS,
         "effort": asdict(effort),
@@ -151,11 +151,11 @@ def run(effort: Effort) -> dict[str, Any]:
         "denoising": {},
     }
     with cluster() as url, tempfile.TemporaryDirectory() as folder:
-        document["bare"] = bare = bare_loop(effort.closed[0][1])
+        document["bare"] = bare = bare_loop(effort.closed[0][1], dtype)
         document["deadline_s"] = round(DEADLINE_FACTOR * bare["p50_s"], 3)
         print("bare pipeline", json.dumps(bare), flush=True)
         for system in (known for known in SYSTEMS if known.name in effort.systems):
-            with running(system.application()):
+            with running(system.application(dtype)):
                 figures = measure(url, effort, bare)
                 document["systems"][system.name] = {"label": system.label, **figures}
                 for figure in (*figures["closed"], *figures["open"]):
@@ -164,7 +164,7 @@ def run(effort: Effort) -> dict[str, Any]:
                     document["denoising"]["flux-tiny"] = speed_up(url, effort.repetitions)
         large = Path(folder) / "random"
         parameters = write_checkpoint(MODEL, large, **dict(effort.large))
-        with running(ours(1, 1, large)):
+        with running(ours(1, 1, dtype, large)):
             settle(url, workload(1, seed=9)[0])
             document["denoising"]["random-160m"] = {"parameters": parameters, **speed_up(url, effort.repetitions)}
     document["targets"] = targets(document)
@@ -176,11 +176,12 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few requests: does everything run?")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="precision of all systems")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/serving.json"))
     parser.add_argument("--plot", type=Path, default=Path("benchmarks/results/serving.png"))
     parser.add_argument("--page", type=Path, help="Markdown file to put the tables into, such as docs/performance.md")
     args = parser.parse_args()
-    document = run(QUICK if args.quick else Effort())
+    document = run(QUICK if args.quick else Effort(), args.dtype)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     draw(document, args.plot)

@@ -25,9 +25,9 @@ TEXT_TOKENS = 32
 class CachedPipeline:
     """FluxPipeline on the CPU; its cache is set up anew when the number of steps changes, which diffusers needs."""
 
-    def __init__(self, model: str, profile: str, threads: int) -> None:
+    def __init__(self, model: str, profile: str, threads: int, dtype: str) -> None:
         torch.set_num_threads(threads)
-        self._pipeline: Any = FluxPipeline.from_pretrained(model, dtype=torch.float32)
+        self._pipeline: Any = FluxPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
         self._pipeline.set_progress_bar_config(disable=True)
         self._profile = load_profile(profile)
         self._steps: int | None = None
@@ -84,8 +84,8 @@ def _reply(data: bytes) -> Response:
 class OneAtATime:
     """A deployment that makes one picture after another."""
 
-    def __init__(self, model: str, profile: str, threads: int) -> None:
-        self._pipeline = CachedPipeline(model, profile, threads)
+    def __init__(self, model: str, profile: str, threads: int, dtype: str) -> None:
+        self._pipeline = CachedPipeline(model, profile, threads, dtype)
 
     async def __call__(self, request: Request) -> Response:
         """Serve one request."""
@@ -95,8 +95,8 @@ class OneAtATime:
 class Batched:
     """The same with ``@serve.batch``: what has equal size and steps among the requests collected shares its passes."""
 
-    def __init__(self, model: str, profile: str, threads: int) -> None:
-        self._pipeline = CachedPipeline(model, profile, threads)
+    def __init__(self, model: str, profile: str, threads: int, dtype: str) -> None:
+        self._pipeline = CachedPipeline(model, profile, threads, dtype)
 
     async def __call__(self, request: Request) -> Response:
         """Serve one request."""
@@ -113,8 +113,8 @@ class Batched:
         return [files[index] for index in range(len(wishes))]
 
 
-def application(peer: type, model: str, profile: str, threads: int) -> serve.Application:
+def application(peer: type, model: str, profile: str, threads: int, dtype: str) -> serve.Application:
     """``peer`` as a Serve application that takes all requests and lets none wait elsewhere."""
     deployment: Any = serve.deployment(ray_actor_options={"num_cpus": 1}, max_ongoing_requests=1000)(peer)
-    application: serve.Application = deployment.bind(model, profile, threads)
+    application: serve.Application = deployment.bind(model, profile, threads, dtype)
     return application

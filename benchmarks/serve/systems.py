@@ -30,14 +30,14 @@ CONFIG = Path("deployments/flux-tiny.yaml")
 
 @dataclass(frozen=True)
 class System:
-    """One thing to measure: a name for tables and plots, and how to make its Serve application."""
+    """One thing to measure: a name for tables and plots, and how to make its Serve application in some precision."""
 
     name: str
     label: str
-    application: Callable[[], serve.Application]
+    application: Callable[[str], serve.Application]
 
 
-def ours(tensor_parallel_size: int, groups: int, model: Path = MODEL) -> serve.Application:
+def ours(tensor_parallel_size: int, groups: int, dtype: str, model: Path = MODEL) -> serve.Application:
     """This service with the threshold rule that diffusers has, so that both compute the same steps.
 
     The threads are divided among the ranks of all ``groups``.
@@ -51,6 +51,7 @@ def ours(tensor_parallel_size: int, groups: int, model: Path = MODEL) -> serve.A
     }
     args |= {
         "model": str(model),
+        "dtype": dtype,
         "tensor_parallel_size": tensor_parallel_size,
         "num_replicas": groups,
         "threads_per_rank": THREADS // (tensor_parallel_size * groups),
@@ -60,11 +61,15 @@ def ours(tensor_parallel_size: int, groups: int, model: Path = MODEL) -> serve.A
     return build(Settings(**args))
 
 
+def _peer(kind: type, dtype: str) -> serve.Application:
+    return application(kind, str(MODEL), PROFILE, THREADS, dtype)
+
+
 SYSTEMS = (
-    System("pipeline", "diffusers, one at a time", lambda: application(OneAtATime, str(MODEL), PROFILE, THREADS)),
-    System("batched", "diffusers, @serve.batch", lambda: application(Batched, str(MODEL), PROFILE, THREADS)),
-    System("ours-tp1", "this service, tp 1, 2 groups", lambda: ours(1, groups=2)),
-    System("ours-tp2", "this service, tp 2", lambda: ours(2, groups=1)),
+    System("pipeline", "diffusers, one at a time", lambda dtype: _peer(OneAtATime, dtype)),
+    System("batched", "diffusers, @serve.batch", lambda dtype: _peer(Batched, dtype)),
+    System("ours-tp1", "this service, tp 1, 2 groups", lambda dtype: ours(1, 2, dtype)),
+    System("ours-tp2", "this service, tp 2", lambda dtype: ours(2, 1, dtype)),
 )
 
 
