@@ -119,8 +119,9 @@ class Settings(Section):
     )
     max_batch_tokens: PositiveInt = Field(
         default=2304,
-        description="Most image and text tokens that one step computes, both CFG branches counted; pictures that reuse "
-        "cost none. Bounds a step's time and activations. Pictures under way have twice as many at most.",
+        description="Most image and text tokens that one step computes, both CFG branches counted. Bounds a step's "
+        "time and activations. Pictures under way have twice as many at most, and more than once only when urgent ones "
+        "join.",
     )
     max_waiting_pictures: PositiveInt = Field(
         default=256, description="Pictures that wait in one group's queue before new ones are refused with 429."

@@ -1,7 +1,7 @@
 """How long the scheduler takes, by pictures under way and waiting: ``python -m benchmarks.scheduler_sim``.
 
 The coordinator's own table (`app/serving/scheduler.py`) on simulated requests: unlike sizes, step counts, thresholds,
-CFG and priorities, a budget that leaves some rows out of some steps, and an arrival for every picture that leaves. One
+CFG and priorities, a budget that some of them have to wait for, and an arrival for every picture that leaves. One
 tick forms one plan, digest included. Pure Python, one process, no ranks; times are the thread's CPU time, so that other
 work on the machine does not count.
 """
@@ -36,8 +36,8 @@ ACTIVE = (1, 3, 10, 30, 100, 300, 1000)
 QUEUED = (0, 1_000, 10_000, 100_000)
 SIZES = ((128, 128), (160, 96), (64, 64))
 OPTIONS = (MagCacheOptions(), MagCacheOptions(mag_threshold=0.3), MagCacheOptions(enabled=False))
-TOKENS_PER_ROW = 64
-"""Budget of a step for each row under way; rows have 98 tokens on average, and compute in some 60 % of their steps."""
+TOKENS_PER_ROW = 110
+"""Budget of a step for each row under way; rows have 98 tokens on average."""
 
 
 class Traffic:

@@ -67,8 +67,9 @@ class CoordinatorMetrics:
                 self._steps[branch.compute, branch.branch].inc()
                 computed += branch.compute
         kind = "computed" if computed else "reused"
-        self._batch_rows.observe(computed)
-        self._batch_tokens.observe(tokens)
+        if computed:
+            self._batch_rows.observe(computed)
+            self._batch_tokens.observe(tokens)
         self._plan_wait.observe(wait_seconds)
         self._step_seconds[kind].observe(max(rank_seconds))
         self._gaps[kind].observe(max(rank_seconds) - min(rank_seconds))

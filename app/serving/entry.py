@@ -37,7 +37,7 @@ class Entry:
         key: its place in the order, least first: when it is due, in the clock's seconds, and the number of its arrival.
         admitted_s: when it joined the batch; None while it waits.
         step: steps planned so far.
-        held: it computes, and had to leave the last step to others.
+        held: it computes, and had to leave the last batch to others.
         eta_s, position: the estimates at its arrival: seconds to its last step, and its place in the queue.
         lowered_by: what took computed steps from it, ``deadline`` or ``load``.
     """
@@ -75,6 +75,17 @@ class Entry:
     def cost(self) -> int:
         """What the next step costs of the budget: the tokens of the branches that compute."""
         return self.shape.tokens * self.course.computing[self.step]
+
+    @property
+    def coming_cost(self) -> int:
+        """What its next step that computes costs of the budget; 0 when none does any more."""
+        step = self.course.after(self.step, 0)
+        return self.shape.tokens * self.course.computing[step] if step < len(self.course.steps) else 0
+
+    @property
+    def rounds(self) -> int:
+        """Steps that compute, in whatever branch, and are not planned yet."""
+        return self.course.rounds[-1] - self.course.rounds[self.step]
 
     @property
     def remaining(self) -> int:

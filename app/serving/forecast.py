@@ -1,13 +1,12 @@
 """When a picture will be done: arithmetic over the request table, whose schedules are all known. Pure.
 
-A tick is one step of every row under way. A row's place is free again after the steps that it still has, so it is known
-after how many ticks a waiting picture joins; and what every row computes in between is known as well. Estimated are
-only the time of a step (`app.serving.costs`), and that a free place is taken by a picture like the mean of those that
-wait. Pictures that arrive later are not foreseen, nor steps that a row leaves to others in a full batch.
+A round is one computed step of every row under way, and the reused steps that each takes before it (see
+`app.serving.scheduler`). A row's place is free again after the rounds that it still has, so it is known after how many
+a waiting picture joins; and what every row computes and reuses in between is known as well. Estimated are only the time
+of a step (`app.serving.costs`), and that a free place is taken by a picture like the mean of those that wait. Pictures
+that arrive later are not foreseen, nor steps that a row leaves to others in a full batch.
 """
 
-import math
-from collections.abc import Sequence
 from functools import cache
 from itertools import islice
 
@@ -38,17 +37,17 @@ class Forecast:
         self._running = [one for one in running if one is not entry]
         waits = entry is not None and entry.admitted_s is None
         others = [one for one in islice(scheduler.waiting_entries, LOOKED_AT) if one is not entry]
-        steps = sum(one.remaining for one in others)
-        self._mean_steps = steps / max(len(others), 1)
-        self._refills = (scheduler.waiting - waits) * self._mean_steps  # ticks that those who wait will take
+        rounds = sum(one.rounds for one in others)
+        self._mean_rounds = rounds / max(len(others), 1)
+        self._refills = (scheduler.waiting - waits) * self._mean_rounds  # rounds that those who wait will take
         tokens = entry.tokens if entry is not None else max((one.tokens for one in others), default=1)
         free = scheduler.free_places(tokens)
-        self._places = [0] * free + sorted(one.remaining for one in running) or [0]
+        self._places = [0] * free + sorted(one.rounds for one in running) or [0]
         # Those that share the steps' forward passes, which decides what one evaluation in them takes.
         self._together = self._running + others[:free] + ([entry] if entry is not None else [])
         self._rates = cache(self._row_rates)
-        self._mean_step_s = sum(self._ahead_s(one, one.remaining) for one in others) / max(steps, 1)
-        self._joins: float | None = None  # ticks until it does
+        self._mean_round_s = sum(self._ahead_s(one, one.rounds) for one in others) / max(rounds, 1)
+        self._joins: float | None = None  # rounds until it does
         if entry is not None and waits:
             self._joins = self._joins_after(scheduler.position(entry))
         self.wait_s = self._elapsed_s(self._joins) if self._joins is not None else 0.0
@@ -61,42 +60,44 @@ class Forecast:
         computed = own.computed[-1] - own.computed[entry.step]
         reused = entry.remaining * len(entry.trajectories) - computed
         computed_s, reused_s = self._rates(entry.shape)
-        ticks = (self._joins or 0.0) + entry.remaining
-        return self._elapsed_s(ticks) + computed * computed_s + reused * reused_s
+        rounds = (self._joins or 0.0) + own.rounds[-1] - own.rounds[entry.step]
+        return self._elapsed_s(rounds) + computed * computed_s + reused * reused_s
 
     def place_s(self, position: int) -> float:
         """Seconds until the ``position``-th picture of the queue, from 1, joins the batch."""
         return self._elapsed_s(self._joins_after(position))
 
     def _joins_after(self, position: int) -> float:
-        """Ticks until the ``position``-th picture of the queue joins."""
-        rounds, place = divmod(position - 1, len(self._places))
-        return self._places[place] + rounds * self._mean_steps
+        """Rounds until the ``position``-th picture of the queue joins."""
+        turns, place = divmod(position - 1, len(self._places))
+        return self._places[place] + turns * self._mean_rounds
 
-    def _elapsed_s(self, ticks: float) -> float:
-        """Seconds that all others take for the next ``ticks`` ticks."""
-        running = sum(self._ahead_s(one, min(int(ticks), one.remaining)) for one in self._running)
-        refilled = sum(max(ticks - free_after, 0.0) for free_after in self._places)
+    def _elapsed_s(self, rounds: float) -> float:
+        """Seconds that all others take for the next ``rounds``."""
+        running = sum(self._ahead_s(one, int(rounds)) for one in self._running)
+        refilled = sum(max(rounds - free_after, 0.0) for free_after in self._places)
         if self._joins is not None:
-            refilled -= max(ticks - self._joins, 0.0)  # its own place is nobody else's
-        waiting = min(max(refilled, 0.0), self._refills) * self._mean_step_s
-        return self._sent_s + running + waiting + ticks * self._costs.gap_s
+            refilled -= max(rounds - self._joins, 0.0)  # its own place is nobody else's
+        waiting = min(max(refilled, 0.0), self._refills) * self._mean_round_s
+        return self._sent_s + running + waiting + rounds * self._costs.gap_s
 
-    def _ahead_s(self, entry: Entry, ticks: int) -> float:
-        """Seconds that a row's next ``ticks`` steps take."""
+    def _ahead_s(self, entry: Entry, rounds: int) -> float:
+        """Seconds that a row's steps of the next ``rounds`` take, or all that it has left."""
         computed_s, reused_s = self._rates(entry.shape)
-        computed = entry.course.computed[entry.step + ticks] - entry.course.computed[entry.step]
-        return computed * computed_s + (ticks * len(entry.trajectories) - computed) * reused_s
+        until = entry.course.after(entry.step, rounds)
+        computed = entry.course.computed[until] - entry.course.computed[entry.step]
+        return computed * computed_s + ((until - entry.step) * len(entry.trajectories) - computed) * reused_s
 
     def _row_rates(self, shape: Shape) -> tuple[float, float]:
-        """Seconds of one computed and of one reused step of one CFG branch."""
-        rows = [(len(one.trajectories), one.course.share_computed) for one in self._together if one.shape == shape]
-        computing = _mean_batch(rows)
-        reusing = _mean_batch([(branches, 1 - share) for branches, share in rows])
-        return self._costs.row_seconds(shape, True, computing), self._costs.row_seconds(shape, False, reusing)
+        """Seconds of one computed and of one reused step of one CFG branch.
 
-
-def _mean_batch(rows: Sequence[tuple[int, float]]) -> float:
-    """Mean size of those batches that are not empty, when each row is in it with its branches and probability."""
-    mean = sum(branches * share for branches, share in rows)
-    return max(mean / (1 - math.prod(1 - share for _, share in rows)), 1.0) if mean > 0 else 1.0
+        All rows of a shape compute together; those that reuse before that do as long as their runs last.
+        """
+        alike = [one for one in self._together if one.shape == shape]
+        at_once = min(len(self._places) / len(self._together), 1.0)  # some of them only after others
+        computing = at_once * sum(one.course.computed[-1] / one.course.rounds[-1] for one in alike)
+        runs = [one.course.reused / one.course.rounds[-1] for one in alike]
+        reusing = at_once * sum(runs) / max(runs) if any(runs) else 1.0
+        rates = (True, max(computing, 1.0)), (False, max(reusing, 1.0))
+        computed_s, reused_s = (self._costs.row_seconds(shape, compute, rows) for compute, rows in rates)
+        return computed_s, reused_s

@@ -1,8 +1,12 @@
 """The request table and the plans formed from it. Pure: no Ray, no tensors; the clock is given.
 
-Each tick: drop what was cancelled or is too late, admit what has room, and advance the running rows by one step, with
-the decisions that were fixed at their admission. Rows at different steps, sizes and settings share a plan. Only rows
-that compute cost anything, so only they are counted against the budget of a step; rows that reuse always advance.
+Each tick: drop what was cancelled or is too late, admit what has room, and advance rows by one step, with the decisions
+that were fixed at their admission. Rows at different steps, sizes and settings share a plan.
+
+A reused step costs next to nothing, so no row waits for others to take one: while any row reuses, the plan is of such
+rows only. Each thus comes to its next computed step at once, and then all compute together, in batches as large as
+there are rows under way. (Were every row to take one step of each plan, few would happen to compute at the same time,
+and small batches are slow.) Only what computes is counted against the budget of a step.
 
 Order is one number per picture, the time at which it is *due*: its deadline, or ``patience_s`` after its arrival if
 that is sooner, and ``patience_s`` earlier for each level of priority. So priority goes first, then the deadline, then
@@ -30,8 +34,9 @@ class StepScheduler:
 
     Invariants, tested as properties:
         - the tokens that a plan computes never exceed ``max_batch_tokens``, its rows ``max_batch_rows``;
-        - a running row that had to leave a step to others takes the next one: rows under way have so few tokens
-          (see `_has_room`) that those left out always fit into one step, and they go first;
+        - a row that reuses is in the next plan, and one that computes in the next plan that does;
+        - but for a running row that has to leave such a plan to more urgent ones, which is in the one after it: rows
+          under way have so few tokens (see `_has_room`) that those left out always fit into one step, and go first;
         - nobody joins behind a more urgent picture that has no room yet.
     """
 
@@ -102,7 +107,7 @@ class StepScheduler:
     def free_places(self, tokens: int) -> int:
         """How many pictures of ``tokens`` tokens a step would have room for beside the rows under way."""
         limit = self._settings.max_batch_tokens
-        for_step = limit - sum(entry.cost for entry in self._running)
+        for_step = limit - sum(entry.coming_cost for entry in self._running)
         for_batch = 2 * limit - max(self._largest(), tokens) - self._tokens
         return max(min(self._settings.max_batch_rows - self.running, for_step // tokens, for_batch // tokens), 0)
 
@@ -169,10 +174,12 @@ class StepScheduler:
     def _pack(self, now: float) -> tuple[list[Entry], list[Entry]]:
         """The rows of the next step, and which of them join with it; both most urgent first.
 
-        Running and waiting pictures are gone through together, so that an urgent newcomer has its step before less
-        urgent rows under way; but first come the rows that left the last step to others.
+        What reuses goes ahead alone. Then running and waiting pictures are gone through together, so that an urgent
+        newcomer has its step before less urgent rows under way; first come those that left the last batch to others.
         """
         running = self.running_entries
+        if reusing := [entry for entry in running if not entry.cost]:
+            return reusing, []
         budget = self._settings.max_batch_tokens - sum(entry.cost for entry in running if entry.held)
         largest = self._largest()
         stepping: list[Entry] = []

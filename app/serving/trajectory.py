@@ -1,5 +1,6 @@
 """A request's whole MagCache trajectory, known at admission: per CFG branch, what each step does."""
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -50,16 +51,25 @@ class Course:
         steps: by step, the branches' parts of a plan.
         computing: by step, how many branches compute.
         computed: by step, and one more at the end, how many branch evaluations were computed before it.
+        rounds: by step, and one more at the end, how many steps before it computed in some branch.
+        round_steps: those steps.
     """
 
     steps: tuple[tuple[BranchStep, ...], ...]
     computing: tuple[int, ...]
     computed: tuple[int, ...]
+    rounds: tuple[int, ...]
+    round_steps: tuple[int, ...]
 
     @property
-    def share_computed(self) -> float:
-        """The share of the branch evaluations that compute."""
-        return self.computed[-1] / (len(self.steps) * len(self.steps[0]))
+    def reused(self) -> int:
+        """Branch evaluations that reuse."""
+        return len(self.steps) * len(self.steps[0]) - self.computed[-1]
+
+    def after(self, step: int, rounds: int) -> int:
+        """The step that a row at ``step`` comes to with ``rounds`` more of them and all that it reuses after them."""
+        reached = self.rounds[step] + rounds
+        return self.round_steps[reached] if reached < len(self.round_steps) else len(self.steps)
 
 
 def course_of(trajectories: Mapping[str, Trajectory]) -> Course:
@@ -78,7 +88,9 @@ def _course(trajectories: tuple[tuple[str, Trajectory], ...]) -> Course:
     computed = [0]
     for count in computing:
         computed.append(computed[-1] + count)
-    return Course(steps, computing, tuple(computed))
+    round_steps = tuple(step for step, count in enumerate(computing) if count)
+    rounds = tuple(bisect_left(round_steps, step) for step in range(len(steps) + 1))
+    return Course(steps, computing, tuple(computed), rounds, round_steps)
 
 
 class TrajectoryPlanner:

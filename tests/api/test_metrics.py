@@ -54,8 +54,8 @@ def test_steps_by_decision_and_branch() -> None:
     assert value("flux_steps_total", decision="reused", branch=COND) == 2
     assert value("flux_steps_total", decision="computed", branch=UNCOND) == 0
     assert value("flux_steps_total", decision="reused", branch=UNCOND) == 1
-    assert (value("flux_step_batch_rows_sum"), value("flux_step_batch_rows_count")) == (2, 2)
-    assert (value("flux_step_batch_tokens_sum"), value("flux_step_batch_tokens_count")) == (192, 2)
+    assert (value("flux_step_batch_rows_sum"), value("flux_step_batch_rows_count")) == (2, 1)
+    assert (value("flux_step_batch_tokens_sum"), value("flux_step_batch_tokens_count")) == (192, 1)
     assert (value("flux_plan_wait_seconds_sum"), value("flux_plan_wait_seconds_count")) == (0.25, 2)
     for kind, seconds in (("computed", 0.02), ("reused", 0.001)):
         assert value("flux_step_duration_seconds_sum", kind=kind) == seconds

@@ -120,26 +120,41 @@ def test_priority_then_deadline_then_arrival_and_age_overtakes(first, second, wa
     assert stepping(drain(scheduler)) == [[f"{name}/0"] for name in order]
 
 
-def test_rows_that_reuse_cost_nothing() -> None:
-    """Of two branches per step, b takes both while a reuses; c joins when both of the others leave it room."""
+def test_rows_reuse_ahead_and_compute_together() -> None:
+    """CCC..C...C.C.....C.....C..C. computes nine times, each beside a step of a row that computes always."""
+    scheduler = StepScheduler(FLUX_DEV)
+    submit(scheduler, job("a/0", magcache=ON), job("b/0", steps=9))
+    formed = drain(scheduler)
+    computing = [plan for plan in formed if _computed(plan)]
+    assert stepping(computing) == 9 * [["a/0", "b/0"]]
+    assert stepping([plan for plan in formed if not _computed(plan)]) == 19 * [["a/0"]]
+    marks = "".join("C" if _computed(plan) else "." for plan in formed)
+    assert marks == PLANNER.trajectories(job("a/0", magcache=ON))["cond"].schedule
+
+
+def test_what_reuses_costs_nothing_and_waits_for_nobody() -> None:
+    """Two rows fill a step that computes, whatever they reuse in between; c joins when b leaves."""
     scheduler = StepScheduler(NARROW)
-    submit(scheduler, job("a/0", steps=28, magcache=ON), job("b/0", steps=28), job("c/0", steps=2))
+    submit(scheduler, job("a/0", magcache=ON), job("b/0", steps=5), job("c/0", steps=2))
     formed = drain(scheduler)
     assert all(_computed(plan) <= 2 for plan in formed)
-    joined = next(index for index, plan in enumerate(formed) if "c/0" in [one.row_id for one in plan.admit])
-    assert joined == 3  # CCC..: the first step that a reuses
+    computing = [rows for plan, rows in zip(formed, stepping(formed), strict=True) if _computed(plan)]
+    assert computing == 5 * [["a/0", "b/0"]] + 2 * [["a/0", "c/0"]] + 2 * [["a/0"]]
+    assert all(rows == ["a/0"] for plan, rows in zip(formed, stepping(formed), strict=True) if not _computed(plan))
 
 
-def test_a_row_that_leaves_a_step_to_others_takes_the_next() -> None:
-    scheduler = StepScheduler(NARROW)
-    submit(scheduler, job("a/0", magcache=ON), job("b/0", magcache=ON), job("c/0", magcache=ON))
+def test_a_row_that_leaves_a_step_to_others_takes_the_next_that_computes() -> None:
+    scheduler = StepScheduler(NARROW, clock=Clock())
+    submit(scheduler, job("a/0", magcache=ON), job("b/0", magcache=ON))
+    scheduler.next_plan()
+    submit(scheduler, job("c/0", magcache=ON, priority=1))
     taken: dict[str, list[int]] = {}
-    for tick, plan in enumerate(drain(scheduler)):
+    for round_, plan in enumerate(plan for plan in drain(scheduler) if _computed(plan)):
         for row in plan.rows:
-            taken.setdefault(row.row_id, []).append(tick)
-    gaps = {row_id: {b - a for a, b in pairwise(ticks)} for row_id, ticks in taken.items()}
-    assert gaps["a/0"] == {1}
-    assert set.union(*gaps.values()) == {1, 2}
+            taken.setdefault(row.row_id, []).append(round_)
+    gaps = {row_id: {b - a for a, b in pairwise(rounds)} for row_id, rounds in taken.items()}
+    assert gaps["c/0"] == {1}
+    assert gaps["a/0"] == gaps["b/0"] == {1, 2}
 
 
 def test_an_urgent_newcomer_steps_before_rows_under_way() -> None:

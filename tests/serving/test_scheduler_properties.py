@@ -104,10 +104,13 @@ class Simulation:
         assert tokens <= self.settings.max_batch_tokens
 
         left_out = under_way - set(stepping)
-        assert not left_out & self.left_out, "left out twice in a row"
-        for row_id in left_out:
-            assert self.entries[row_id].cost > 0, "a row that reuses always steps"
-        self.left_out = left_out
+        assert all(self.entries[row_id].cost > 0 for row_id in left_out), "a row that reuses always steps"
+        reusing = [row for row in plan.rows if not any(part.compute for part in row.branches)]
+        assert reusing in ([], list(plan.rows)), "what reuses goes ahead alone"
+        if tokens:
+            assert not left_out & self.left_out, "left out twice in a row"
+            self.left_out = left_out
+        assert tokens or not joining
         if joining:
             last_due = max(self.entries[row_id].key for row_id in joining)
             waiting = next(iter(scheduler.waiting_entries), None)
