@@ -148,8 +148,19 @@ class MagCacheStrategy:
         """The block stack, the part that reuse saves: image stream in, image stream out, (rows, image_tokens, dim)."""
         raise self._no_split()
 
-    def project(self, transformer: Any, hidden: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        """The part after the block stack: (rows, image_tokens, dim) -> velocity (rows, image_tokens, channels)."""
+    def output_modulation(self, transformer: Any, temb: torch.Tensor) -> torch.Tensor:
+        """What scales and shifts the blocks' output: (rows, dim) of `embed_time` -> (rows, 2 dim).
+
+        It doesn't depend on the latents either, and would be most of what a reused step takes.
+        """
+        raise self._no_split()
+
+    def project(self, transformer: Any, hidden: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
+        """The part after the block stack: (rows, image_tokens, dim) -> velocity (rows, image_tokens, channels).
+
+        Args:
+            modulation: `output_modulation` of each row's step.
+        """
         raise self._no_split()
 
     def _no_split(self) -> TypeError:
@@ -174,9 +185,15 @@ class _FluxFamily(MagCacheStrategy):
         embedded: torch.Tensor = transformer.context_embedder(encoder_hidden_states)
         return embedded
 
-    def project(self, transformer: Any, hidden: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        """See `MagCacheStrategy.project`."""
-        velocity: torch.Tensor = transformer.proj_out(transformer.norm_out(hidden, temb))
+    def output_modulation(self, transformer: Any, temb: torch.Tensor) -> torch.Tensor:
+        """See `MagCacheStrategy.output_modulation`; the first half of diffusers' ``AdaLayerNormContinuous``."""
+        modulation: torch.Tensor = transformer.norm_out.linear(transformer.norm_out.silu(temb))
+        return modulation
+
+    def project(self, transformer: Any, hidden: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
+        """See `MagCacheStrategy.project`; the second half of ``AdaLayerNormContinuous``, and the output layer."""
+        scale, shift = modulation[:, None].chunk(2, dim=-1)
+        velocity: torch.Tensor = transformer.proj_out(transformer.norm_out.norm(hidden) * (1 + scale) + shift)
         return velocity
 
 

@@ -180,7 +180,7 @@ class Engine:
         temb = self.strategy.embed_time(
             self.transformer, timesteps, guidance if self.transformer.config.guidance_embeds else None, pooled
         )
-        return Branch(context, temb)
+        return Branch(context, temb, self.strategy.output_modulation(self.transformer, temb))
 
     def _step(self, row_steps: Sequence[RowStep]) -> dict[str, torch.Tensor]:
         """Take one step of rows of equal shapes: forward pass of all branches, true CFG, Euler; returns previews."""
@@ -210,10 +210,9 @@ class Engine:
     def _velocity(self, parts: Sequence[_Part]) -> torch.Tensor:
         """Predicted velocities, (parts, image_tokens, channels), each computed or with a reused residual."""
         hidden = self.strategy.embed_image(self.transformer, torch.stack([part.row.latents for part in parts]))
-        temb = torch.stack([part.branch.temb[part.row_step.step] for part in parts])
         computing = [index for index, part in enumerate(parts) if part.step.compute]
         if len(computing) == len(parts):
-            output = self._blocks(parts, hidden, temb)
+            output = self._blocks(parts, hidden)
         else:
             output = torch.empty_like(hidden)
             for index, part in enumerate(parts):
@@ -221,14 +220,16 @@ class Engine:
                     torch.add(hidden[index], part.branch.reuse(part.row.job.row_id, part.step), out=output[index])
             if computing:
                 subset = [parts[index] for index in computing]
-                output[computing] = self._blocks(subset, hidden[computing], temb[computing])
-        velocity: torch.Tensor = self.strategy.project(self.transformer, output, temb)
+                output[computing] = self._blocks(subset, hidden[computing])
+        modulation = torch.stack([part.branch.output_modulation[part.row_step.step] for part in parts])
+        velocity: torch.Tensor = self.strategy.project(self.transformer, output, modulation)
         return velocity
 
-    def _blocks(self, parts: Sequence[_Part], hidden: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+    def _blocks(self, parts: Sequence[_Part], hidden: torch.Tensor) -> torch.Tensor:
         """Run the block stack on rows that compute and keep their residuals; (parts, image_tokens, inner_dim)."""
         geometry, text_tokens, references = parts[0].row.batch_key
         context = torch.stack([part.branch.context for part in parts])
+        temb = torch.stack([part.branch.temb[part.row_step.step] for part in parts])
         rotary = self._rotary(geometry, text_tokens, references)
         tokens = hidden
         if references:

@@ -22,11 +22,13 @@ class Branch:
         context: (text_tokens, inner_dim), the embedded prompt; it is the same at every step, so it is embedded once.
         temb: (steps to run, inner_dim), noise level, guidance and pooled prompt of every step, embedded: all are known
             when the row is admitted.
+        output_modulation: (steps to run, 2 inner_dim), what scales and shifts the blocks' output at every step.
         residuals: the block stack's last outputs minus its inputs, newest first, each (image_tokens, inner_dim).
     """
 
     context: torch.Tensor
     temb: torch.Tensor
+    output_modulation: torch.Tensor
     residuals: deque[torch.Tensor] = field(default_factory=deque)
 
     def store(self, residual: torch.Tensor, history: int) -> None:

@@ -45,7 +45,7 @@ def test_flux_split_equals_forward(guided: bool, dtype: torch.dtype) -> None:
         hidden, temb = strategy.embed(model, latents, TIMESTEPS, guidance, pooled)
         context = strategy.context(model, text)
         output = strategy.blocks(model, hidden, context, temb, model.pos_embed(torch.cat([text_ids, image_ids])))
-        assert torch.equal(strategy.project(model, output, temb), expected)
+        assert torch.equal(strategy.project(model, output, strategy.output_modulation(model, temb)), expected)
 
 
 def test_flux2_split_equals_forward() -> None:
@@ -65,7 +65,7 @@ def test_flux2_split_equals_forward() -> None:
             torch.cat(pair) for pair in zip(model.pos_embed(text_ids), model.pos_embed(image_ids), strict=True)
         )
         output = strategy.blocks(model, hidden, strategy.context(model, text), temb, rotary)
-        assert torch.equal(strategy.project(model, output, temb), expected)
+        assert torch.equal(strategy.project(model, output, strategy.output_modulation(model, temb)), expected)
 
 
 def test_lookup() -> None:
