@@ -2,8 +2,9 @@
 
 flux-tiny, mixed sizes and step counts, the same threads and the same computed steps everywhere: diffusers' pipeline
 with diffusers' MagCache in one Serve deployment, one picture at a time and with ``@serve.batch``, and this service with
-two groups of one rank and with one of two. Closed loops and Poisson arrivals; beside them the bare pipeline without
-Serve, and what MagCache saves in the denoising phase on flux-tiny and on a random checkpoint of 160 million parameters.
+two groups of one rank and with one of two. Closed loops and Poisson arrivals; the two ratios that were to be reached
+come from loops that the pipeline and the service run in turns. Beside them the bare pipeline without Serve, and what
+MagCache saves in the denoising phase on flux-tiny and on a random checkpoint of 160 million parameters.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Effort:
         closed: clients of each closed loop, and how many requests they share.
         open_seconds: length of each run with Poisson arrivals.
         open_loads: arrival rates, as multiples of what the bare pipeline makes in a second.
+        turns: how often the first and the third closed loop are run in turns by the pipeline and the service.
         repetitions: pictures of each kind that the speed-up is the median of.
         large: shape of the random checkpoint, where it differs from `BLOCKS`.
         systems: names of those measured.
@@ -54,6 +56,7 @@ class Effort:
     closed: tuple[tuple[int, int], ...] = ((1, 24), (4, 48), (16, 96), (64, 192))
     open_seconds: float = 10.0
     open_loads: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
+    turns: int = 3
     repetitions: int = 15
     large: tuple[tuple[str, int], ...] = ()
     systems: tuple[str, ...] = tuple(system.name for system in SYSTEMS)
@@ -63,6 +66,7 @@ QUICK = Effort(
     closed=((1, 2), (2, 4)),
     open_seconds=1.0,
     open_loads=(0.5,),
+    turns=1,
     repetitions=1,
     large=(("num_layers", 1), ("num_single_layers", 1)),
     systems=("pipeline", "ours-tp1"),
@@ -109,22 +113,42 @@ def measure(url: str, effort: Effort, bare: dict[str, float]) -> dict[str, Any]:
     return {"closed": closed, "open": arrivals}
 
 
+def in_turns(url: str, effort: Effort, dtype: str) -> list[dict[str, float]]:
+    """One client's latency and many clients' throughput of the pipeline and of the service, while both are up.
+
+    A shared machine may be half as fast a minute later, so only what was measured side by side is divided.
+    """
+    routes = {"pipeline": "/pipeline", "ours-tp1": "/"}
+    applications = {system.name: system.application(dtype) for system in SYSTEMS if system.name in routes}
+    one, many = effort.closed[0], effort.closed[min(len(effort.closed) - 1, 2)]  # 16 clients in a full run
+    rounds = []
+    with running(applications["pipeline"], "pipeline", routes["pipeline"]), running(applications["ours-tp1"]):
+        for route in routes.values():
+            settle(url + route.rstrip("/"), workload(1, seed=9)[0])
+            asyncio.run(closed_loop(url + route.rstrip("/"), workload(16, seed=2), clients=4))
+        for _ in range(effort.turns):
+            figures: dict[str, float] = {}
+            for clients, count in (one, many):
+                for name, route in routes.items():
+                    outcomes = asyncio.run(closed_loop(url + route.rstrip("/"), workload(count, seed=1), clients))
+                    summary = summarise(outcomes, DEADLINE_FACTOR)
+                    figures[f"{name}, {clients} clients"] = summary["p50_s" if clients == one[0] else "throughput"]
+            pipeline_s, ours_s, pipeline_rate, ours_rate = figures.values()
+            figures |= {"latency": round(ours_s / pipeline_s, 3), "throughput": round(ours_rate / pipeline_rate, 3)}
+            print("in turns", json.dumps(figures), flush=True)
+            rounds.append(figures)
+    return rounds
+
+
 def targets(document: dict[str, Any]) -> dict[str, Any]:
     """The figures that were to be reached, with what was."""
-    systems, phases = document["systems"], document["denoising"]
-    busiest = min(len(systems["pipeline"]["closed"]) - 1, 2)  # 16 clients in a full run
-
-    def throughput(name: str) -> float:
-        value: float = systems[name]["closed"][busiest]["throughput"]
-        return value
-
-    def single(name: str) -> float:
-        value: float = systems[name]["closed"][0]["p50_s"]
-        return value
-
+    phases = document["denoising"]
+    latency, throughput = (
+        statistics.median(turn[name] for turn in document["in_turns"]) for name in ("latency", "throughput")
+    )
     wanted: Sequence[tuple[str, float, str, float]] = (
-        ("latency of one client, ours / pipeline", single("ours-tp1") / single("pipeline"), "<=", 1.0),
-        ("throughput, ours / pipeline", throughput("ours-tp1") / throughput("pipeline"), ">=", 2.0),
+        ("latency of one client, ours / pipeline", latency, "<=", 1.0),
+        ("throughput, ours / pipeline", throughput, ">=", 2.0),
         ("speed-up / possible, flux-tiny", phases["flux-tiny"]["ratio"], ">=", 0.85),
         ("speed-up / possible, random-160m", phases["random-160m"]["ratio"], ">=", 0.95),
         ("control-plane gap / computed step, flux-tiny", phases["flux-tiny"]["gap_share"], "<=", 0.05),
@@ -162,6 +186,7 @@ def run(effort: Effort, dtype: str) -> dict[str, Any]:
                     print(system.label, json.dumps(figure), flush=True)
                 if system.name == "ours-tp1":
                     document["denoising"]["flux-tiny"] = speed_up(url, effort.repetitions)
+        document["in_turns"] = in_turns(url, effort, dtype)
         large = Path(folder) / "random"
         parameters = write_checkpoint(MODEL, large, **dict(effort.large))
         with running(ours(1, 1, dtype, large)):

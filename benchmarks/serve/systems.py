@@ -79,7 +79,8 @@ def cluster() -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    # Room for two systems at once; what counts is what the machine has, and each system's own threads.
+    ray.init(num_cpus=4, num_gpus=0, include_dashboard=False, log_to_driver=False)
     try:
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
         yield f"http://127.0.0.1:{port}"
@@ -89,13 +90,13 @@ def cluster() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def running(application: serve.Application) -> Iterator[None]:
-    """``application`` at the cluster's URL."""
-    serve.run(application, name="measured", route_prefix="/")
+def running(application: serve.Application, name: str = "measured", route: str = "/") -> Iterator[None]:
+    """``application`` below ``route`` of the cluster's URL."""
+    serve.run(application, name=name, route_prefix=route)
     try:
         yield
     finally:
-        serve.delete("measured")
+        serve.delete(name)
 
 
 def ask(url: str, wish: Wish, **extra: Any) -> dict[str, Any]:

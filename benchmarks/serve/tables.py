@@ -44,6 +44,9 @@ def markdown(document: dict[str, Any]) -> str:
             for name, phase in document["denoising"].items()
         ),
     )
+    turns = _table(
+        list(document["in_turns"][0]), ([f"{v:.3g}" for v in turn.values()] for turn in document["in_turns"])
+    )
     targets = _table(
         ["what", "measured", "wanted", ""],
         (
@@ -56,6 +59,8 @@ def markdown(document: dict[str, Any]) -> str:
         [
             machine,
             targets,
+            "The first two are medians of rounds in which both are up and take turns:",
+            turns,
             f"Closed loops (latency in seconds). The bare pipeline without Serve: {bare['throughput']:.2f} pictures/s, "
             f"p50 {bare['p50_s']:.3f} s.",
             closed,
