@@ -18,7 +18,6 @@ from app.serving.ingress import ImagesApi
 from app.serving.logs import configure_logging
 from app.serving.preflight import check_here
 from app.serving.replica import FluxReplica
-from app.setting_sections import Device
 from app.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -40,11 +39,12 @@ def build(settings: Settings) -> Application:
     patient = {"max_constructor_retry_count": CONSTRUCTOR_ATTEMPTS}
     common: dict[str, Any] = {**patient, "graceful_shutdown_timeout_s": settings.drain_seconds}
 
-    def own_deployment(part: type, runs_on: Device) -> Application:
-        gpus = settings.gpus_per_helper if runs_on == "cuda" else 0
-        options = {**helper, "num_gpus": gpus}
+    def own_deployment(part: type, runs_on: str) -> Application:
         return _deployment(
-            part, ray_actor_options=options, max_ongoing_requests=settings.max_ongoing_requests, **common
+            part,
+            ray_actor_options={**helper, "num_gpus": settings.gpus_per_helper if runs_on == "cuda" else 0},
+            max_ongoing_requests=settings.max_ongoing_requests,
+            **common,
         ).bind(settings)
 
     replica = _deployment(

@@ -2,7 +2,7 @@
 
 A rotary embedding turns each pair of a head's channels by an angle. Written with real numbers, as diffusers does it,
 that is seven passes over all queries and keys, with a copy of each that has its pairs swapped; as a product of complex
-numbers, of which the pairs are a view, it is one, and its result the same to the last bit in float32.
+numbers, of which the pairs are a view, it is one. A sum of two products may be rounded once where it was rounded twice.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The VAE's deployment: finished latents into picture files, and pictures to edit into latents."""
+"""The VAE at work: finished latents into picture files, and pictures to edit into latents."""
 
 import asyncio
 import io
@@ -93,7 +93,7 @@ class ImageDecoder:
         return self._family
 
     async def ping(self) -> None:
-        """Answer when this deployment is up."""
+        """Answer when it is up."""
 
     @torch.inference_mode()
     def _decode(self, latents: torch.Tensor, geometry: Geometry, output_format: str, compression: int) -> bytes:

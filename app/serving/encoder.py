@@ -92,7 +92,7 @@ class PromptEncoder:
         return await asyncio.shield(under_way)
 
     async def ping(self) -> None:
-        """Answer when this deployment is up."""
+        """Answer when it is up."""
 
     async def metric_families(self) -> list[Metric]:
         """The encoder's metrics, for the service's ``/metrics``."""

@@ -68,8 +68,8 @@ def _peer(kind: type, dtype: str) -> serve.Application:
 SYSTEMS = (
     System("pipeline", "diffusers, one at a time", lambda dtype: _peer(OneAtATime, dtype)),
     System("batched", "diffusers, @serve.batch", lambda dtype: _peer(Batched, dtype)),
-    System("ours-tp1", "this service, tp 1, 2 groups", lambda dtype: ours(1, 2, dtype)),
-    System("ours-tp2", "this service, tp 2", lambda dtype: ours(2, 1, dtype)),
+    System("ours-tp1", "this service, tp 1, 2 groups", lambda dtype: ours(1, groups=2, dtype=dtype)),
+    System("ours-tp2", "this service, tp 2", lambda dtype: ours(2, groups=1, dtype=dtype)),
 )
 
 
