@@ -68,7 +68,7 @@ class Settings(Section):
     )
     compile: bool = Field(
         default=False,
-        description="Compile the transformer's blocks: the first pictures wait for it, steps are faster then.",
+        description="Compile the transformer's blocks: a group's start waits for it, steps are faster then.",
     )
     quantization: Literal["fp8"] | None = Field(
         default=None,

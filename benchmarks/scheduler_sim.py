@@ -23,7 +23,7 @@ import numpy as np
 
 from app.engine.messages import DenoiseJob, MagCacheOptions, StepPlan
 from app.engine.sampling import FlowMatchSampler
-from app.serving.costs import StepCosts, parts_of
+from app.serving.costs import Part, StepCosts, parts_of
 from app.serving.entry import Entry
 from app.serving.forecast import Forecast
 from app.serving.scheduler import StepScheduler
@@ -104,7 +104,8 @@ def measure(planner: TrajectoryPlanner, active: int, queued: int, ticks: int) ->
         stepping.append(len(plan.rows))
         traffic.refill()
 
-    costs = StepCosts()
+    shape = next(iter(traffic.entries.values())).shape
+    costs = StepCosts({Part(shape, True, 1): 0.03, Part(shape, False, 1): 0.001})
     costs.observe(parts_of(plan, lambda row_id: traffic.entries[row_id].shape), 0.1)
     newest = list(traffic.entries.values())[-20:]
     estimate_us = [timed(partial(estimate, scheduler, costs, entry))[0] for entry in newest]

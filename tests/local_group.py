@@ -13,6 +13,7 @@ from diffusers import FluxPipeline
 
 from app.engine.engine import Engine
 from app.engine.messages import Conditioning, DenoiseJob, MagCacheOptions, PromptEmbeddings, StepPlan
+from app.engine.rehearsal import StepTime
 from app.engine.sampling import FlowMatchSampler
 from app.serving.entry import Entry
 from app.serving.intake import Intake
@@ -22,6 +23,7 @@ from app.settings import MagCacheSettings, Settings
 MODEL = Path(__file__).resolve().parents[1] / "models/flux-tiny"
 CACHE_OFF = MagCacheOptions(enabled=False)
 TEXT_TOKENS = 32
+REHEARSED = (StepTime(1, True, 0.01), StepTime(1, False, 0.001))
 
 
 def job(row_id: str, *, size: tuple[int, int] = (128, 128), steps: int = 28, seed: int = 7, **options) -> DenoiseJob:
@@ -53,7 +55,7 @@ def form(
         cancellations: row ids, and the tick before which each is cancelled.
     """
     now = [0.0]
-    intake = Intake(settings, TrajectoryPlanner(settings, FlowMatchSampler(MODEL)), lambda: now[0])
+    intake = Intake(settings, TrajectoryPlanner(settings, FlowMatchSampler(MODEL)), REHEARSED, lambda: now[0])
     scheduler = intake.scheduler
     coming = sorted(zip_longest(arrivals, jobs, fillvalue=0), key=lambda pair: pair[0])
     leaving = dict(cancellations or {})

@@ -51,12 +51,15 @@ class RotatingAttnProcessor(FluxAttnProcessor):
         return attn.to_out[0](image.contiguous()), attn.to_add_out(text.contiguous())
 
 
-def use_rotations(transformer: nn.Module) -> bool:
-    """Have every attention of FLUX.1 in ``transformer`` take `rotations`; False where it has none."""
-    attentions = [module for module in transformer.modules() if isinstance(module, FluxAttention)]
-    for attention in attentions:
+def use_rotations(transformer: nn.Module) -> None:
+    """Have every attention of FLUX.1 in ``transformer`` take `rotations`; other models' keep diffusers' form."""
+    for attention in _attentions(transformer):
         attention.set_processor(RotatingAttnProcessor())
-    return bool(attentions)
+
+
+def uses_rotations(transformer: nn.Module) -> bool:
+    """Whether the attentions in ``transformer`` take `rotations`, and not what diffusers' embedding gives."""
+    return any(isinstance(attention.processor, RotatingAttnProcessor) for attention in _attentions(transformer))
 
 
 def rotations(cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
@@ -72,6 +75,10 @@ def rotate(heads: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
     pairs = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2)))
     turned: torch.Tensor = torch.view_as_real(pairs * turns).flatten(-2).to(heads.dtype)
     return turned
+
+
+def _attentions(transformer: nn.Module) -> list[FluxAttention]:
+    return [module for module in transformer.modules() if isinstance(module, FluxAttention)]
 
 
 def _heads(attn: Any, projected: torch.Tensor) -> torch.Tensor:

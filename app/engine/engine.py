@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from diffusers import ModelMixin
 
-from app.engine.attention import rotations, use_rotations
+from app.engine.attention import rotations, uses_rotations
 from app.engine.families import Edits
 from app.engine.geometry import Geometry
 from app.engine.loading import load_transformer
@@ -73,21 +73,24 @@ class Engine:
         self.group = group or TensorParallelGroup()
         self.device = torch.device(device)
         self.dtype = dtype
-        self._rotates = False
         if transformer is None:
             check_attention(tuning.attention_backend, self.device, dtype)
             transformer = load_transformer(model, self.group, self.device, dtype, tuning.quantization)
-            # The compiler fuses the real form by itself, and has no code for complex numbers.
-            self._rotates = not tuning.compile and use_rotations(transformer)
             tune(transformer, tuning, self.device, dtype)
+        self._rotates = uses_rotations(transformer)
         self.transformer = transformer
         self.strategy = get_strategy(self.transformer)
         self.sampler = FlowMatchSampler(model)
         self.family = self.sampler.family
         self.rows: dict[str, Row] = {}
+        self.restart()
+        self._rotary = lru_cache(maxsize=64)(self._rotary_embedding)
+
+    def restart(self) -> None:
+        """Drop all rows, and expect the first plan of a new history."""
+        self.rows.clear()
         self._sequence = 0
         self._digest = FIRST_DIGEST
-        self._rotary = lru_cache(maxsize=64)(self._rotary_embedding)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan, conditioning: Sequence[Conditioning] = ()) -> StepResult:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from app.engine.attention import use_rotations
 from app.engine.fp8 import Quantization
 
 AttentionBackend = Literal["native", "xformers", "flash"]
@@ -27,7 +28,7 @@ class Tuning:
 
     Attributes:
         attention_backend: ``native`` is torch's own, which picks a flash kernel where there is one.
-        compile: compile the blocks of the stack; the first pictures wait for it.
+        compile: compile the blocks of the stack; their first run waits for it.
         quantization: ``fp8`` for the weights that tensor parallelism splits.
         compiler: torch.compile's backend.
     """
@@ -59,6 +60,8 @@ def tune(transformer: Any, tuning: Tuning, device: torch.device, dtype: torch.dt
         TuningError: this machine cannot run it.
     """
     check_attention(tuning.attention_backend, device, dtype)
+    if not tuning.compile:  # the compiler fuses the real form by itself, and has no code for complex numbers
+        use_rotations(transformer)
     if tuning.attention_backend != "native":
         _set_attention(transformer, tuning.attention_backend)
     if tuning.compile:

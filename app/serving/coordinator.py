@@ -22,6 +22,7 @@ from app.engine.messages import (
     StepPlan,
     StepResult,
 )
+from app.engine.rehearsal import StepTime
 from app.engine.sampling import FlowMatchSampler
 from app.metrics import CoordinatorMetrics
 from app.serving.counts import Counts
@@ -70,11 +71,20 @@ class Coordinator:
     """
 
     def __init__(
-        self, settings: Settings, ranks: Sequence[ActorHandle], replica: str, rebuilds: int, mismatches: int = 0
+        self,
+        settings: Settings,
+        ranks: Sequence[ActorHandle],
+        rehearsed: Sequence[Sequence[StepTime]],
+        replica: str,
+        rebuilds: int,
+        mismatches: int = 0,
     ) -> None:
+        """``rehearsed`` is what each rank measured."""
         configure_logging(settings)
         self._ranks = list(ranks)
-        self._intake = Intake(settings, TrajectoryPlanner(settings, FlowMatchSampler(local_model(settings.model))))
+        planner = TrajectoryPlanner(settings, FlowMatchSampler(local_model(settings.model)))
+        slowest = [max(times, key=lambda one: one.seconds) for times in zip(*rehearsed, strict=True)]
+        self._intake = Intake(settings, planner, slowest)
         self._scheduler = self._intake.scheduler
         self._average = average_job(settings)
         self._registry = CollectorRegistry()

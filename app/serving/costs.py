@@ -18,9 +18,12 @@ UNKNOWN = 0.5
 NOISE = 0.1
 """Relative standard deviation of one measurement."""
 DRIFT = 0.0004
-"""Relative variance that an estimate gains per measurement: it follows a change within some ten plans."""
-REUSED_SHARE = 0.1
-"""A reused step's time relative to a computed one, until one was measured."""
+"""Relative variance that an estimate gains per measurement: it follows a change within tens of plans."""
+
+
+BELIEVED = 3.0
+"""Standard deviations up to which a measurement is taken at its word: were one long pause of a rank believed, possible
+deadlines would be refused, and then nothing would run that shows better."""
 
 
 @dataclass(frozen=True)
@@ -52,21 +55,13 @@ class _Estimate:
 
 
 class StepCosts:
-    """The running estimates of one group.
+    """The running estimates of one group."""
 
-    Before the first plan nothing is known, and everything is estimated at 0 seconds: the first picture calibrates, and
-    no deadline is refused on a guess.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[Part, _Estimate] = {}
+    def __init__(self, measured: Mapping[Part, float]) -> None:
+        """``measured`` are seconds of at least one part that computes and one that reuses (`app.engine.rehearsal`)."""
+        self._known = {part: _Estimate(seconds, (NOISE * seconds) ** 2) for part, seconds in measured.items()}
         self.gap_s = 0.0
         """Mean time that ranks wait for the control plane before a plan."""
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether anything was measured."""
-        return bool(self._known)
 
     def seconds(self, part: Part) -> float:
         """Estimated time of ``part``: measured, or scaled by tokens from the nearest that was."""
@@ -97,13 +92,15 @@ class StepCosts:
         self.gap_s += (idle_seconds - self.gap_s) / 16
         if not parts:
             return {True: 0.0, False: 0.0}
-        estimates = [self._known.get(part) or self._guess(part, seconds, parts) for part in parts]
+        estimates = [self._known.get(part) or self._guess(part) for part in parts]
         total = sum(estimate.seconds for estimate in estimates)
         variance = sum(estimate.variance for estimate in estimates) + (NOISE * total) ** 2
+        limit = BELIEVED * math.sqrt(variance)
+        surprise = min(max(seconds - total, -limit), limit)
         for part, estimate in zip(parts, estimates, strict=True):
             gain = estimate.variance / variance
             # A part may not vanish because another one in its plan was overestimated.
-            estimate.seconds = max(estimate.seconds + gain * (seconds - total), estimate.seconds / 4)
+            estimate.seconds = max(estimate.seconds + gain * surprise, estimate.seconds / 4)
             estimate.variance = (1 - gain) * estimate.variance + DRIFT * estimate.seconds**2
             self._known[part] = estimate
         scale = seconds / sum(estimate.seconds for estimate in estimates)
@@ -112,19 +109,11 @@ class StepCosts:
             split[part.compute] += scale * estimate.seconds
         return split
 
-    def _guess(self, part: Part, seconds: float, parts: tuple[Part, ...]) -> _Estimate:
-        if self.calibrated:
-            guess = self._scaled(part)
-        else:
-            weights = {other: other.size * (1.0 if other.compute else REUSED_SHARE) for other in parts}
-            guess = seconds * weights[part] / sum(weights.values())
+    def _guess(self, part: Part) -> _Estimate:
+        guess = self._scaled(part)
         return _Estimate(guess, (UNKNOWN * guess) ** 2)
 
     def _scaled(self, part: Part) -> float:
-        same_kind = [known for known in self._known if known.compute == part.compute]
-        candidates = same_kind or list(self._known)
-        if not candidates:
-            return 0.0
+        candidates = [known for known in self._known if known.compute == part.compute]
         nearest = min(candidates, key=lambda other: (other.shape != part.shape, abs(math.log(other.size / part.size))))
-        kind = 1.0 if same_kind else (1 / REUSED_SHARE if part.compute else REUSED_SHARE)
-        return kind * self._known[nearest].seconds * part.size / nearest.size
+        return self._known[nearest].seconds * part.size / nearest.size

@@ -10,6 +10,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from app.serving.coordinator import Coordinator
+from app.serving.intake import average_job
 from app.serving.rank import Rank
 from app.settings import Settings
 
@@ -28,7 +29,7 @@ class RankGroup:
     async def build(
         cls, settings: Settings, bundles: PlacementGroup, replica: str, rebuilds: int, mismatches: int = 0
     ) -> "RankGroup":
-        """Start the actors, let the ranks meet and load, then start the coordinator.
+        """Start the actors, let the ranks meet, load and rehearse, then start the coordinator.
 
         Args:
             bundles: one bundle per rank.
@@ -55,6 +56,7 @@ class RankGroup:
         try:
             meeting_point = await ranks[0].open_store.remote() if size > 1 else None
             await asyncio.gather(*(rank.load.remote(meeting_point) for rank in ranks))
+            rehearsed = await asyncio.gather(*(rank.rehearse.remote(average_job(settings)) for rank in ranks))
             coordinator = coordinator_class.options(
                 # The name is how /metrics finds it; the count keeps it apart from a predecessor still ending.
                 name=f"{COORDINATOR_NAME}:{replica}:{rebuilds}",
@@ -62,7 +64,7 @@ class RankGroup:
                 num_cpus=0,
                 max_concurrency=10_000,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(bundles, placement_group_bundle_index=0),
-            ).remote(settings, ranks, replica, rebuilds, mismatches)
+            ).remote(settings, ranks, rehearsed, replica, rebuilds, mismatches)
             await coordinator.ping.remote()
             coordinator.run.remote()
         except BaseException:

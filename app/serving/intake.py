@@ -5,13 +5,13 @@ that decides whether its deadline can be met at all. At its admission, with the 
 that runs.
 """
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from app.api.errors import BusyError, DeadlineImpossibleError, InvalidRequestError
 from app.engine.messages import DenoiseJob, MagCacheOptions, StepPlan, StepResult
+from app.engine.rehearsal import StepTime
 from app.serving.costs import Part, StepCosts, parts_of
 from app.serving.counts import Counts
 from app.serving.entry import Entry, Shape
@@ -35,10 +35,16 @@ class Intake:
     """The request table with what is known about time."""
 
     def __init__(
-        self, settings: Settings, planner: TrajectoryPlanner, clock: Callable[[], float] = time.monotonic
+        self,
+        settings: Settings,
+        planner: TrajectoryPlanner,
+        rehearsed: Sequence[StepTime],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """``rehearsed`` are the times of pictures like `average_job`."""
         self.scheduler = StepScheduler(settings, clock, self._settle)
-        self.costs = StepCosts()
+        shape = Shape.of(average_job(settings), settings)
+        self.costs = StepCosts({Part(shape, one.compute, one.rows): one.seconds for one in rehearsed})
         self.counts = Counts()
         self._settings = settings
         self._planner = planner
@@ -89,8 +95,7 @@ class Intake:
         def seconds_of(plan: StepPlan) -> float:
             parts = parts_of(plan, shape_of)
             estimates.append((parts, self.costs.plan_seconds(parts)))
-            known = self.costs.calibrated or not any(part.compute for part in parts)
-            return estimates[-1][1] if known else math.inf
+            return estimates[-1][1]
 
         plans = self.scheduler.next_message(seconds_of)
         message = [SentPlan(plan, *estimate) for plan, estimate in zip(plans, estimates, strict=True)]
@@ -169,7 +174,7 @@ class Intake:
 
 
 def average_job(settings: Settings) -> DenoiseJob:
-    """A request that says nothing, for estimates."""
+    """A request that says nothing, for the rehearsal and for estimates."""
     sampling, magcache = settings.sampling, settings.magcache
     return DenoiseJob(
         row_id="average/0",

@@ -12,8 +12,9 @@ import torch
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from app.engine.engine import Engine
-from app.engine.messages import Conditioning, StepPlan, StepResult
+from app.engine.messages import Conditioning, DenoiseJob, StepPlan, StepResult
 from app.engine.parallel import TensorParallelGroup
+from app.engine.rehearsal import StepTime, rehearse
 from app.engine.tuning import Tuning
 from app.serving.logs import configure_logging
 from app.serving.model_files import local_model
@@ -63,6 +64,15 @@ class Rank:
         tuning = Tuning(settings.attention_backend, settings.compile, settings.quantization)
         self._engine = Engine(model, group, device, getattr(torch, settings.dtype), tuning)
         logger.info("rank %d of %d holds its shard of %s", self._rank, settings.tensor_parallel_size, model)
+
+    def rehearse(self, job: DenoiseJob) -> tuple[StepTime, ...]:
+        """Take steps of blank pictures like ``job``, together with the other ranks, and say how long they took."""
+        assert self._engine is not None, "load() comes first"
+        settings = self._settings
+        times = rehearse(self._engine, job, settings.sampling.max_sequence_length, settings.max_batch_rows)
+        alone = {one.compute: one.seconds for one in times if one.rows == 1}
+        logger.info("a step of the default size takes %.3g s computed and %.3g s reused", alone[True], alone[False])
+        return times
 
     def execute(self, plans: Sequence[StepPlan], *conditioning: Conditioning) -> list[StepResult]:
         """Run plans, one after another; ``conditioning`` holds the tensors of all that they admit, in order."""

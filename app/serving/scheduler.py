@@ -134,7 +134,7 @@ class StepScheduler:
         those of a small model, are so short that a message each would cost more than they do.
 
         Args:
-            seconds_of: the estimated time of a plan; infinite while nothing is known.
+            seconds_of: the estimated time of a plan.
         """
         plans: list[StepPlan] = []
         seconds = 0.0

@@ -6,8 +6,9 @@ import pytest
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxPosEmbed
+from diffusers.models.transformers.transformer_flux2 import Flux2Attention, Flux2AttnProcessor
 
-from app.engine.attention import rotate, rotations, use_rotations
+from app.engine.attention import rotate, rotations, use_rotations, uses_rotations
 
 TEXT, ROWS, COLUMNS = 5, 4, 3
 HEADS, CHANNELS = 2, 32
@@ -48,10 +49,14 @@ def test_attention_is_diffusers(rotary: tuple[torch.Tensor, torch.Tensor], text_
     image = torch.randn(2, ROWS * COLUMNS + (0 if text_too else TEXT), dim)
     text = torch.randn(2, TEXT, dim) if text_too else None
     expected = attention(image, text, image_rotary_emb=rotary)
-    assert use_rotations(attention)
+    use_rotations(attention)
+    assert uses_rotations(attention)
     made = attention(image, text, image_rotary_emb=rotations(*rotary))
     torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_other_models_keep_their_attention() -> None:
-    assert not use_rotations(torch.nn.Linear(2, 2))
+    other = Flux2Attention(query_dim=HEADS * CHANNELS, heads=HEADS, dim_head=CHANNELS)
+    use_rotations(other)
+    assert not uses_rotations(other)
+    assert isinstance(other.processor, Flux2AttnProcessor)

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from app.engine.messages import DenoiseJob, DenoiseReport, StepResult
+from app.engine.rehearsal import StepTime
 from app.engine.sampling import FlowMatchSampler
 from app.serving.costs import Part
-from app.serving.entry import Entry
-from app.serving.intake import Intake
+from app.serving.entry import Entry, Shape
+from app.serving.intake import Intake, average_job
 from app.serving.trajectory import TrajectoryPlanner
 from app.settings import MagCacheSettings, Settings
 from tests.local_group import MODEL
@@ -36,7 +37,10 @@ class SimulatedRanks:
 
     def __init__(self, settings: Settings = TINY, seconds: Callable[[Part], float] = step_seconds) -> None:
         self.now_s = 0.0
-        self.intake = Intake(settings, TrajectoryPlanner(settings, SAMPLER), lambda: self.now_s)
+        shape = Shape.of(average_job(settings), settings)
+        parts = [Part(shape, compute, rows) for rows in (1, 2) for compute in (True, False)]
+        rehearsed = [StepTime(part.rows, part.compute, seconds(part)) for part in parts]
+        self.intake = Intake(settings, TrajectoryPlanner(settings, SAMPLER), rehearsed, lambda: self.now_s)
         self.finished: dict[str, Finished] = {}
         self.too_late: list[str] = []
         self._seconds = seconds

@@ -17,6 +17,7 @@ from app.api.errors import BusyError, DeadlineImpossibleError, DeadlinePassedErr
 from app.engine.messages import Conditioning, DenoiseResult, MagCacheOptions, PromptEmbeddings
 from app.serving.coordinator import Coordinator
 from app.serving.errors import GroupFailedError
+from app.serving.intake import average_job
 from app.serving.rank import Rank
 from app.settings import MagCacheSettings, Settings
 from magcache_core import ConfigError
@@ -82,12 +83,11 @@ class Group:
 async def group(conditioning: Conditioning) -> AsyncIterator[Group]:
     rank = Rank(SETTINGS, 0)
     rank.load(None)
+    rehearsed = rank.rehearse(average_job(SETTINGS))
     with ThreadPoolExecutor(1) as thread:
-        coordinator = Coordinator(SETTINGS, [Handle(rank, thread)], "local", rebuilds=0)
+        coordinator = Coordinator(SETTINGS, [Handle(rank, thread)], [rehearsed], "local", rebuilds=0)
         running = asyncio.create_task(coordinator.run())
-        made = Group(rank, coordinator, conditioning)
-        await made.start("first/0")  # calibrates
-        yield made
+        yield Group(rank, coordinator, conditioning)
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
 

@@ -10,6 +10,7 @@ import ray
 import torch
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from app.api.errors import DeadlineImpossibleError
 from app.engine.engine import Engine
 from app.engine.messages import (
     FIRST_DIGEST,
@@ -54,6 +55,16 @@ async def test_two_ranks_equal_one_engine(group: RankGroup, conditioning: Condit
     assert (result.latents - expected).norm() / expected.norm() <= 1e-5
     assert result.report.schedule == "CCCCCC"
     await group.check(timeout_s=60)
+
+
+async def test_the_very_first_deadline_is_judged_at_once(group: RankGroup, conditioning: Conditioning) -> None:
+    with pytest.raises(DeadlineImpossibleError) as caught:
+        await group.coordinator.denoise.remote(job("a/0", deadline_s=1e-3), [conditioning])
+    assert caught.value.soonest_s > 1e-3
+    gauges = await _gauges(group)
+    assert gauges["flux_deadline_misses_total"] == 0
+    # The rehearsal is no traffic.
+    assert gauges["flux_pictures_admitted_total"] == gauges["flux_running_pictures"] == 0
 
 
 async def test_a_rank_with_another_history_ends_the_group(group: RankGroup, conditioning: Conditioning) -> None:

@@ -12,7 +12,7 @@ from app.serving.intake import average_job
 from app.settings import ElasticSettings, Settings
 from magcache_core import ConfigError, choose, fewest_steps, load_profile
 from tests.local_group import job
-from tests.serving.simulated_ranks import TINY, SimulatedRanks
+from tests.serving.simulated_ranks import TINY, SimulatedRanks, step_seconds
 
 DEFAULT = MagCacheOptions()
 USUAL = load_profile("flux-tiny").budget
@@ -38,16 +38,39 @@ def with_(**values) -> Settings:
     return Settings(**{**{name: getattr(TINY, name) for name in TINY.model_fields_set}, **values})
 
 
-def test_the_first_picture_calibrates() -> None:
+def test_the_first_pictures_estimate_and_deadline_are_as_good_as_any() -> None:
     ranks = SimulatedRanks()
-    assert ranks.take(picture("a", deadline_s=1e-3)).eta_s == 0.0  # unknown: nothing is refused on a guess
-    ranks.intake.scheduler.cancel("a/0")
-    ranks.take(picture("b"))
+    with pytest.raises(DeadlineImpossibleError) as caught:
+        ranks.take(picture("a", deadline_s=0.01))
+    soonest = caught.value.soonest_s
+    entry = ranks.take(picture("b", deadline_s=soonest * 1.01))
     ranks.run()
-    alone = ranks.finished["b/0"].seconds
-    entry = ranks.take(picture("c"))
-    assert entry.eta_s == pytest.approx(alone, rel=0.01)
-    assert ranks.take(picture("d", steps=14)).eta_s > 0
+    assert entry.lowered_by == "deadline"
+    assert ranks.finished["b/0"].seconds == pytest.approx(soonest, rel=0.01)
+
+
+def test_one_pause_of_a_rank_does_not_shut_deadlines_out() -> None:
+    pause: list[float] = []
+    ranks = SimulatedRanks(seconds=lambda part: step_seconds(part) + (pause.pop() if pause else 0.0))
+    before = ranks.take(picture("a")).eta_s
+    pause.append(60.0)
+    ranks.run()
+    assert not pause
+    assert ranks.take(picture("b")).eta_s == pytest.approx(before, rel=0.05)
+
+
+def test_estimates_follow_ranks_that_became_slower() -> None:
+    slower = 1.0
+    ranks = SimulatedRanks(seconds=lambda part: slower * step_seconds(part))
+    ranks.take(picture("a"))
+    ranks.run()
+    slower = 3.0
+    for name in "bcde":
+        ranks.take(picture(name))
+        ranks.run()
+    entry = ranks.take(picture("f"))
+    ranks.run()
+    assert entry.eta_s == pytest.approx(ranks.finished["f/0"].seconds, rel=0.02)
 
 
 @pytest.mark.parametrize(
