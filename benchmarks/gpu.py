@@ -25,7 +25,7 @@ import torch
 
 from app.engine.geometry import Geometry
 from app.engine.messages import PromptEmbeddings
-from app.engine.tuning import Tuning, TuningError, tune
+from app.engine.tuning import AttentionBackend, Tuning, TuningError, check_attention, tune
 from benchmarks.checkpoints import weights
 from benchmarks.checkpoints.geometry import SCALES, repository
 from benchmarks.gpu_runs import Bare, Ours, Request, random_transformer, timed
@@ -69,17 +69,14 @@ class Benchmark:
     def run(self) -> None:
         """Roofline, then every attention backend, eager and compiled."""
         self._roofline()
+        drawn = random_transformer(weights.build(self._part), self._device, self._dtype)
         for backend in self._args.attention:
             try:
-                transformer = self._transformer(backend)
+                check_attention(backend, self._device, self._dtype)
+                for compiled in (False,) if self._args.no_compile else (False, True):
+                    self._variant(backend, drawn, compiled=compiled)
             except TuningError as error:
                 self.report["left_out"][backend] = str(error)
-                continue
-            self._variant(backend, transformer, compiled=False)
-            if not self._args.no_compile:
-                tune(transformer, Tuning(compile=True, compiler=self._args.compiler), self._device, self._dtype)
-                self._variant(backend, transformer, compiled=True)
-            del transformer
             gc.collect()
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -88,11 +85,11 @@ class Benchmark:
         name = torch.cuda.get_device_name() if self._device.type == "cuda" else platform.machine()
         return f"{name}, torch {torch.__version__}, diffusers {diffusers.__version__}"
 
-    def _transformer(self, backend: str) -> Any:
-        tuning = Tuning(attention_backend=backend)  # type: ignore[arg-type]
-        transformer = random_transformer(weights.build(self._part), self._device, self._dtype)
-        tune(transformer, tuning, self._device, self._dtype)
-        return transformer
+    def _twin(self, drawn: Any) -> Any:
+        """The same weights in modules of their own: kernels and compilation are set on modules."""
+        twin: Any = weights.build(self._part)
+        twin.load_state_dict(drawn.state_dict(), assign=True)
+        return twin.requires_grad_(False).eval()
 
     def _roofline(self) -> None:
         size = self._args.size
@@ -106,13 +103,20 @@ class Benchmark:
             "least_step_s": flops / peak,
         }
 
-    def _variant(self, backend: str, transformer: Any, *, compiled: bool) -> None:
+    def _variant(self, backend: AttentionBackend, drawn: Any, *, compiled: bool) -> None:
         name = f"{backend}, {'compiled' if compiled else 'eager'}"
         left = self._args.budget_s - (time.monotonic() - self._started)
         if left < 0:
             self.report["left_out"][name] = f"no time left of {self._args.budget_s:g} s"
             return
-        ours = Ours(self._folder, transformer, self._device, self._dtype)
+        tuning = Tuning(attention_backend=backend, compile=compiled, compiler=self._args.compiler)
+        tuned, transformer = self._twin(drawn), self._twin(drawn)
+        tune(tuned, tuning, self._device, self._dtype)
+        ours = Ours(self._folder, tuned, self._device, self._dtype)
+        if backend != "native":
+            transformer.set_attention_backend(backend)
+        if compiled:
+            transformer.compile_repeated_blocks(fullgraph=True, dynamic=True, backend=self._args.compiler)
         bare = Bare(self._folder, transformer, self._device)
         warm = time.perf_counter()
         ours.run(self._request, cached=True)  # compiles, and settles the allocator

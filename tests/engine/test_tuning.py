@@ -14,8 +14,9 @@ from app.engine.engine import Engine
 from app.engine.fp8 import FLOAT8, Fp8Linear, quantize, to_float8
 from app.engine.messages import DenoiseJob
 from app.engine.parallel import RowParallelLinear, TensorParallelGroup
+from app.engine.rehearsal import rehearse
 from app.engine.tuning import Tuning, TuningError, check_attention, tune
-from tests.engine.models import TinyModel, picture, together
+from tests.engine.models import TEXT_TOKENS, TinyModel, picture, together
 from tests.local_group import job, psnr
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -50,16 +51,14 @@ def latents(engine: Engine, model: TinyModel, asked: list[DenoiseJob], sources: 
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-def test_compiled_blocks_serve_every_batch_without_a_break(model: TinyModel) -> None:
+def test_what_a_rehearsal_compiles_serves_every_batch_without_a_break(model: TinyModel) -> None:
     compiled, eager = Engine(model.folder, tuning=COMPILED), Engine(model.folder)
-    shapes = [(1, 96, 64, 0), (2, 96, 64, 0)]  # one row, several
-    later = [(3, 96, 64, 0), (8, 64, 64, 0), (1, 160, 96, 0), (5, 128, 64, 1), (1, 64, 80, 1), (4, 80, 96, 0)]
-    for rows, width, height, sources in shapes:
-        asked = jobs(rows, width, height)
-        assert torch.equal(latents(compiled, model, asked, sources), latents(eager, model, asked, sources))
+    (usual,) = jobs(1, 96, 64)
+    rehearse(compiled, usual, TEXT_TOKENS, max_rows=8)
     graphs = counters["stats"]["unique_graphs"]
     assert graphs > 0
-    for rows, width, height, sources in later:
+    shapes = [(1, 96, 64, 0), (2, 96, 64, 0), (3, 96, 64, 0), (8, 64, 64, 0), (1, 160, 96, 0), (5, 128, 64, 1)]
+    for rows, width, height, sources in [*shapes, (1, 64, 80, 1), (4, 80, 96, 0)]:
         asked = jobs(rows, width, height)
         assert torch.equal(latents(compiled, model, asked, sources), latents(eager, model, asked, sources))
     assert counters["stats"]["unique_graphs"] == graphs
