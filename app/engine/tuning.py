@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
 from app.engine.attention import use_rotations
 from app.engine.fp8 import Quantization
@@ -16,6 +17,8 @@ _PACKAGES = {"xformers": "xformers", "flash": "flash-attn"}
 GRAPHS_PER_BLOCK = 16
 """A kind of block is compiled for one row and for several, and again where image and text happen to have equally many
 tokens; many more graphs would be a mistake, and torch then stops."""
+PROBED_CHANNELS = 128
+"""Of a head, as FLUX has them."""
 
 
 class TuningError(ValueError):
@@ -63,7 +66,7 @@ def tune(transformer: Any, tuning: Tuning, device: torch.device, dtype: torch.dt
     if not tuning.compile:  # the compiler fuses the real form by itself, and has no code for complex numbers
         use_rotations(transformer)
     if tuning.attention_backend != "native":
-        _set_attention(transformer, tuning.attention_backend)
+        _set_attention(transformer, tuning.attention_backend, device, dtype)
     if tuning.compile:
         # Block by block: two kinds are compiled, not 57 copies. Numbers of rows and tokens are symbolic, so that one
         # graph serves every batch, and none is padded with rows that nobody wants.
@@ -72,7 +75,7 @@ def tune(transformer: Any, tuning: Tuning, device: torch.device, dtype: torch.dt
         )
 
 
-def _set_attention(transformer: Any, backend: AttentionBackend) -> None:
+def _set_attention(transformer: Any, backend: AttentionBackend, device: torch.device, dtype: torch.dtype) -> None:
     noisy = logging.getLogger("diffusers.models.modeling_utils")
     level = noisy.level
     noisy.setLevel(
@@ -80,10 +83,13 @@ def _set_attention(transformer: Any, backend: AttentionBackend) -> None:
     )  # it calls the dispatcher experimental, which the operator need not read at each start
     try:
         transformer.set_attention_backend(backend)
+        # The package may be there without kernels for this card, torch or CUDA.
+        token = torch.zeros(1, 1, 1, PROBED_CHANNELS, device=device, dtype=dtype)
+        dispatch_attention_fn(token, token, token, backend=AttentionBackendName(backend))
     except RuntimeError as error:
         raise TuningError(
-            f"attention_backend {backend!r} needs the package {_PACKAGES[backend]!r} on every node, for this torch and "
-            f"CUDA: install it, or set native ({error})"
+            f"attention_backend {backend!r} needs the package {_PACKAGES[backend]!r} on every node, for this card, "
+            f"torch and CUDA: install it, or set native ({error})"
         ) from error
     finally:
         noisy.setLevel(level)

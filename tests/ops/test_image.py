@@ -82,12 +82,14 @@ def test_it_runs_without_privileges_and_says_whether_it_is_well() -> None:
 
 
 def test_requirements_are_the_projects() -> None:
-    (script,) = re.findall(r"RUN python -c '([^']+)'", DOCKERFILE)
-    printed = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
+    (script,) = re.findall(r"python -c '([^']+)'", DOCKERFILE)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert printed.splitlines() == project["dependencies"]
+    assert "EXTRAS=otlp" in instructions("ARG"), "operations.md says that traces work"
+    for extras in ("otlp", "otlp,gpu"):
+        command = [sys.executable, "-c", script, extras]
+        printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        of_extras = [each for extra in extras.split(",") for each in project["optional-dependencies"][extra]]
+        assert printed.splitlines() == project["dependencies"] + of_extras
 
 
 @pytest.mark.parametrize(
