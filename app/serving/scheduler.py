@@ -129,16 +129,16 @@ class StepScheduler:
     def next_message(self, seconds_of: Callable[[StepPlan], float]) -> tuple[StepPlan, ...]:
         """The next plans to send in one message; empty when there is nothing to do.
 
-        A message ends with the first plan whose outcome somebody waits for, or when its plans are together estimated
-        to take `MESSAGE_S`: a large model's computed step is a message of its own, while steps that only reuse, and
-        those of a small model, are so short that a message each would cost more than they do.
+        A message ends with the first plan whose outcome somebody waits for, or before one that computes when the plans
+        are together estimated to take `MESSAGE_S`: a large model's computed step is a message with the reused steps
+        that follow it, while those of a small model are so short that a message each would cost more than they do.
 
         Args:
             seconds_of: the estimated time of a plan.
         """
         plans: list[StepPlan] = []
         seconds = 0.0
-        while len(plans) < MAX_PLANS_PER_MESSAGE and seconds < MESSAGE_S:
+        while len(plans) < MAX_PLANS_PER_MESSAGE and (seconds < MESSAGE_S or self._reusing()):
             plan = self.next_plan()
             if plan is None:
                 break
@@ -177,9 +177,9 @@ class StepScheduler:
         What reuses goes ahead alone. Then running and waiting pictures are gone through together, so that an urgent
         newcomer has its step before less urgent rows under way; first come those that left the last batch to others.
         """
-        running = self.running_entries
-        if reusing := [entry for entry in running if not entry.cost]:
+        if reusing := self._reusing():
             return reusing, []
+        running = self.running_entries
         budget = self._settings.max_batch_tokens - sum(entry.cost for entry in running if entry.held)
         largest = self._largest()
         stepping: list[Entry] = []
@@ -216,6 +216,10 @@ class StepScheduler:
         fits_step = entry.tokens <= budget  # the first step computes in all branches
         fits_batch = self._tokens + entry.tokens <= 2 * limit - max(largest, entry.tokens)
         return rows < self._settings.max_batch_rows and fits_step and fits_batch
+
+    def _reusing(self) -> list[Entry]:
+        """The running rows whose next step only reuses, the most urgent first."""
+        return [entry for entry in self._running if not entry.cost]
 
     def _largest(self) -> int:
         return max((entry.tokens for entry in self._running), default=0)

@@ -252,8 +252,8 @@ def test_a_deadline_that_passes_ends_a_picture_waiting_or_running() -> None:
 @pytest.mark.parametrize(
     ("computed_s", "expected"),
     [
-        (MESSAGE_S, ["C", "C", "C", "..C", "...C", ".C", "..p", "..C", ".....C", "..C", "."]),
-        (0.6 * MESSAGE_S, ["CC", "C..C", "...C.C", "..p", "..C.....C", "..C."]),
+        (MESSAGE_S, ["C", "C", "C..", "C...", "C.", "C..p", "..C.....", "C..", "C."]),
+        (0.6 * MESSAGE_S, ["CC", "C..C...", "C.C..p", "..C.....C..", "C."]),
         (0.0, ["CCC..C...C.C..p", "..C.....C..C."]),
     ],
 )
