@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,14 +15,13 @@ from diffusers import MagCacheConfig as DiffusersMagCacheConfig
 from app.engine.engine import Engine
 from app.engine.messages import (
     COND,
-    FIRST_DIGEST,
     BranchStep,
     Conditioning,
     DenoiseJob,
     PromptEmbeddings,
     RowStep,
     StepPlan,
-    plan_digest,
+    chained,
 )
 from benchmarks.checkpoints import weights
 from benchmarks.roofline import synchronize
@@ -62,7 +61,6 @@ class Ours:
         """``folder`` holds a checkpoint's configuration; the weights are those of ``transformer``."""
         self._engine = Engine(folder, device=device, dtype=dtype, transformer=transformer)
         self._device = device
-        self._sequence, self._digest, self._pictures = 0, FIRST_DIGEST, 0
 
     def run(self, request: Request, *, cached: bool, each_step: bool = False) -> dict[str, Any]:
         """Denoise once; ``each_step`` waits for the device after every step, to time it alone.
@@ -71,18 +69,22 @@ class Ours:
             ``seconds`` in all, ``step_seconds`` (with ``each_step``), ``schedule``, and ``latents`` on the CPU.
         """
         marks = schedule(request.config) if cached else "C" * request.steps
-        chosen = decisions(request.config) if cached else None
-        self._pictures += 1
-        job = DenoiseJob(f"benchmark/{self._pictures}", request.size, request.size, request.steps, GUIDANCE, 1.0, SEED)
+        weights_of = [one.weights for one in decisions(request.config)] if cached else [()] * request.steps
+        job = DenoiseJob("benchmark/0", request.size, request.size, request.steps, GUIDANCE, 1.0, SEED)
+        branches = [
+            BranchStep(COND, mark == "C", used, history=int(cached))
+            for mark, used in zip(marks, weights_of, strict=True)
+        ]
+        rows = [RowStep(job.row_id, step, (branch,)) for step, branch in enumerate(branches)]
+        rows[-1] = replace(rows[-1], last=True)
+        plans = chained(StepPlan(0, "", (job,) if row.step == 0 else (), (row,)) for row in rows)
+        self._engine.restart()
         result, step_seconds = None, []
         synchronize(self._device)
         started = time.perf_counter()
-        for step, mark in enumerate(marks):
+        for plan in plans:
             at = time.perf_counter()
-            branch = BranchStep(COND, mark == "C", chosen[step].weights if chosen else (), history=int(cached))
-            row = RowStep(job.row_id, step, (branch,), last=step == request.steps - 1)
-            plan = self._plan((job,) if step == 0 else (), row)
-            result = self._engine.execute(plan, [Conditioning(request.prompt)] if step == 0 else [])
+            result = self._engine.execute(plan, [Conditioning(request.prompt) for _ in plan.admit])
             if each_step:
                 synchronize(self._device)
                 step_seconds.append(time.perf_counter() - at)
@@ -94,12 +96,6 @@ class Ours:
             "schedule": marks,
             "latents": result.latents[job.row_id].float(),
         }
-
-    def _plan(self, admit: tuple[DenoiseJob, ...], row: RowStep) -> StepPlan:
-        bare = StepPlan(self._sequence, "", admit=admit, rows=(row,))
-        self._digest = plan_digest(self._digest, bare)
-        self._sequence += 1
-        return StepPlan(bare.sequence, self._digest, admit=admit, rows=(row,))
 
 
 class Bare:

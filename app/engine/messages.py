@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -197,6 +198,17 @@ def plan_digest(previous: str, plan: StepPlan) -> str:
     rows = ";".join(map(_row_text, plan.rows))
     content = f"{previous} {plan.sequence} {plan.admit!r} {plan.drop!r} {rows}"
     return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+
+
+def chained(plans: Iterable[StepPlan]) -> list[StepPlan]:
+    """``plans`` as a history of their own: numbered from 0, each with the digest that it must carry there."""
+    made: list[StepPlan] = []
+    digest = FIRST_DIGEST
+    for sequence, plan in enumerate(plans):
+        numbered = replace(plan, sequence=sequence)
+        digest = plan_digest(digest, numbered)
+        made.append(replace(numbered, digest=digest))
+    return made
 
 
 def _row_text(row: RowStep) -> str:

@@ -14,14 +14,13 @@ import torch
 from app.engine.engine import Engine
 from app.engine.messages import (
     COND,
-    FIRST_DIGEST,
     BranchStep,
     Conditioning,
     DenoiseJob,
     PromptEmbeddings,
     RowStep,
     StepPlan,
-    plan_digest,
+    chained,
 )
 
 REPEATS = 3
@@ -46,7 +45,7 @@ def rehearse(engine: Engine, job: DenoiseJob, text_tokens: int, max_rows: int) -
     """
     rows = tuple(replace(job, row_id=f"rehearsal/{number}") for number in range(min(max_rows, 2)))
     blank = [_blank(engine, text_tokens)] * len(rows)
-    admission, *steps = _chained([StepPlan(0, "", admit=rows), *_steps(rows)])
+    admission, *steps = chained([StepPlan(0, "", admit=rows), *_steps(rows)])
     seconds: list[list[float]] = []
     for _ in range(REPEATS):
         engine.restart()
@@ -67,16 +66,6 @@ def _steps(rows: Sequence[DenoiseJob]) -> list[StepPlan]:
         for count in range(1, len(rows) + 1)
         for branch in (COMPUTE, REUSE)
     ]
-
-
-def _chained(plans: Sequence[StepPlan]) -> list[StepPlan]:
-    chained: list[StepPlan] = []
-    digest = FIRST_DIGEST
-    for sequence, plan in enumerate(plans):
-        numbered = replace(plan, sequence=sequence)
-        digest = plan_digest(digest, numbered)
-        chained.append(replace(numbered, digest=digest))
-    return chained
 
 
 def _blank(engine: Engine, text_tokens: int) -> Conditioning:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,13 @@ from app.engine.families import Edits, Family, family_of
 from app.engine.geometry import Geometry
 from app.engine.layouts import Flux2Layout, unpack
 from app.engine.messages import (
-    FIRST_DIGEST,
     BranchStep,
     Conditioning,
     DenoiseJob,
     PromptEmbeddings,
     RowStep,
     StepPlan,
-    plan_digest,
+    chained,
 )
 from app.serving.source_encoder import SourceEncoder, nearest_trained_size
 from benchmarks.make_checkpoint import make_checkpoint
@@ -130,15 +128,12 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 def plans(job: DenoiseJob, decided: Mapping[str, Sequence[Decision]] | None = None) -> list[StepPlan]:
     """The plans of one job alone; every step computes unless ``decided`` says otherwise, per branch."""
     formed = []
-    digest = FIRST_DIGEST
     for step in range(job.steps_to_run):
         branches = tuple(_branch_step(name, decided[name], step) if decided else BranchStep(name, True, (), 0)
                          for name in job.branches)  # fmt: skip
         last = step + 1 == job.steps_to_run
-        plan = StepPlan(step, "", (job,) if step == 0 else (), (RowStep(job.row_id, step, branches, last),))
-        digest = plan_digest(digest, plan)
-        formed.append(replace(plan, digest=digest))
-    return formed
+        formed.append(StepPlan(0, "", (job,) if step == 0 else (), (RowStep(job.row_id, step, branches, last),)))
+    return chained(formed)
 
 
 def _branch_step(branch: str, decisions: Sequence[Decision], step: int) -> BranchStep:
@@ -148,13 +143,10 @@ def _branch_step(branch: str, decisions: Sequence[Decision], step: int) -> Branc
 
 def together(jobs: Sequence[DenoiseJob]) -> list[StepPlan]:
     """The plans of several jobs with equally many steps, all in one batch, every step computed."""
-    formed = []
-    digest = FIRST_DIGEST
-    for step, alone in enumerate(zip(*map(plans, jobs), strict=True)):
-        plan = StepPlan(step, "", tuple(jobs) if step == 0 else (), tuple(row for plan in alone for row in plan.rows))
-        digest = plan_digest(digest, plan)
-        formed.append(replace(plan, digest=digest))
-    return formed
+    return chained(
+        StepPlan(0, "", tuple(jobs) if step == 0 else (), tuple(row for plan in alone for row in plan.rows))
+        for step, alone in enumerate(zip(*map(plans, jobs), strict=True))
+    )
 
 
 def run(engine: Engine, formed: Sequence[StepPlan], conditioning: Conditioning) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import replace
 
 import pytest
 import ray
@@ -13,13 +12,12 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from app.api.errors import DeadlineImpossibleError
 from app.engine.engine import Engine
 from app.engine.messages import (
-    FIRST_DIGEST,
     BranchStep,
     Conditioning,
     PromptEmbeddings,
     RowStep,
     StepPlan,
-    plan_digest,
+    chained,
 )
 from app.serving.errors import GroupFailedError
 from app.serving.group import RankGroup
@@ -68,9 +66,8 @@ async def test_the_very_first_deadline_is_judged_at_once(group: RankGroup, condi
 
 
 async def test_a_rank_with_another_history_ends_the_group(group: RankGroup, conditioning: Conditioning) -> None:
-    stray = StepPlan(0, "", drop=("nobody/0",))
-    stray = StepPlan(0, plan_digest(FIRST_DIGEST, stray), drop=stray.drop)
-    await group.ranks[1].execute.remote((stray,))
+    stray = chained([StepPlan(0, "", drop=("nobody/0",))])
+    await group.ranks[1].execute.remote(stray)
     with pytest.raises(GroupFailedError, match="PlanMismatchError"):
         await group.coordinator.denoise.remote(job("a/0", steps=6), [ray.put(conditioning)])
     with pytest.raises(GroupFailedError):
@@ -105,9 +102,8 @@ async def test_a_call_that_is_cancelled_leaves_no_row(group: RankGroup, conditio
 async def test_a_rank_that_hangs_is_noticed(group: RankGroup, conditioning: Conditioning) -> None:
     # Rank 0 alone enters the collectives, and waits there for rank 1.
     step = RowStep("a/0", 0, (BranchStep("cond", True),))
-    plan = StepPlan(0, "", (job("a/0"),), (step,))
-    plan = replace(plan, digest=plan_digest(FIRST_DIGEST, plan))
-    group.ranks[0].execute.remote((plan,), conditioning)
+    formed = chained([StepPlan(0, "", (job("a/0"),), (step,))])
+    group.ranks[0].execute.remote(formed, conditioning)
     with pytest.raises(TimeoutError):
         await group.check(timeout_s=2.0)
 
