@@ -25,7 +25,7 @@ import torch
 
 from app.engine.geometry import Geometry
 from app.engine.messages import PromptEmbeddings
-from app.engine.tuning import AttentionBackend, Tuning, TuningError, check_attention, tune
+from app.engine.tuning import AttentionBackend, Tuning, TuningError, tune
 from benchmarks.checkpoints import weights
 from benchmarks.checkpoints.geometry import SCALES, repository
 from benchmarks.gpu_runs import Bare, Ours, Request, random_transformer, timed
@@ -72,7 +72,6 @@ class Benchmark:
         drawn = random_transformer(weights.build(self._part), self._device, self._dtype)
         for backend in self._args.attention:
             try:
-                check_attention(backend, self._device, self._dtype)
                 for compiled in (False,) if self._args.no_compile else (False, True):
                     self._variant(backend, drawn, compiled=compiled)
             except TuningError as error:

@@ -19,8 +19,6 @@ NOISE = 0.1
 """Relative standard deviation of one measurement."""
 DRIFT = 0.0004
 """Relative variance that an estimate gains per measurement: it follows a change within tens of plans."""
-
-
 BELIEVED = 3.0
 """Standard deviations up to which a measurement is taken at its word: were one long pause of a rank believed, possible
 deadlines would be refused, and then nothing would run that shows better."""

@@ -6,7 +6,7 @@ import pytest
 from diffusers import FluxPipeline
 
 from app.engine.engine import Engine, PlanMismatchError
-from app.engine.messages import BranchStep, Conditioning, MagCacheOptions, RowStep, StepPlan, plan_digest
+from app.engine.messages import BranchStep, Conditioning, MagCacheOptions, RowStep, StepPlan, chained
 from app.serving.scheduler import StepScheduler
 from app.serving.trajectory import TrajectoryPlanner
 from app.settings import MagCacheSettings, Settings
@@ -43,9 +43,9 @@ def test_a_lost_repeated_or_altered_plan_is_an_error(engine: Engine, prompt: Con
 
 def test_reusing_what_was_never_computed_is_an_error(engine: Engine, prompt: Conditioning) -> None:
     step = RowStep("a/0", 0, (BranchStep("cond", False, (1.0,)),))
-    plan = StepPlan(0, "", (job("a/0"),), (step,))
+    (plan,) = chained([StepPlan(0, "", (job("a/0"),), (step,))])
     with pytest.raises(LookupError, match=r"row a/0 \(cond\) has 0 residuals, the plan reuses 1"):
-        engine.execute(replace(plan, digest=plan_digest("0" * 16, plan)), [prompt])
+        engine.execute(plan, [prompt])
 
 
 def test_dropping_a_row_frees_its_residuals(engine: Engine, both: Conditioning) -> None:
