@@ -12,12 +12,12 @@ import ray
 from ray import serve
 from ray.serve import Application, Deployment
 
-from app.serving.decoder import ImageDecoder
-from app.serving.encoder import PromptEncoder
-from app.serving.ingress import ImagesApi
-from app.serving.logs import configure_logging
-from app.serving.preflight import check_here
-from app.serving.replica import FluxReplica
+from app.cluster.ingress import ImagesApi
+from app.cluster.replica import FluxReplica
+from app.components.prompt_encoder import PromptEncoder
+from app.components.vae import ImageDecoder
+from app.logs import configure_logging
+from app.model_files import check_local_checkpoint
 from app.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def build(settings: Settings) -> Application:
         ValueError: the checkpoint cannot be served so, as far as this machine has its folder.
         RuntimeError: the cluster lacks the CPUs or GPUs that the deployments reserve.
     """
-    check_here(settings)
+    check_local_checkpoint(settings)
     check_resources(settings)
     helper = {"num_cpus": settings.cpus_per_helper}
     patient = {"max_constructor_retry_count": CONSTRUCTOR_ATTEMPTS}

@@ -61,7 +61,7 @@ class SamplingSettings(Section):
     max_inference_steps: PositiveInt = Field(
         default=100, description="Most denoising steps that a request may ask for."
     )
-    max_n: PositiveInt = Field(default=10, description="Most pictures that one request may ask for (`n`).")
+    max_n: PositiveInt = Field(default=10, description="Most images that one request may ask for (`n`).")
 
     @field_validator("side_multiple")
     @classmethod
@@ -133,9 +133,7 @@ class MagCacheSettings(Section):
 class ElasticSettings(Section):
     """Fewer computed steps under load. A schedule that the client chose itself is lowered only as far as it allows."""
 
-    enabled: bool = Field(
-        default=False, description="Lower the computed steps of new pictures while the queue is long."
-    )
+    enabled: bool = Field(default=False, description="Lower the computed steps of new images while the queue is long.")
     start_wait_s: float = Field(
         default=5.0, ge=0.0, description="Queue wait in seconds from which computed steps are lowered."
     )
@@ -182,7 +180,7 @@ class TextEncoderSettings(Section):
 
 
 class VaeSettings(Section):
-    """The VAE, which decodes pictures and encodes those to edit."""
+    """The VAE, which decodes images and encodes those to edit."""
 
     placement: Literal["api", "cpu", "gpu"] | None = Field(
         default=None,
@@ -191,7 +189,7 @@ class VaeSettings(Section):
     )
     tiling: bool = Field(
         default=False,
-        description="Work on large pictures in overlapping tiles: less memory, more time, and tiles may show faintly.",
+        description="Work on large images in overlapping tiles: less memory, more time, and tiles may show faintly.",
     )
 
 
@@ -206,13 +204,13 @@ class HttpSettings(Section):
         description="Longest `prompt` or `negative_prompt` in characters; the encoders truncate far below it.",
     )
     max_edit_bytes: int = Field(
-        default=32 << 20, ge=1024, description="Largest body of an edit, pictures included; above it the answer is 413."
+        default=32 << 20, ge=1024, description="Largest body of an edit, images included; above it the answer is 413."
     )
     max_source_pixels: int = Field(
         default=1 << 24,
         ge=4096,
         le=1 << 26,
-        description="Largest picture to edit, width x height; it bounds the memory that one upload takes once decoded.",
+        description="Largest image to edit, width x height; it bounds the memory that one upload takes once decoded.",
     )
     heartbeat_s: float = Field(
         default=10.0,
@@ -242,7 +240,7 @@ class AutoscalingSettings(Section):
     target_ongoing_requests: float = Field(
         default=4.0,
         gt=0.0,
-        description="Pictures per group, running or waiting, that autoscaling aims at; about `max_batch_rows`.",
+        description="Images per group, running or waiting, that autoscaling aims at; about `max_batch_rows`.",
     )
     upscale_delay_s: float = Field(
         default=30.0, ge=0.0, description="Time that the load must ask for more groups before one is added."

@@ -115,21 +115,21 @@ class Settings(Section):
         "it where nodes join late or an autoscaler adds them.",
     )
     max_batch_rows: PositiveInt = Field(
-        default=8, description="Most pictures under way at once; bounds the memory of latents and residuals."
+        default=8, description="Most images under way at once; bounds the memory of latents and residuals."
     )
     max_batch_tokens: PositiveInt = Field(
         default=2304,
         description="Most image and text tokens that one step computes, both CFG branches counted. Bounds a step's "
-        "time and activations. Pictures under way have twice as many at most, and more than once only when urgent ones "
+        "time and activations. Images under way have twice as many at most, and more than once only when urgent ones "
         "join.",
     )
     max_waiting_pictures: PositiveInt = Field(
-        default=256, description="Pictures that wait in one group's queue before new ones are refused with 429."
+        default=256, description="Images that wait in one group's queue before new ones are refused with 429."
     )
     patience_s: float = Field(
         default=60.0,
         gt=0.0,
-        description="Queue order: each picture is due this long after its arrival, or at its deadline if that is "
+        description="Queue order: each image is due this long after its arrival, or at its deadline if that is "
         "sooner, and a level of priority is worth as much. A higher one goes first until the other has waited longer.",
     )
     plans_in_flight: int = Field(
@@ -137,11 +137,11 @@ class Settings(Section):
     )
     max_ongoing_requests: PositiveInt = Field(
         default=320,
-        description="Pictures that Serve hands to a replica at once; room for max_batch_rows and max_waiting_pictures, "
+        description="Images that Serve hands to a replica at once; room for max_batch_rows and max_waiting_pictures, "
         "so that they wait where their order is decided.",
     )
     max_queued_requests: PositiveInt = Field(
-        default=256, description="Pictures that wait for a replica before new ones are refused as busy."
+        default=256, description="Images that wait for a replica before new ones are refused as busy."
     )
     hang_timeout_s: float = Field(
         default=120.0,
@@ -232,17 +232,17 @@ class Settings(Section):
         return self.autoscaling.max_replicas or self.num_replicas
 
     @model_validator(mode="after")
-    def _batch_holds_the_largest_picture(self) -> Self:
-        tokens = 2 * self.picture_tokens(self.sampling.max_pixels)
+    def _batch_holds_the_largest_image(self) -> Self:
+        tokens = 2 * self.image_tokens(self.sampling.max_pixels)
         if self.max_batch_tokens < tokens:
             raise ValueError(
-                f"max_batch_tokens is {self.max_batch_tokens}; the largest picture with true CFG has {tokens} tokens: "
+                f"max_batch_tokens is {self.max_batch_tokens}; the largest image with true CFG has {tokens} tokens: "
                 "raise max_batch_tokens, or lower sampling.max_pixels or sampling.max_sequence_length"
             )
         return self
 
     @model_validator(mode="after")
-    def _pictures_wait_in_the_coordinator(self) -> Self:
+    def _images_wait_in_the_coordinator(self) -> Self:
         needed = self.max_batch_rows + self.max_waiting_pictures
         if self.max_ongoing_requests < needed:
             raise ValueError(
@@ -251,8 +251,8 @@ class Settings(Section):
             )
         return self
 
-    def picture_tokens(self, pixels: int) -> int:
-        """Image and text tokens of one CFG branch of a picture: a token stands for 16 x 16 pixels."""
+    def image_tokens(self, pixels: int) -> int:
+        """Image and text tokens of one CFG branch of an image: a token stands for 16 x 16 pixels."""
         return pixels // 256 + self.sampling.max_sequence_length
 
     @property

@@ -24,7 +24,7 @@ Attributes = Mapping[str, str | int | float]
 
 
 class Tracing:
-    """Spans of requests and pictures; none without an endpoint."""
+    """Spans of requests and images; none without an endpoint."""
 
     def __init__(self, settings: Settings) -> None:
         """Raises:
@@ -38,7 +38,7 @@ class Tracing:
     def request(
         self, route: str, headers: Mapping[str, str], attributes: Attributes
     ) -> Iterator[Callable[[int], None]]:
-        """A span around one HTTP request, below the caller's if ``headers`` name one; pictures made meanwhile join it.
+        """A span around one HTTP request, below the caller's if ``headers`` name one; images made meanwhile join it.
 
         Yields:
             What is to be told of the reply's status.
@@ -64,7 +64,7 @@ class Tracing:
 
             yield ended
 
-    def picture(
+    def image(
         self,
         *,
         queue_s: float,
@@ -74,15 +74,15 @@ class Tracing:
         total_s: float,
         attributes: Attributes,
     ) -> None:
-        """Spans of a picture that was finished just now, and of its phases, below the present request's."""
+        """Spans of an image that was finished just now, and of its phases, below the present request's."""
         if self._tracer is None:
             return
         from opentelemetry.trace import set_span_in_context
 
         end = time.time_ns()
         start = end - _ns(total_s)
-        picture = self._tracer.start_span("picture", start_time=start, attributes=attributes)
-        context = set_span_in_context(picture)
+        image = self._tracer.start_span("picture", start_time=start, attributes=attributes)
+        context = set_span_in_context(image)
         moment = start
         for phase, seconds in (("encode", encode_s), ("queue", queue_s), ("denoise", denoise_s)):
             span = self._tracer.start_span(phase, context, start_time=moment)
@@ -90,7 +90,7 @@ class Tracing:
             span.end(moment)
         # What lies between the last step and the decoder is the way of the latents.
         self._tracer.start_span("decode", context, start_time=end - _ns(decode_s)).end(end)
-        picture.end(end)
+        image.end(end)
 
     def close(self) -> None:
         """Send what was not sent yet, and stop."""

@@ -28,7 +28,7 @@ MODEL = Path("models/flux-tiny")
 TEXT_TOKENS = 32
 RANKS, WARM_UP = 2, 5
 CASES = ((1, 128), (8, 128), (1, 256), (4, 256))
-"""Rows and the side of the square pictures, in pixels."""
+"""Rows and the side of the square images, in pixels."""
 
 
 def separate(transformer: Any) -> None:

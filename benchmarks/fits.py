@@ -24,7 +24,7 @@ USABLE = 0.92
 PROCESS_GB = 0.5
 """What CUDA takes for each process on a card."""
 RESIDUALS = 3
-"""Most residuals that a picture keeps, for the planner's fitted reuse."""
+"""Most residuals that an image keeps, for the planner's fitted reuse."""
 MOST_ROWS = 16
 CARDS = ((1, 24), (2, 24), (3, 24), (4, 24), (1, 48), (2, 48), (1, 80), (2, 80))
 """Number of cards and GiB of each."""
@@ -32,7 +32,7 @@ CARDS = ((1, 24), (2, 24), (3, 24), (4, 24), (1, 48), (2, 48), (1, 80), (2, 80))
 
 @dataclass(frozen=True)
 class Fit:
-    """Settings, and how many 1024x1024 pictures may be under way with them."""
+    """Settings, and how many 1024x1024 images may be under way with them."""
 
     tensor_parallel_size: int
     text_encoder: str
@@ -51,7 +51,7 @@ class Fit:
 
 
 def fit(model: dict[str, Any], count: int, gib: int) -> Fit | None:
-    """The first of these that leaves room for a picture; None when none does.
+    """The first of these that leaves room for an image; None when none does.
 
     One rank per card with encoder and VAE beside one of them; one card for encoder and VAE; encoders on the CPU; the
     same with 8-bit weights; encoders and VAE on the CPU.
@@ -66,7 +66,7 @@ def fit(model: dict[str, Any], count: int, gib: int) -> Fit | None:
             return 0
         # What the ranks share out is in 8 bits then, and what each holds whole is not.
         held = (rank["weights_gb"] + model["replicated_gb"]) / 2 if fp8 else rank["weights_gb"]
-        row = rank["computed_step_gb"] + RESIDUALS * model["residual_per_picture_mb"] / 1e3
+        row = rank["computed_step_gb"] + RESIDUALS * model["residual_per_image_mb"] / 1e3
         return min(int((room - held - PROCESS_GB - beside) / row), MOST_ROWS)
 
     if (most := rows(count, encoder + vae)) > 0:
@@ -100,7 +100,7 @@ def component_table(models: dict[str, Any]) -> str:
 def shard_table(models: dict[str, Any]) -> str:
     """What one rank holds, in GB, and the host memory that loading it may take."""
     lines = [
-        "| model | ranks | weights per rank | a computed step, per picture | host memory to load, at most |",
+        "| model | ranks | weights per rank | a computed step, per image | host memory to load, at most |",
         "|---|---|---|---|---|",
     ]
     for name, model in models.items():

@@ -24,8 +24,8 @@ import diffusers
 import torch
 
 from app.engine.geometry import Geometry
-from app.engine.messages import PromptEmbeddings
 from app.engine.tuning import AttentionBackend, Tuning, TuningError, tune
+from app.messages import PromptEmbeddings
 from benchmarks.checkpoints import weights
 from benchmarks.checkpoints.geometry import SCALES, repository
 from benchmarks.gpu_runs import Bare, Ours, Request, random_transformer, timed

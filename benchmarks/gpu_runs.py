@@ -13,7 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers import MagCacheConfig as DiffusersMagCacheConfig
 
 from app.engine.engine import Engine
-from app.engine.messages import (
+from app.messages import (
     COND,
     BranchStep,
     Conditioning,

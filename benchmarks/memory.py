@@ -78,8 +78,8 @@ class OneOfMany(TensorParallelGroup):
 
 
 @dataclass(frozen=True)
-class Picture:
-    """What a forward pass works on; ``references`` are further pictures of the same size beside it."""
+class GeneratedImage:
+    """What a forward pass works on; ``references`` are further images of the same size beside it."""
 
     size: int
     text_tokens: int
@@ -126,28 +126,28 @@ def alive_at_most(module: torch.nn.Module, run: Callable[[], object]) -> int:
     return live.peak
 
 
-def step_bytes(transformer: Any, picture: Picture) -> int:
+def step_bytes(transformer: Any, image: GeneratedImage) -> int:
     """What the block stack holds at its fullest: everything but weights, for all rows of a computed step."""
     config = transformer.config
     dim = config.num_attention_heads * config.attention_head_dim
     axes = len(config.axes_dims_rope)
     with FakeTensorMode(allow_non_fake_inputs=True):
         _to_fake(transformer)
-        image_tokens = picture.geometry.tokens * (1 + picture.references)
-        joint = image_tokens + picture.text_tokens
+        image_tokens = image.geometry.tokens * (1 + image.references)
+        joint = image_tokens + image.text_tokens
         rotary = transformer.pos_embed(torch.zeros(joint, axes))
 
         def run() -> None:
-            hidden = torch.empty(picture.rows, image_tokens, dim, dtype=weights.DTYPE)
-            context = torch.empty(picture.rows, picture.text_tokens, dim, dtype=weights.DTYPE)
-            temb = torch.empty(picture.rows, dim, dtype=weights.DTYPE)
+            hidden = torch.empty(image.rows, image_tokens, dim, dtype=weights.DTYPE)
+            context = torch.empty(image.rows, image.text_tokens, dim, dtype=weights.DTYPE)
+            temb = torch.empty(image.rows, dim, dtype=weights.DTYPE)
             get_strategy(transformer).blocks(transformer, hidden, context, temb, rotary)
 
         return alive_at_most(transformer, run)
 
 
 def decode_bytes(part: Part, size: int, *, tiling: bool) -> int:
-    """What the VAE holds at its fullest while it decodes one picture of ``size`` x ``size``."""
+    """What the VAE holds at its fullest while it decodes one image of ``size`` x ``size``."""
     vae: Any = weights.build(part)
     if tiling:
         vae.enable_tiling()
@@ -170,7 +170,7 @@ def _to_fake(module: torch.nn.Module) -> None:
             setattr(part, name, torch.empty(buffer.shape, dtype=dtype))
 
 
-def model_report(model: str, described: Repository, picture: Picture) -> dict[str, Any]:
+def model_report(model: str, described: Repository, image: GeneratedImage) -> dict[str, Any]:
     """One model by component, in GB of 10^9 bytes."""
     parts = described.parts
     config: Any = weights.build(parts["transformer"]).config
@@ -182,7 +182,7 @@ def model_report(model: str, described: Repository, picture: Picture) -> dict[st
         held = shard_bytes(transformer)
         ranks[str(size)] = {
             "weights_gb": _gb(held),
-            "computed_step_gb": _gb(step_bytes(transformer, picture)),
+            "computed_step_gb": _gb(step_bytes(transformer, image)),
             "host_bound_gb": round(bound_mb(held / 1e6) / 1e3, 1),
         }
     whole = weight_bytes(parts["transformer"])
@@ -195,11 +195,11 @@ def model_report(model: str, described: Repository, picture: Picture) -> dict[st
         "replicated_gb": _gb(2 * two - whole),
         "text_encoders_gb": {name: _gb(size) for name, size in encoders.items()},
         "vae_gb": _gb(weight_bytes(parts["vae"])),
-        "vae_decode_gb": _gb(decode_bytes(parts["vae"], picture.size, tiling=False)),
-        "vae_decode_double_gb": _gb(decode_bytes(parts["vae"], 2 * picture.size, tiling=False)),
-        "vae_decode_double_tiled_gb": _gb(decode_bytes(parts["vae"], 2 * picture.size, tiling=True)),
-        # Latents and one residual, image tokens x dim in bfloat16, on every rank for every picture under way.
-        "residual_per_picture_mb": round(picture.geometry.tokens * dim * 2 / 1e6, 1),
+        "vae_decode_gb": _gb(decode_bytes(parts["vae"], image.size, tiling=False)),
+        "vae_decode_double_gb": _gb(decode_bytes(parts["vae"], 2 * image.size, tiling=False)),
+        "vae_decode_double_tiled_gb": _gb(decode_bytes(parts["vae"], 2 * image.size, tiling=True)),
+        # Latents and one residual, image tokens x dim in bfloat16, on every rank for every image under way.
+        "residual_per_image_mb": round(image.geometry.tokens * dim * 2 / 1e6, 1),
         "tensor_parallel_size": ranks,
         "model": model,
     }
@@ -210,12 +210,12 @@ def _gb(size: int) -> float:
 
 
 def report(scale: Scale = "full", size: int = 1024) -> dict[str, Any]:
-    """All models at pictures of ``size`` x ``size``."""
+    """All models at images of ``size`` x ``size``."""
     models = {}
     for model in MODELS:
-        picture = Picture(size, TEXT_TOKENS[model], references=int("kontext" in model))
-        models[model] = model_report(model, repository(model, scale), picture)
-    return {"scale": scale, "picture": f"{size}x{size}", "dtype": "bfloat16", "models": models}
+        image = GeneratedImage(size, TEXT_TOKENS[model], references=int("kontext" in model))
+        models[model] = model_report(model, repository(model, scale), image)
+    return {"scale": scale, "image": f"{size}x{size}", "dtype": "bfloat16", "models": models}
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ def weight_bytes(transformer: torch.nn.Module) -> int:
 
 
 def with_cache(generator: Generator) -> torch.Tensor:
-    """Pictures with the service's default MagCache."""
+    """Images with the service's default MagCache."""
     apply_mag_cache(generator.transformer, choose(load_profile("flux-tiny"), STEPS))
     images = generator(STEPS)
     remove_mag_cache(generator.transformer)
@@ -45,18 +45,18 @@ def main() -> None:
     args = parser.parse_args()
     generator = Generator(args.model, draw_prompts(args.prompts, held_out=True, seed=PROMPT_SEED))
     reference = generator(STEPS)
-    pictures = {"float32, MagCache": with_cache(generator)}
+    images = {"float32, MagCache": with_cache(generator)}
     float32_bytes = weight_bytes(generator.transformer)
     for _, linear in planned_linears(generator.transformer):
         quantize(linear)
-    pictures |= {"fp8": generator(STEPS), "fp8, MagCache": with_cache(generator)}
+    images |= {"fp8": generator(STEPS), "fp8, MagCache": with_cache(generator)}
     document = {
         "model": args.model.name,
         "prompts": args.prompts,
         "machine": f"{platform.machine()} CPU, torch {torch.__version__}",
         "weight_bytes": {"float32": float32_bytes, "fp8": weight_bytes(generator.transformer)},
         "float32": score(reference, reference, generator.prompts.scenes),
-        **{name: score(images, reference, generator.prompts.scenes) for name, images in pictures.items()},
+        **{name: score(images, reference, generator.prompts.scenes) for name, images in images.items()},
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(document, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """How to serve a step count that wasn't calibrated: ``python -m benchmarks.resampling``.
 
 Carries flux-tiny's 28-step curve to other step counts by nearest index and by interpolating the cumulative
-log-magnitude over sigma, and compares both with the curve measured there, and the pictures of the threshold rule at
+log-magnitude over sigma, and compares both with the curve measured there, and the images of the threshold rule at
 equal computed steps. Then, for several shares of computed steps, plans from the interpolated costs against evenly
 spaced schedules with ``linear`` reuse.
 """

@@ -1,7 +1,7 @@
-"""How long the scheduler takes, by pictures under way and waiting: ``python -m benchmarks.scheduler_sim``.
+"""How long the scheduler takes, by images under way and waiting: ``python -m benchmarks.scheduler_sim``.
 
 The coordinator's own table (`app/serving/scheduler.py`) on simulated requests: unlike sizes, step counts, thresholds,
-CFG and priorities, a budget that some of them have to wait for, and an arrival for every picture that leaves. One
+CFG and priorities, a budget that some of them have to wait for, and an arrival for every image that leaves. One
 tick forms one plan, digest included. Pure Python, one process, no ranks; times are the thread's CPU time, so that other
 work on the machine does not count.
 """
@@ -21,13 +21,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from app.engine.messages import DenoiseJob, MagCacheOptions, StepPlan
+from app.control.forecast import Forecast
+from app.control.request import RequestState
+from app.control.schedule import SchedulePlanner
+from app.control.scheduler import StepScheduler
+from app.control.step_costs import PlanPart, StepCosts, parts_of
 from app.engine.sampling import FlowMatchSampler
-from app.serving.costs import Part, StepCosts, parts_of
-from app.serving.entry import Entry
-from app.serving.forecast import Forecast
-from app.serving.scheduler import StepScheduler
-from app.serving.trajectory import TrajectoryPlanner
+from app.messages import DenoiseJob, MagCacheOptions, StepPlan
 from app.settings import MagCacheSettings, Settings
 
 T = TypeVar("T")
@@ -41,9 +41,9 @@ TOKENS_PER_ROW = 110
 
 
 class Traffic:
-    """A table that is kept at ``active`` pictures under way and ``queued`` waiting."""
+    """A table that is kept at ``active`` images under way and ``queued`` waiting."""
 
-    def __init__(self, planner: TrajectoryPlanner, active: int, queued: int) -> None:
+    def __init__(self, planner: SchedulePlanner, active: int, queued: int) -> None:
         self._draw = random.Random(0)
         self._planner = planner
         self._arrivals = 0
@@ -54,11 +54,11 @@ class Traffic:
             max_ongoing_requests=active + Settings().max_waiting_pictures,
         )
         self.scheduler = StepScheduler(settings, lambda: 0.01 * self._arrivals)
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, RequestState] = {}
         self.refill()
 
     def refill(self) -> None:
-        """As many pictures again as there should be."""
+        """As many images again as there should be."""
         while self.scheduler.running + self.scheduler.waiting < self._population:
             self.submit(self.job())
 
@@ -81,7 +81,7 @@ class Traffic:
 
     def submit(self, job: DenoiseJob) -> None:
         """Queue it."""
-        self.entries[job.row_id] = self.scheduler.submit(job, self._planner.trajectories(job))
+        self.entries[job.row_id] = self.scheduler.submit(job, self._planner.schedules(job))
 
     def tick(self) -> StepPlan:
         """Form one plan."""
@@ -90,11 +90,11 @@ class Traffic:
         return plan
 
 
-def measure(planner: TrajectoryPlanner, active: int, queued: int, ticks: int) -> dict[str, Any]:
-    """Microseconds of each operation with so many pictures."""
+def measure(planner: SchedulePlanner, active: int, queued: int, ticks: int) -> dict[str, Any]:
+    """Microseconds of each operation with so many images."""
     traffic = Traffic(planner, active, queued)
     scheduler = traffic.scheduler
-    for _ in range(60):  # until pictures end and begin all the time
+    for _ in range(60):  # until images end and begin all the time
         plan = traffic.tick()
         traffic.refill()
     tick_us, stepping = [], []
@@ -105,7 +105,7 @@ def measure(planner: TrajectoryPlanner, active: int, queued: int, ticks: int) ->
         traffic.refill()
 
     shape = next(iter(traffic.entries.values())).shape
-    costs = StepCosts({Part(shape, True, 1): 0.03, Part(shape, False, 1): 0.001})
+    costs = StepCosts({PlanPart(shape, True, 1): 0.03, PlanPart(shape, False, 1): 0.001})
     costs.observe(parts_of(plan, lambda row_id: traffic.entries[row_id].shape), 0.1)
     newest = list(traffic.entries.values())[-20:]
     estimate_us = [timed(partial(estimate, scheduler, costs, entry))[0] for entry in newest]
@@ -124,7 +124,7 @@ def measure(planner: TrajectoryPlanner, active: int, queued: int, ticks: int) ->
     }
 
 
-def estimate(scheduler: StepScheduler, costs: StepCosts, entry: Entry) -> float:
+def estimate(scheduler: StepScheduler, costs: StepCosts, entry: RequestState) -> float:
     """What a newcomer is told: seconds to its last step."""
     return Forecast(scheduler, costs, 0.0, entry).total_s()
 
@@ -149,7 +149,7 @@ def growth(cells: Sequence[dict[str, Any]], over: str) -> float:
 
 
 def plot(document: dict[str, Any], path: Path) -> None:
-    """The median and the 99th percentile of a tick, over pictures under way and over pictures that wait."""
+    """The median and the 99th percentile of a tick, over images under way and over images that wait."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -164,7 +164,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
         fixed = {"active": "queued", "queued": "active"}[over]
         fixed_name = {"queued": "waiting", "active": "under way"}[fixed]
         axis.set_title(f"{cells[0][fixed]:,} {fixed_name}; growth exponent {document['growth'][over]:.2f}")
-        axis.set_xlabel(f"pictures {name}" + (" (0 drawn at 1)" if over == "queued" else ""))
+        axis.set_xlabel(f"images {name}" + (" (0 drawn at 1)" if over == "queued" else ""))
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.grid(alpha=0.3, which="both")
@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--scale", type=int, default=1, help="divide both axes by this, for a quick look")
     args = parser.parse_args(argv)
     settings = Settings(magcache=MagCacheSettings(profile="flux-tiny"))
-    planner = TrajectoryPlanner(settings, FlowMatchSampler(ROOT / "models/flux-tiny"))
+    planner = SchedulePlanner(settings, FlowMatchSampler(ROOT / "models/flux-tiny"))
     active = [count // args.scale for count in ACTIVE if count >= args.scale]
     queued = [count // args.scale for count in QUEUED]
     by_active = [measure(planner, count, queued[-1], args.ticks) for count in active]

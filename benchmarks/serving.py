@@ -1,7 +1,7 @@
 """This service against what one would write instead, over HTTP on this machine: ``python -m benchmarks.serving``.
 
 flux-tiny, mixed sizes and step counts, the same threads and the same computed steps everywhere: diffusers' pipeline
-with diffusers' MagCache in one Serve deployment, one picture at a time and with ``@serve.batch``, and this service with
+with diffusers' MagCache in one Serve deployment, one image at a time and with ``@serve.batch``, and this service with
 two groups of one rank and with one of two. Closed loops and Poisson arrivals; the two ratios that were to be reached
 come from loops that the pipeline and the service run in turns. Beside them the bare pipeline without Serve, and what
 MagCache saves in the denoising phase on flux-tiny and on a random checkpoint of 160 million parameters.
@@ -36,7 +36,7 @@ from benchmarks.serve.plots import draw
 from benchmarks.serve.systems import MODEL, PROFILE, SYSTEMS, THREADS, cluster, ours, running, settle
 from benchmarks.serve.tables import fill, markdown
 
-# A picture is in time when it comes within so many times what the bare pipeline takes for one.
+# An image is in time when it comes within so many times what the bare pipeline takes for one.
 DEADLINE_FACTOR = 5.0
 
 
@@ -49,7 +49,7 @@ class Effort:
         open_seconds: length of each run with Poisson arrivals.
         open_loads: arrival rates, as multiples of what the bare pipeline makes in a second.
         turns: how often the first and the third closed loop are run in turns by the pipeline and the service.
-        repetitions: pictures of each kind that the speed-up is the median of.
+        repetitions: images of each kind that the speed-up is the median of.
         large: shape of the random checkpoint, where it differs from `BLOCKS`.
         systems: names of those measured.
     """
@@ -75,7 +75,7 @@ QUICK = Effort(
 
 
 def bare_loop(count: int, dtype: str) -> dict[str, float]:
-    """The pipeline alone, in a process like those that serve: one picture after another, PNG files included."""
+    """The pipeline alone, in a process like those that serve: one image after another, PNG files included."""
 
     class Loop:
         def __init__(self) -> None:

@@ -1,6 +1,6 @@
-"""Start the service, ask it for one picture over HTTP, show what was computed and what was skipped, and keep serving.
+"""Start the service, ask it for one image over HTTP, show what was computed and what was skipped, and keep serving.
 
-``make demo`` runs it. With ``--once`` it stops when the picture is there; with ``--url`` it asks a running service.
+``make demo`` runs it. With ``--once`` it stops when the image is there; with ``--url`` it asks a running service.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def draw_schedule(schedule: str) -> list[str]:
 
 
 def describe(image: dict[str, Any]) -> list[str]:
-    """One picture's report: schedule, steps and the time of each phase."""
+    """One image's report: schedule, steps and the time of each phase."""
     magcache, timings = image["magcache"], image["timings"]
     blocks, ruler = draw_schedule(magcache["schedule"])
     computed, skipped = magcache["computed"], magcache["skipped"]
@@ -114,8 +114,8 @@ def wait_until_ready(service: Service, progress: ProgressLine, timeout_s: float)
         progress.close()
 
 
-def picture(url: str, options: argparse.Namespace) -> None:
-    """Ask for the picture, write it and report."""
+def image(url: str, options: argparse.Namespace) -> None:
+    """Ask for the image, write it and report."""
     print(f'Prompt    "{options.prompt}"', flush=True)
     wishes = {"size": options.size, "num_inference_steps": options.steps, "seed": options.seed}
     body = {"prompt": options.prompt, "response_format": "b64_json"}
@@ -123,7 +123,7 @@ def picture(url: str, options: argparse.Namespace) -> None:
     image = reply["data"][0]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_bytes(base64.b64decode(image["b64_json"]))
-    print(f"Picture   {_short(options.out)} ({reply['size']}, seed {image['seed']})")
+    print(f"Image   {_short(options.out)} ({reply['size']}, seed {image['seed']})")
     print("\n".join(describe(image)), flush=True)
 
 
@@ -155,7 +155,7 @@ def run(options: argparse.Namespace) -> int:
     """The whole demo; the exit code."""
     began = time.monotonic()
     if options.url:
-        picture(options.url.rstrip("/"), options)
+        image(options.url.rstrip("/"), options)
         return 0
     service = service_of(options)
     if others := other_ray_processes():
@@ -169,8 +169,8 @@ def run(options: argparse.Namespace) -> int:
         service.start()
         wait_until_ready(service, ProgressLine(began), options.timeout)
         print(f"Ready     after {time.monotonic() - began:.1f} s", flush=True)
-        picture(service.url, options)
-        print(f"          first picture {time.monotonic() - began:.1f} s after the start", flush=True)
+        image(service.url, options)
+        print(f"          first image {time.monotonic() - began:.1f} s after the start", flush=True)
         if not options.once:
             print(f"The service keeps running; Ctrl-C stops it.\n{service.url}", flush=True)
             with contextlib.suppress(StopRequested):
@@ -190,14 +190,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", default="a red circle on a blue background", help="what to paint (%(default)s)")
     parser.add_argument("--size", metavar="WxH", help="pixels, for example 160x96 (the server's default)")
     parser.add_argument("--steps", type=int, help="denoising steps (the server's default)")
-    parser.add_argument("--seed", type=int, default=7, help="the same seed gives the same picture (%(default)s)")
-    parser.add_argument("--out", type=Path, default=ROOT / "out/demo.png", help="where the picture goes (out/demo.png)")
+    parser.add_argument("--seed", type=int, default=7, help="the same seed gives the same image (%(default)s)")
+    parser.add_argument("--out", type=Path, default=ROOT / "out/demo.png", help="where the image goes (out/demo.png)")
     parser.add_argument("--config", type=Path, default=ROOT / "deployments/flux-tiny.yaml", help="Serve config to run")
     parser.add_argument("--port", type=int, help="listen here instead of on the config's port")
     parser.add_argument("--url", help="ask a service that runs already, and start nothing")
     parser.add_argument("--log", type=Path, default=ROOT / "out/serve.log", help="the service's log (out/serve.log)")
     parser.add_argument("--timeout", type=float, default=300, help="seconds to wait for the service (%(default)g)")
-    parser.add_argument("--once", action="store_true", help="stop when the picture is there")
+    parser.add_argument("--once", action="store_true", help="stop when the image is there")
     options = parser.parse_args(arguments)
     for name in ("out", "config", "log"):
         setattr(options, name, getattr(options, name).absolute())

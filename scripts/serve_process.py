@@ -144,7 +144,7 @@ class Service:
         return ", ".join(parts) or _STARTING
 
     def ready(self) -> bool:
-        """Whether pictures can be made right now: the service says so, and Serve waits for no part of it."""
+        """Whether images can be made right now: the service says so, and Serve waits for no part of it."""
         if any(application["status"] != "RUNNING" for application in self._applications.values()):
             return False
         try:

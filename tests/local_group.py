@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from diffusers import FluxPipeline
 
+from app.control.admission import AdmissionController
+from app.control.request import RequestState
+from app.control.schedule import SchedulePlanner
 from app.engine.engine import Engine
-from app.engine.messages import Conditioning, DenoiseJob, MagCacheOptions, PromptEmbeddings, StepPlan
-from app.engine.rehearsal import StepTime
 from app.engine.sampling import FlowMatchSampler
-from app.serving.entry import Entry
-from app.serving.intake import Intake
-from app.serving.trajectory import TrajectoryPlanner
+from app.messages import Conditioning, DenoiseJob, MagCacheOptions, PromptEmbeddings, StepPlan, StepTime
 from app.settings import MagCacheSettings, Settings
 
 MODEL = Path(__file__).resolve().parents[1] / "models/flux-tiny"
@@ -29,17 +28,18 @@ REHEARSED = (StepTime(1, True, 0.01), StepTime(1, False, 0.001))
 def job(row_id: str, *, size: tuple[int, int] = (128, 128), steps: int = 28, seed: int = 7, **options) -> DenoiseJob:
     """A job with the shipped model's defaults, MagCache off."""
     width, height = size
+    request_id = row_id.partition("/")[0]
     values = {"guidance_scale": 3.5, "true_cfg_scale": 1.0, "magcache": CACHE_OFF, **options}
-    return DenoiseJob(row_id, width, height, steps, seed=seed, **values)
+    return DenoiseJob(row_id, width, height, steps, seed=seed, request_id=request_id, **values)
 
 
 @dataclass(frozen=True)
 class Formed:
-    """What became of some jobs: the plans, each picture's table entry, and the table at the end."""
+    """What became of some jobs: the plans, each image's table entry, and the table at the end."""
 
     plans: list[StepPlan]
-    entries: dict[str, Entry]
-    intake: Intake
+    entries: dict[str, RequestState]
+    admission: AdmissionController
 
 
 def form(
@@ -55,16 +55,18 @@ def form(
         cancellations: row ids, and the tick before which each is cancelled.
     """
     now = [0.0]
-    intake = Intake(settings, TrajectoryPlanner(settings, FlowMatchSampler(MODEL)), REHEARSED, lambda: now[0])
-    scheduler = intake.scheduler
+    admission = AdmissionController(
+        settings, SchedulePlanner(settings, FlowMatchSampler(MODEL)), REHEARSED, lambda: now[0]
+    )
+    scheduler = admission.scheduler
     coming = sorted(zip_longest(arrivals, jobs, fillvalue=0), key=lambda pair: pair[0])
     leaving = dict(cancellations or {})
-    entries: dict[str, Entry] = {}
+    entries: dict[str, RequestState] = {}
     formed: list[StepPlan] = []
     while coming or not scheduler.empty:
         while coming and coming[0][0] <= now[0]:
             arriving = coming.pop(0)[1]
-            entries[arriving.row_id] = intake.take(arriving)
+            entries[arriving.row_id] = admission.submit(arriving)
         for row_id in [row_id for row_id, tick in leaving.items() if tick <= now[0] and row_id in entries]:
             scheduler.cancel(row_id)
             del leaving[row_id]
@@ -72,7 +74,7 @@ def form(
         if plan is not None:
             formed.append(plan)
         now[0] += 1
-    return Formed(formed, entries, intake)
+    return Formed(formed, entries, admission)
 
 
 def plans(
@@ -133,6 +135,6 @@ def decode(pipeline: FluxPipeline, latents: torch.Tensor, asked: DenoiseJob) -> 
 
 
 def psnr(first: np.ndarray, second: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in [0, 1]; equal pictures give 200."""
+    """Peak signal-to-noise ratio in dB of images in [0, 1]; equal images give 200."""
     error = float(np.mean((first.astype(np.float64) - second.astype(np.float64)) ** 2))
     return 10 * np.log10(1 / max(error, 1e-20))

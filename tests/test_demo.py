@@ -109,7 +109,7 @@ def test_the_address_is_the_configs(config: dict[str, Any], expected: tuple[str,
     assert demo.address(config) == expected
 
 
-def test_once_writes_the_picture_reports_and_leaves_nothing(
+def test_once_writes_the_image_reports_and_leaves_nothing(
     folder: Path,
     port: int,
     started: list[demo.Service],

@@ -52,17 +52,60 @@ RULES = (
         except_in=("magcache_core.hooks", "magcache_core.diffusers_bridge", "magcache_core.calibrate"),
         if_lazy=True,
     ),
-    Rule("app.engine", (*RAY, *WEB, *PROMETHEUS), "a rank's work needs no cluster and no server"),
-    Rule("app.engine", ("app", "models"), "the engine stands above the service", allowed=("app.engine",)),
-    Rule("app.api", (*RAY, "app.serving", "app.main"), "the API knows its backend by contract only"),
-    Rule("app", RAY, "Ray lives in the serving layer", except_in=("app.serving", "app.main")),
-    # The Serve ingress is where Serve takes over the API's application.
-    Rule("app", WEB, "HTTP lives in the API", except_in=("app.api", "app.serving.ingress")),
-    Rule("app", ("app.metrics",), "who serves writes metrics", except_in=("app.api", "app.serving", "app.metrics")),
-    Rule("app", ("app.main",), "the entry point is imported by nobody"),
+    # Rooms of app/, from the top: each imports only what stands above it.
+    Rule("app.messages", ("app",), "messages are plain data"),
+    Rule("app.errors", ("app",), "errors are plain data"),
     Rule("app.settings", ("app",), "settings know no other module", allowed=("app.setting_sections",)),
     Rule("app.setting_sections", ("app",), "settings know no other module"),
-    Rule("app.metrics", ("app.serving", "app.api", "app.main"), "the catalogue knows nobody who writes it"),
+    Rule("app.logs", ("app",), "every process logs", allowed=("app.settings", "app.telemetry")),
+    Rule("app.telemetry", ("app",), "every process names its requests", allowed=("app.settings",)),
+    Rule(
+        "app.engine",
+        ("app", "models", *RAY, *WEB, *PROMETHEUS, "pydantic"),
+        "one rank's work needs no cluster, no server and no settings",
+        allowed=("app.engine", "app.messages", "app.errors"),
+    ),
+    Rule("app.model_files", ("app",), "where files are", allowed=("app.engine", "app.settings", "app.errors")),
+    Rule(
+        "app.control",
+        (
+            "app",
+            *RAY,
+            *WEB,
+            *PROMETHEUS,
+            "diffusers",
+            "transformers",
+        ),
+        "decisions are pure: no Ray, no web, no model",
+        allowed=("app.control", "app.messages", "app.errors", "app.settings", "app.engine.geometry"),
+    ),
+    Rule(
+        "app.metrics", ("app",), "metrics are written by others", allowed=("app.metrics", "app.messages", "app.control")
+    ),
+    Rule(
+        "app.components",
+        ("app", *RAY, *WEB),
+        "an encoder or a VAE runs in any process",
+        allowed=(
+            "app.components",
+            "app.engine",
+            "app.logs",
+            "app.messages",
+            "app.metrics",
+            "app.model_files",
+            "app.settings",
+        ),
+    ),
+    Rule(
+        "app.api",
+        (*RAY, "app.cluster", "app.components", "app.control", "app.main"),
+        "HTTP knows its backend by contract",
+    ),
+    Rule("app", RAY, "Ray lives in the cluster room", except_in=("app.cluster", "app.main")),
+    # The Serve ingress is where Serve takes over the API's application.
+    Rule("app", WEB, "HTTP lives in the API", except_in=("app.api", "app.cluster.ingress")),
+    Rule("app", ("app.main",), "the entry point is imported by no module"),
+    Rule("app.main", ("app.metrics",), "the entry point only binds deployments"),
     Rule("app", ("models",), "the service reads the model's files, not its recipe"),
     Rule("models.recipe", (*RAY, *WEB, *PROMETHEUS, "app"), "the recipe trains a model and serves nothing"),
 )
@@ -147,16 +190,22 @@ def test_every_library_is_declared() -> None:
         ("app.engine.rows", "import fastapi"),
         ("app.engine.rows", "import importlib\nimportlib.import_module('ray.serve')"),
         ("app.engine.rows", "from app import metrics"),
-        ("app.engine.rows", "from ..serving import coordinator"),
+        ("app.engine.rows", "from ..cluster import coordinator"),
         ("app.engine.rows", "class Row:\n    async def late(self):\n        import ray"),
         ("app.api.routes", "from ray import serve"),
-        ("app.api.routes", "from app.serving.replica import FluxReplica"),
+        ("app.api.routes", "from app.cluster.replica import FluxReplica"),
         ("app.settings", "import ray.serve"),
         ("app.settings", "from app.metrics import ApiMetrics"),
-        ("app.serving.replica", "from starlette.requests import Request"),
-        ("app.serving.replica", "import app.main"),
+        ("app.cluster.replica", "from starlette.requests import Request"),
+        ("app.cluster.replica", "import app.main"),
         ("app.main", "from app.metrics import ApiMetrics"),
         ("models.recipe.scenes", "from app.engine import sampling"),
+        ("app.control.scheduler", "import ray"),
+        ("app.control.schedule", "from app.engine.sampling import FlowMatchSampler"),
+        ("app.control.admission", "from app.cluster.coordinator import Coordinator"),
+        ("app.components.vae", "from app.cluster.handles import result_of"),
+        ("app.messages", "from app.errors import ServiceError"),
+        ("app.metrics.coordinator", "from app.cluster import coordinator"),
     ],
 )
 def test_a_forbidden_import_is_found(importer: str, source: str) -> None:
@@ -171,8 +220,8 @@ def test_a_forbidden_import_is_found(importer: str, source: str) -> None:
         ("magcache_core.hooks", "def late():\n    from diffusers.hooks import HookRegistry"),
         ("magcache_core.state", "import rayleigh"),
         ("app.engine.engine", "import diffusers\nfrom magcache_core import MagCacheState\nfrom . import rows"),
-        ("app.serving.replica", "import ray\nfrom app.api.app import create_app\nfrom app.metrics import ApiMetrics"),
-        ("app.main", "from ray import serve\nfrom app.serving.replica import FluxReplica"),
+        ("app.cluster.replica", "import ray\nfrom app.api.app import create_app\nfrom app.metrics import ApiMetrics"),
+        ("app.main", "from ray import serve\nfrom app.cluster.replica import FluxReplica"),
         ("app.api.routes", "import fastapi\nfrom app.metrics import ApiMetrics"),
     ],
 )
@@ -180,8 +229,17 @@ def test_an_allowed_import_passes(importer: str, source: str) -> None:
     assert violations(list(imports_of(importer, source))) == []
 
 
-def test_importing_the_method_loads_torch_and_nothing_big_beside_it() -> None:
-    unwanted = ["diffusers", "transformers", "ray", "fastapi", "prometheus_client", "app"]
-    code = f"import sys, magcache_core; print([name for name in {unwanted} if name in sys.modules])"
+@pytest.mark.parametrize(
+    ("modules", "unwanted"),
+    [
+        ("magcache_core", ["diffusers", "transformers", "ray", "fastapi", "prometheus_client", "app"]),
+        (
+            "app.control.admission, app.control.progress",
+            ["diffusers", "transformers", "ray", "fastapi", "starlette", "prometheus_client"],
+        ),
+    ],
+)
+def test_importing_what_decides_loads_torch_and_nothing_big_beside_it(modules: str, unwanted: list[str]) -> None:
+    code = f"import sys, {modules}; print([name for name in {unwanted} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -81,7 +81,7 @@ def test_helpers_run_where_the_ranks_run_unless_told() -> None:
         ({"sampling": {"max_pixels": 1024}}, ("sampling",), "raise it to at least min_side squared, 4096"),
         ({"sampling": {"default_width": 512}}, ("sampling",), "between min_side, 64, and max_side, 256"),
         ({"sampling": {"max_pixels": 8192}}, ("sampling",), "16384 pixels; raise max_pixels, 8192"),
-        ({"max_batch_tokens": 500}, (), "the largest picture with true CFG has 576 tokens: raise max_batch_tokens"),
+        ({"max_batch_tokens": 500}, (), "the largest image with true CFG has 576 tokens: raise max_batch_tokens"),
         ({"max_waiting_pictures": 400}, (), "max_ongoing_requests is 320; raise it to at least 408"),
         ({"elastic": {"start_wait_s": 30.0}}, ("elastic",), "full_wait_s is 20; raise it above start_wait_s, 30"),
         ({"sampling": {"num_inference_steps": 200}}, ("sampling",), "must not exceed max_inference_steps, 100"),

@@ -13,12 +13,12 @@ from starlette.responses import Response
 
 from app.api import edits
 from app.api.backend import Backend
-from app.api.errors import InvalidRequestError, ServiceError
 from app.api.events import STREAM_EVENTS
 from app.api.middleware import RequestMiddleware
 from app.api.replies import error_response
 from app.api.routes import new_service, router
 from app.api.schemas import EditsRequest, ImagesRequest
+from app.errors import InvalidRequestError, ServiceError
 from app.settings import Settings
 
 
@@ -32,7 +32,7 @@ def create_app(settings: Settings, get_backend: Callable[[], Backend], *, id_add
     # No redirects: a POST with a stray slash would come back as a GET with some clients.
     app = FastAPI(
         title="flux-magcache-serve",
-        summary="FLUX pictures over HTTP in OpenAI's dialect, tensor-parallel, with MagCache per request.",
+        summary="FLUX images over HTTP in OpenAI's dialect, tensor-parallel, with MagCache per request.",
         version="1",
         redirect_slashes=False,
     )

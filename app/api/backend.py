@@ -1,4 +1,4 @@
-"""What the API needs from the rest of the service: one job in, pictures out. No Ray, no web."""
+"""What the API needs from the rest of the service: one job in, images out. No Ray, no web."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 from prometheus_client.metrics_core import Metric
 
 from app.engine.families import Family
-from app.engine.messages import DenoiseReport, MagCacheOptions
+from app.messages import DenoiseReport, MagCacheOptions, Progress
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 
 
 @dataclass(frozen=True, eq=False)
-class SourcePicture:
-    """A picture to edit: ``pixels`` are (height, width, 3), uint8, upright RGB."""
+class SourcePixels:
+    """An image to edit: ``pixels`` are (height, width, 3), uint8, upright RGB."""
 
     pixels: np.ndarray
 
@@ -28,12 +28,12 @@ class ImagesJob:
 
     Attributes:
         negative_prompt: present only when true CFG runs.
-        n: picture ``i`` of ``n`` uses ``seed + i``.
+        n: image ``i`` of ``n`` uses ``seed + i``.
         output_compression: quality of jpeg and webp, 0 to 100; png ignores it.
         priority: higher goes first.
-        deadline_s: seconds from the request's arrival to its last picture; None has all the time.
-        partial_images: previews wanted of each picture.
-        sources: pictures to edit; none for a picture from a prompt alone.
+        deadline_s: seconds from the request's arrival to its last image; None has all the time.
+        partial_images: previews wanted of each image.
+        sources: images to edit; none for an image from a prompt alone.
         strength: image-to-image, in (0, 1]: the share of the steps that run on the one source.
     """
 
@@ -53,32 +53,13 @@ class ImagesJob:
     priority: int = 0
     deadline_s: float | None = None
     partial_images: int = 0
-    sources: tuple[SourcePicture, ...] = ()
+    sources: tuple[SourcePixels, ...] = ()
     strength: float | None = None
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Where picture ``index`` of a request stands.
-
-    Attributes:
-        step: steps done, 0 while it waits.
-        decision: ``C`` (computed) or ``.`` (reused) of the last step done, empty while it waits.
-        eta_s: estimated seconds to the last step.
-        queue_position: pictures admitted before it, itself counted; 0 once it runs.
-    """
-
-    index: int
-    step: int
-    steps: int
-    decision: str
-    eta_s: float
-    queue_position: int
-
-
-@dataclass(frozen=True)
 class Preview:
-    """What picture ``index`` looks like on the way; ``partial_index`` counts its previews from 0."""
+    """What image ``index`` looks like on the way; ``partial_index`` counts its previews from 0."""
 
     index: int
     partial_index: int
@@ -86,11 +67,11 @@ class Preview:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One finished picture: the encoded file, how it was denoised, and seconds by phase.
+class GeneratedImage:
+    """One finished image: the encoded file, how it was denoised, and seconds by phase.
 
     Attributes:
-        source_tokens: of the pictures that the request sent, as the model took them.
+        source_tokens: of the images that the request sent, as the model took them.
     """
 
     data: bytes
@@ -102,38 +83,38 @@ class Picture:
     source_tokens: int = 0
 
 
-StreamItem = Progress | Preview | Picture
+StreamItem = Progress | Preview | GeneratedImage
 
 
 @dataclass(frozen=True)
 class HealthReport:
-    """Whether pictures can be made right now; ``details`` is JSON for the operator."""
+    """Whether images can be made right now; ``details`` is JSON for the operator."""
 
     ready: bool
     details: dict[str, Any] = field(default_factory=dict)
 
 
 class Backend(Protocol):
-    """Makes pictures. A cancelled call ends its request; errors are ``ServiceError``s."""
+    """Makes images. A cancelled call ends its request; errors are ``ServiceError``s."""
 
-    async def generate(self, job: ImagesJob) -> list[Picture]:
-        """The ``job.n`` pictures in the order of their seeds."""
+    async def generate(self, job: ImagesJob) -> list[GeneratedImage]:
+        """The ``job.n`` images in the order of their seeds."""
 
     def stream(self, job: ImagesJob, *, progress: bool) -> AsyncGenerator[StreamItem, None]:
         """What becomes of ``job``, as it happens; closing the generator ends the request.
 
-        First comes a `Progress` for each picture as soon as it is taken, at the end its `Picture`; in between up to
-        ``job.partial_images`` times a `Preview` (a late one is left out) and, with ``progress``, more of `Progress`.
+        First comes a `Progress` for each image as soon as it is taken, at the end its `GeneratedImage`; in between up
+        to ``job.partial_images`` times a `Preview` (a late one is left out) and, with ``progress``, more of `Progress`.
         """
 
     async def cancel(self, request_id: str) -> int:
-        """End every request with this id, wherever it is; returns how many pictures that were."""
+        """End every request with this id, wherever it is; returns how many images that were."""
 
     async def family(self) -> Family:
         """What kind of model is served."""
 
     async def health(self) -> HealthReport:
-        """Whether every part that a picture needs is up."""
+        """Whether every part that an image needs is up."""
 
     async def metric_families(self) -> list[Metric]:
         """The coordinators' metric families, to be served together with the API's own."""

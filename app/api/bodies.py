@@ -7,7 +7,7 @@ from http import HTTPStatus
 
 from starlette.requests import Request
 
-from app.api.errors import InvalidRequestError
+from app.errors import InvalidRequestError
 
 
 def require_media_type(request: Request, media_type: str, wanted: str, *, undeclared: str = "") -> None:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from app.api.errors import InvalidRequestError
 from app.api.schemas import MagCacheBody, Quality
-from app.engine.messages import MagCacheOptions
+from app.errors import InvalidRequestError
+from app.messages import MagCacheOptions
 from app.settings import Settings
 from magcache_core import Profile, ProfileError, fewest_steps, load_profile, pick_profile
 

@@ -8,11 +8,12 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from app.api.backend import OutputFormat, Preview, Progress, StreamItem
-from app.api.errors import ServiceError
-from app.api.jobs import Ask
+from app.api.backend import OutputFormat, Preview, StreamItem
 from app.api.replies import ascii_json, image_reply, usage
+from app.api.resolve import ResolvedRequest
 from app.api.schemas import ErrorBody, ImageReply, Quality, Usage
+from app.errors import ServiceError
+from app.messages import Progress
 
 Kind = Literal["image_generation", "image_edit"]
 
@@ -20,10 +21,10 @@ HEARTBEAT = b": still at work\n\n"
 """A comment: clients skip it, and what stands between sees that the connection lives."""
 
 
-class _PictureEvent(BaseModel):
-    """What OpenAI's two events share; `index` tells the pictures of one request apart."""
+class _ImageEvent(BaseModel):
+    """What OpenAI's two events share; `index` tells the images of one request apart."""
 
-    index: int = Field(description="Which picture of `n`, from 0.")
+    index: int = Field(description="Which image of `n`, from 0.")
     created_at: int = Field(description="Unix time in seconds.")
     size: str
     quality: Quality
@@ -31,32 +32,32 @@ class _PictureEvent(BaseModel):
     output_format: OutputFormat
 
 
-class PartialImageEvent(_PictureEvent):
-    """A picture on its way: the model's estimate of the end at this step."""
+class PartialImageEvent(_ImageEvent):
+    """An image on its way: the model's estimate of the end at this step."""
 
     type: Literal["image_generation.partial_image", "image_edit.partial_image"]
     b64_json: str
-    partial_image_index: int = Field(description="Which preview of its picture, from 0.")
+    partial_image_index: int = Field(description="Which preview of its image, from 0.")
 
 
-class CompletedEvent(_PictureEvent, ImageReply):
-    """A finished picture, with all that the JSON reply says of it."""
+class CompletedEvent(_ImageEvent, ImageReply):
+    """A finished image, with all that the JSON reply says of it."""
 
     type: Literal["image_generation.completed", "image_edit.completed"]
-    usage: Usage = Field(description="Of this picture with the prompt.")
+    usage: Usage = Field(description="Of this image with the prompt.")
     warnings: list[str]
 
 
 class ProgressEvent(BaseModel):
-    """Where a picture stands; sent with `progress: true` only, since OpenAI's clients know no such event."""
+    """Where an image stands; sent with `progress: true` only, since OpenAI's clients know no such event."""
 
     type: Literal["flux.progress"] = "flux.progress"
-    index: int = Field(description="Which picture of `n`, from 0.")
+    index: int = Field(description="Which image of `n`, from 0.")
     step: int = Field(description="Steps done, 0 while it waits.")
     steps: int
     decision: str = Field(description="`C` computed or `.` reused: the last step done; empty while it waits.")
     eta_s: float = Field(description="Estimated seconds to the last step.")
-    queue_position: int = Field(description="Pictures admitted before it, itself counted; 0 once it runs.")
+    queue_position: int = Field(description="Images admitted before it, itself counted; 0 once it runs.")
 
 
 class ErrorEvent(BaseModel):
@@ -69,15 +70,15 @@ class ErrorEvent(BaseModel):
 STREAM_EVENTS = (PartialImageEvent, CompletedEvent, ProgressEvent, ErrorEvent)
 
 
-def event_of(ask: Ask, item: StreamItem, kind: Kind = "image_generation") -> bytes | None:
+def event_of(resolved: ResolvedRequest, item: StreamItem, kind: Kind = "image_generation") -> bytes | None:
     """``item`` as a server-sent event; None when the client did not ask for its kind."""
     if isinstance(item, Progress):
-        return _sse(ProgressEvent(**vars(item))) if ask.progress else None
-    job = ask.job
+        return _sse(ProgressEvent.model_validate(item, from_attributes=True)) if resolved.progress else None
+    job = resolved.job
     common = {
         "created_at": int(time.time()),
-        "size": ask.size,
-        "quality": ask.quality,
+        "size": resolved.size,
+        "quality": resolved.quality,
         "output_format": job.output_format,
     }
     if isinstance(item, Preview):
@@ -98,8 +99,8 @@ def event_of(ask: Ask, item: StreamItem, kind: Kind = "image_generation") -> byt
                 "type": f"{kind}.completed",
                 "index": item.seed - job.seed,
                 **image_reply(job, item).model_dump(),
-                "usage": usage(ask, [item]).model_dump(),
-                "warnings": ask.warnings,
+                "usage": usage(resolved, [item]).model_dump(),
+                "warnings": resolved.warnings,
                 **common,
             }
         )

@@ -13,7 +13,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from app.api.bodies import bounded, require_media_type
-from app.api.errors import InvalidRequestError
+from app.errors import InvalidRequestError
 
 _MAX_FILES = 16
 _MAX_FIELDS = 64
@@ -38,7 +38,7 @@ async def read_form(request: Request, max_bytes: int, max_field_bytes: int) -> F
     Raises:
         InvalidRequestError: another type of body, a broken or too large one, or a field that is there twice.
     """
-    require_media_type(request, "multipart/form-data", "multipart/form-data with the picture in the field image")
+    require_media_type(request, "multipart/form-data", "multipart/form-data with the image in the field image")
     parser = MultiPartParser(
         request.headers,
         bounded(request, max_bytes),
@@ -65,7 +65,7 @@ async def read_form(request: Request, max_bytes: int, max_field_bytes: int) -> F
     return Form(fields, tuple(files))
 
 
-def typed(fields: dict[str, str], schema: type[BaseModel]) -> dict[str, Any]:
+def coerce_form_fields(fields: dict[str, str], schema: type[BaseModel]) -> dict[str, Any]:
     """Text fields as ``schema`` takes them from JSON.
 
     Text that should be a number, a switch or an object is read as JSON; what isn't any stays text, for the schema to

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from app.api.errors import InvalidRequestError
 from app.api.schemas import ImagesRequest
 from app.engine.families import Family
+from app.errors import InvalidRequestError
 from app.settings import SamplingSettings
 
 # FLUX is distilled with guidance already inside; a mild scale on top steers away from the negative prompt and leaves

@@ -14,8 +14,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.errors import ServiceError
 from app.api.replies import error_response
+from app.errors import ServiceError
 from app.metrics import ApiMetrics
 from app.telemetry import REQUEST_ID, Tracing
 
@@ -102,10 +102,10 @@ class RequestMiddleware:
 
     @contextlib.contextmanager
     def _traced(self, scope: Scope, headers: Headers, request_id: str) -> Iterator[Callable[[int], None]]:
-        """The request's id in every log line, and a span around a request for pictures."""
+        """The request's id in every log line, and a span around a request for images."""
         token = REQUEST_ID.set(request_id)
         try:
-            if not _asks_for_pictures(scope):
+            if not _asks_for_images(scope):
                 yield lambda status: None
                 return
             with self.tracing.request(_path(scope), headers, {"flux.request_id": request_id}) as ended:
@@ -118,7 +118,7 @@ class RequestMiddleware:
         # Probes and scrapes come every few seconds for ever: not worth a line each unless they fail.
         level = logging.DEBUG if method == "GET" and status < 400 else logging.INFO
         logger.log(level, "request %s: %s %.200r -> %d in %.3f s", request_id, method, path, status, seconds)
-        if _asks_for_pictures(scope):
+        if _asks_for_images(scope):
             code = scope["state"].get("error_code")
             if status == CLIENT_CLOSED_REQUEST:
                 code = CLIENT_LEFT
@@ -133,5 +133,5 @@ def _path(scope: Scope) -> str:
     return path
 
 
-def _asks_for_pictures(scope: Scope) -> bool:
+def _asks_for_images(scope: Scope) -> bool:
     return scope["method"] == "POST" and _path(scope) in (IMAGES_PATH, EDITS_PATH)

@@ -1,4 +1,4 @@
-"""From finished pictures to HTTP replies, in OpenAI's JSON or as the bare file; both carry the numbers in headers."""
+"""From finished images to HTTP replies, in OpenAI's JSON or as the bare file; both carry the numbers in headers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 from starlette.responses import Response
 
-from app.api.backend import ImagesJob, Picture
-from app.api.errors import ServiceError
-from app.api.jobs import Ask
+from app.api.backend import GeneratedImage, ImagesJob
+from app.api.resolve import ResolvedRequest
 from app.api.schemas import ImageReply, ImagesReply, MagCacheReply, Timings, TokenDetails, Usage
 from app.engine.geometry import Geometry
+from app.errors import ServiceError
 
 
 class AsciiJSONResponse(Response):
@@ -37,52 +37,52 @@ def error_response(error: ServiceError) -> Response:
     return AsciiJSONResponse(error.envelope, status_code=error.status, headers=error.headers)
 
 
-def timings(picture: Picture) -> Timings:
-    """Seconds by phase of one picture."""
+def timings(image: GeneratedImage) -> Timings:
+    """Seconds by phase of one image."""
     return Timings(
-        queue_s=picture.report.queue_seconds,
-        encode_s=picture.encode_seconds,
-        denoise_s=picture.report.denoise_seconds,
-        decode_s=picture.decode_seconds,
-        total_s=picture.total_seconds,
+        queue_s=image.report.queue_seconds,
+        encode_s=image.encode_seconds,
+        denoise_s=image.report.denoise_seconds,
+        decode_s=image.decode_seconds,
+        total_s=image.total_seconds,
     )
 
 
-def pictures_response(ask: Ask, pictures: list[Picture]) -> Response:
+def images_response(resolved: ResolvedRequest, images: list[GeneratedImage]) -> Response:
     """The reply in the form that the client asked for."""
-    headers = _headers(ask, pictures)
-    if ask.as_file:
-        return Response(pictures[0].data, media_type=f"image/{ask.job.output_format}", headers=headers)
+    headers = _headers(resolved, images)
+    if resolved.as_file:
+        return Response(images[0].data, media_type=f"image/{resolved.job.output_format}", headers=headers)
     reply = ImagesReply(
         created=int(time.time()),
-        data=[image_reply(ask.job, picture) for picture in pictures],
-        output_format=ask.job.output_format,
-        quality=ask.quality,
-        size=ask.size,
-        usage=usage(ask, pictures),
-        warnings=list(ask.warnings),
+        data=[image_reply(resolved.job, image) for image in images],
+        output_format=resolved.job.output_format,
+        quality=resolved.quality,
+        size=resolved.size,
+        usage=usage(resolved, images),
+        warnings=list(resolved.warnings),
     )
     return AsciiJSONResponse(reply.model_dump(), headers=headers)
 
 
-def usage(ask: Ask, pictures: Sequence[Picture]) -> Usage:
-    """Tokens of ``ask``'s prompts, of the pictures that it sent, and of those that it gets."""
-    sources = pictures[0].source_tokens
-    output = len(pictures) * Geometry.of(ask.job.width, ask.job.height).tokens
+def usage(resolved: ResolvedRequest, images: Sequence[GeneratedImage]) -> Usage:
+    """Tokens of ``ask``'s prompts, of the images that it sent, and of those that it gets."""
+    sources = images[0].source_tokens
+    output = len(images) * Geometry.of(resolved.job.width, resolved.job.height).tokens
     return Usage(
-        input_tokens=ask.text_tokens + sources,
+        input_tokens=resolved.text_tokens + sources,
         output_tokens=output,
-        total_tokens=ask.text_tokens + sources + output,
-        input_tokens_details=TokenDetails(text_tokens=ask.text_tokens, image_tokens=sources),
+        total_tokens=resolved.text_tokens + sources + output,
+        input_tokens_details=TokenDetails(text_tokens=resolved.text_tokens, image_tokens=sources),
     )
 
 
-def image_reply(job: ImagesJob, picture: Picture) -> ImageReply:
-    """One picture as JSON has it."""
-    report = picture.report
+def image_reply(job: ImagesJob, image: GeneratedImage) -> ImageReply:
+    """One image as JSON has it."""
+    report = image.report
     return ImageReply(
-        b64_json=base64.b64encode(picture.data).decode("ascii"),
-        seed=picture.seed,
+        b64_json=base64.b64encode(image.data).decode("ascii"),
+        seed=image.seed,
         magcache=MagCacheReply(
             enabled=job.magcache.enabled,
             schedule=report.schedule,
@@ -93,7 +93,7 @@ def image_reply(job: ImagesJob, picture: Picture) -> ImageReply:
             lowered_by=report.lowered_by,  # type: ignore[arg-type]  # the scheduler's two words
             uncached_reason=report.uncached_reason,
         ),
-        timings=timings(picture),
+        timings=timings(image),
         eta_s=report.eta_seconds,
         queue_position=report.queue_position,
     )
@@ -104,12 +104,12 @@ def _finite(error: float) -> float | None:
     return error if math.isfinite(error) else None
 
 
-def _headers(ask: Ask, pictures: list[Picture]) -> dict[str, str]:
-    """What the JSON says of the pictures; with several of them a value for each, in their order."""
-    reports = [picture.report for picture in pictures]
-    slowest = max((timings(picture).model_dump() for picture in pictures), key=lambda phases: phases["total_s"])
+def _headers(resolved: ResolvedRequest, images: list[GeneratedImage]) -> dict[str, str]:
+    """What the JSON says of the images; with several of them a value for each, in their order."""
+    reports = [image.report for image in images]
+    slowest = max((timings(image).model_dump() for image in images), key=lambda phases: phases["total_s"])
     values: dict[str, list[str | None]] = {
-        "X-Seed": [str(picture.seed) for picture in pictures],
+        "X-Seed": [str(image.seed) for image in images],
         "X-Eta-Seconds": [f"{report.eta_seconds:.3f}" for report in reports],
         "X-Queue-Position": [str(report.queue_position) for report in reports],
         "X-MagCache-Schedule": [report.schedule for report in reports],
@@ -124,13 +124,13 @@ def _headers(ask: Ask, pictures: list[Picture]) -> dict[str, str]:
         "X-MagCache-Uncached-Reason": [report.uncached_reason for report in reports[:1]],
     }
     headers = {
-        "X-Size": ask.size,
-        "X-MagCache-Enabled": str(ask.job.magcache.enabled).lower(),
+        "X-Size": resolved.size,
+        "X-MagCache-Enabled": str(resolved.job.magcache.enabled).lower(),
         "Server-Timing": ", ".join(f"{name[:-2]};dur={value * 1000:.1f}" for name, value in slowest.items()),
     }
     for name, of_each in values.items():
         if any(value is not None for value in of_each):
             headers[name] = ", ".join("none" if value is None else value for value in of_each)
-    if ask.warnings:
-        headers["X-Warnings"] = "; ".join(ask.warnings)
+    if resolved.warnings:
+        headers["X-Warnings"] = "; ".join(resolved.warnings)
     return headers

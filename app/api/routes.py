@@ -13,15 +13,15 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from starlette.responses import Response
 
-from app.api.backend import Backend, Picture
-from app.api.errors import ModelNotFoundError, RequestNotFoundError, ServiceError
+from app.api.backend import Backend, GeneratedImage
 from app.api.events import STREAM_EVENTS, Kind
-from app.api.jobs import Ask, build
 from app.api.middleware import EDITS_PATH, IMAGES_PATH
-from app.api.replies import AsciiJSONResponse, pictures_response, timings
+from app.api.replies import AsciiJSONResponse, images_response, timings
+from app.api.resolve import ResolvedRequest, resolve_request
 from app.api.schemas import CancelReply, ErrorReply, HealthReply, ImagesReply, ImagesRequest, ModelCard, ModelList
 from app.api.streaming import stream_response
 from app.api.validation import parse, read_json
+from app.errors import ModelNotFoundError, RequestNotFoundError, ServiceError
 from app.metrics import ApiMetrics, Families, merge_families
 from app.settings import Settings
 from app.telemetry import Attributes, Tracing
@@ -41,16 +41,16 @@ class Service:
     tracing: Tracing
     started: int
 
-    def observe(self, picture: Picture, request_id: str) -> None:
-        """Count and trace one finished picture."""
-        phases, report = timings(picture).model_dump(), picture.report
+    def observe(self, image: GeneratedImage, request_id: str) -> None:
+        """Count and trace one finished image."""
+        phases, report = timings(image).model_dump(), image.report
         self.metrics.observe_phases(**phases, request_id=request_id)
         attributes: Attributes = {
             "flux.request_id": request_id,
-            "flux.seed": picture.seed,
+            "flux.seed": image.seed,
             "flux.schedule": report.schedule,
         }
-        self.tracing.picture(**phases, attributes=attributes)
+        self.tracing.image(**phases, attributes=attributes)
 
     @property
     def card(self) -> ModelCard:
@@ -70,7 +70,7 @@ def _errors(**descriptions: str) -> dict[int | str, dict[str, Any]]:
 IMAGES_RESPONSES: Mapping[int | str, dict[str, Any]] = {
     200: {
         "model": ImagesReply,
-        "description": "The pictures; with `response_format: file` or an image type in `Accept` the bare file; with "
+        "description": "The images; with `response_format: file` or an image type in `Accept` the bare file; with "
         "`stream` server-sent events.",
         "content": {
             f"image/{name}": {"schema": {"type": "string", "format": "binary"}} for name in ("png", "jpeg", "webp")
@@ -89,9 +89,9 @@ IMAGES_RESPONSES: Mapping[int | str, dict[str, Any]] = {
         s413="The body is too large.",
         s415="The body is not JSON.",
         s422="`deadline_s` cannot be met; `X-Soonest-Seconds` says what can.",
-        s429="The queue is full; `Retry-After` says when to ask again.",
-        s500="The pictures could not be made.",
-        s503="Not ready; `Retry-After` says when to ask again.",
+        s429="The queue is full; `Retry-After` says when to resolved again.",
+        s500="The images could not be made.",
+        s503="Not ready; `Retry-After` says when to resolved again.",
         s504="`deadline_s` passed.",
     ),
 }
@@ -99,7 +99,7 @@ IMAGES_RESPONSES: Mapping[int | str, dict[str, Any]] = {
 
 @router.post(
     IMAGES_PATH,
-    summary="Make pictures",
+    summary="Make images",
     tags=["images"],
     responses=dict(IMAGES_RESPONSES),
     # The body is read by hand, for the size limit and for errors that name the field; the schema is declared here.
@@ -115,28 +115,30 @@ async def generate(request: Request) -> Response:
     service = _service(request)
     body = parse(await read_json(request, service.settings.http.max_body_bytes), ImagesRequest)
     family = await service.get_backend().family()
-    ask = build(body, service.settings, family, request.state.request_id, request.headers.get("accept", ""))
-    return await answer(request, ask)
+    resolved = resolve_request(
+        body, service.settings, family, request.state.request_id, request.headers.get("accept", "")
+    )
+    return await answer(request, resolved)
 
 
-async def answer(request: Request, ask: Ask, kind: Kind = "image_generation") -> Response:
-    """Have the pictures made and reply in the form that was asked for."""
-    service, job = _service(request), ask.job
+async def answer(request: Request, resolved: ResolvedRequest, kind: Kind = "image_generation") -> Response:
+    """Have the images made and reply in the form that was asked for."""
+    service, job = _service(request), resolved.job
     logger.info(
-        "request %s: %d picture(s) of %dx%d, %d steps, seed %d, true CFG %s, MagCache %s%s",
+        "request %s: %d image(s) of %dx%d, %d steps, seed %d, true CFG %s, MagCache %s%s",
         job.request_id, job.n, job.width, job.height, job.num_inference_steps, job.seed,
         "off" if job.negative_prompt is None else job.true_cfg_scale, "on" if job.magcache.enabled else "off",
-        ", streamed" if ask.stream else "",
+        ", streamed" if resolved.stream else "",
     )  # fmt: skip
     backend = service.get_backend()
     observe = partial(service.observe, request_id=job.request_id)
-    if ask.stream:
-        items = backend.stream(job, progress=ask.progress)
-        return await stream_response(request, ask, items, service.settings.http.heartbeat_s, observe, kind)
-    pictures = await backend.generate(job)
-    for picture in pictures:
-        observe(picture)
-    return pictures_response(ask, pictures)
+    if resolved.stream:
+        items = backend.stream(job, progress=resolved.progress)
+        return await stream_response(request, resolved, items, service.settings.http.heartbeat_s, observe, kind)
+    images = await backend.generate(job)
+    for image in images:
+        observe(image)
+    return images_response(resolved, images)
 
 
 @router.delete(
@@ -147,11 +149,11 @@ async def answer(request: Request, ask: Ask, kind: Kind = "image_generation") ->
 )
 async def cancel(request_id: str, request: Request) -> CancelReply:
     """End every request whose `X-Request-Id` is this; whoever waits for one gets 409."""
-    pictures = await _service(request).get_backend().cancel(request_id)
-    if pictures == 0:
+    images = await _service(request).get_backend().cancel(request_id)
+    if images == 0:
         raise RequestNotFoundError(f"no request {request_id[:128]!r} is under way; it may be over already")
-    logger.info("request %s: %d picture(s) cancelled by %s", request_id[:128], pictures, request.state.request_id)
-    return CancelReply(id=request_id, pictures=pictures)
+    logger.info("request %s: %d image(s) cancelled by %s", request_id[:128], images, request.state.request_id)
+    return CancelReply(id=request_id, pictures=images)
 
 
 @router.get(
@@ -159,10 +161,10 @@ async def cancel(request_id: str, request: Request) -> CancelReply:
     summary="Is it ready?",
     tags=["service"],
     response_model=HealthReply,
-    responses={503: {"model": HealthReply, "description": "Pictures cannot be made right now."}},
+    responses={503: {"model": HealthReply, "description": "Images cannot be made right now."}},
 )
 async def health(request: Request) -> Response:
-    """200 when pictures can be made right now, else 503; details for the operator either way."""
+    """200 when images can be made right now, else 503; details for the operator either way."""
     service = _service(request)
     report = await service.get_backend().health()
     reply = HealthReply(
@@ -217,11 +219,11 @@ async def index(request: Request) -> dict[str, Any]:
         "service": "flux-magcache-serve",
         "model": _service(request).settings.model_name,
         "endpoints": {
-            f"POST {IMAGES_PATH}": "make pictures (OpenAI's dialect)",
-            f"POST {EDITS_PATH}": "edit pictures (OpenAI's dialect)",
+            f"POST {IMAGES_PATH}": "make images (OpenAI's dialect)",
+            f"POST {EDITS_PATH}": "edit images (OpenAI's dialect)",
             "DELETE /v1/requests/{id}": "cancel a request by its X-Request-Id",
             "GET /v1/models": "the served model",
-            "GET /health": "200 when pictures can be made, else 503",
+            "GET /health": "200 when images can be made, else 503",
             "GET /metrics": "Prometheus metrics",
             "GET /docs": "every field, to read and to try",
         },

@@ -52,19 +52,19 @@ class ImagesRequest(BaseModel):
         json_schema_extra={"example": {"prompt": "a red circle on a blue background", "seed": 7}},
     )
 
-    prompt: str = Field(description="What the picture shows.")
+    prompt: str = Field(description="What the image shows.")
     model: str | None = Field(default=None, description="The served model's name; may be left out.")
-    n: int | None = Field(default=None, ge=1, description="Number of pictures, 1 by default; picture i uses seed + i.")
+    n: int | None = Field(default=None, ge=1, description="Number of images, 1 by default; image i uses seed + i.")
     size: str | None = Field(default=None, description="`WIDTHxHEIGHT` in pixels, or `auto` for the server's default.")
     response_format: Literal["b64_json", "file", "url"] | None = Field(
-        default=None, description="`b64_json` (default), or `file` for the bytes of one picture. `url` is refused."
+        default=None, description="`b64_json` (default), or `file` for the bytes of one image. `url` is refused."
     )
     output_format: OutputFormat | None = Field(default=None, description="File format, `png` by default.")
     output_compression: int | None = Field(
         default=None, ge=0, le=100, description="Quality of jpeg and webp, 100 by default; png is lossless."
     )
     negative_prompt: str | None = Field(
-        default=None, description="What the picture avoids; runs true CFG at the price of a second forward pass a step."
+        default=None, description="What the image avoids; runs true CFG at the price of a second forward pass a step."
     )
     num_inference_steps: int | None = Field(default=None, ge=1, description="Denoising steps.")
     guidance_scale: float | None = Field(default=None, ge=0, le=100, description="Distilled guidance of FLUX.")
@@ -92,17 +92,17 @@ class ImagesRequest(BaseModel):
         default=None,
         gt=0,
         le=_DAY_S,
-        description="Seconds from now within which the pictures are wanted: fewer steps compute if that helps, and 422 "
+        description="Seconds from now within which the images are wanted: fewer steps compute if that helps, and 422 "
         "comes at once if it does not.",
     )
     stream: bool | None = Field(default=None, description="Answer with server-sent events.")
     partial_images: int | None = Field(
-        default=None, ge=0, le=MAX_PARTIAL_IMAGES, description="Previews of each picture in a stream, 0 by default."
+        default=None, ge=0, le=MAX_PARTIAL_IMAGES, description="Previews of each image in a stream, 0 by default."
     )
     progress: bool | None = Field(
         default=None, description="Have `flux.progress` events of the steps in a stream. OpenAI has no such event."
     )
-    background: Literal["auto", "opaque"] | None = Field(default=None, description="FLUX paints opaque pictures only.")
+    background: Literal["auto", "opaque"] | None = Field(default=None, description="FLUX paints opaque images only.")
     moderation: Literal["auto", "low"] | None = Field(default=None, description="Accepted; the service moderates not.")
     style: None = Field(default=None, description="OpenAI's styles do not exist here; describe one in the prompt.")
     user: str | None = Field(default=None, max_length=256, description="Accepted for OpenAI's clients; not used.")
@@ -112,18 +112,18 @@ class ImagesRequest(BaseModel):
 
 
 class EditsRequest(ImagesRequest):
-    """The fields of `POST /v1/images/edits`, beside the pictures."""
+    """The fields of `POST /v1/images/edits`, beside the images."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"prompt": "make the circle green", "seed": 7}})
 
     size: str | None = Field(
-        default=None, description="`WIDTHxHEIGHT` in pixels, or `auto` for the shape of the (first) picture."
+        default=None, description="`WIDTHxHEIGHT` in pixels, or `auto` for the shape of the (first) image."
     )
     strength: float | None = Field(
         default=None,
         gt=0,
         le=1,
-        description="For models that start from the picture: how much of it may change, 0.6 by default; the share of "
+        description="For models that start from the image: how much of it may change, 0.6 by default; the share of "
         "the steps that run.",
     )
     input_fidelity: Literal["high", "low"] | None = Field(default=None, description="Accepted; without effect.")
@@ -132,14 +132,14 @@ class EditsRequest(ImagesRequest):
 # Why a value of an OpenAI field is refused, where the list of valid values does not explain itself.
 REASONS = {
     "quality": "for every step, set magcache.enabled to false; for a number of them, magcache.computed_steps",
-    "background": "FLUX paints opaque pictures only",
+    "background": "FLUX paints opaque images only",
     "style": "this model has no style switch: describe the style in the prompt",
     "seed": "leave it out for a random one, which the reply names",
 }
 
 
 class MagCacheReply(BaseModel):
-    """What MagCache did for one picture."""
+    """What MagCache did for one image."""
 
     enabled: bool
     schedule: str = Field(description="One letter a step: `C` computed, `.` reused.", examples=["CCC..C...C.C"])
@@ -152,7 +152,7 @@ class MagCacheReply(BaseModel):
 
 
 class Timings(BaseModel):
-    """Seconds by phase of one picture."""
+    """Seconds by phase of one image."""
 
     queue_s: float
     encode_s: float
@@ -162,14 +162,14 @@ class Timings(BaseModel):
 
 
 class ImageReply(BaseModel):
-    """One picture."""
+    """One image."""
 
     b64_json: str = Field(description="The file, base64.")
-    seed: int = Field(description="The seed that makes this very picture again.")
+    seed: int = Field(description="The seed that makes this very image again.")
     magcache: MagCacheReply
     timings: Timings
     eta_s: float = Field(description="Seconds that denoising was estimated to take at its arrival, queue included.")
-    queue_position: int = Field(description="Pictures before it at its arrival, itself counted; 0: there was room.")
+    queue_position: int = Field(description="Images before it at its arrival, itself counted; 0: there was room.")
 
 
 class TokenDetails(BaseModel):
@@ -183,7 +183,7 @@ class Usage(BaseModel):
     """The request's size in tokens, in OpenAI's form."""
 
     input_tokens: int
-    output_tokens: int = Field(description="Tokens of the pictures: one for 16x16 pixels.")
+    output_tokens: int = Field(description="Tokens of the images: one for 16x16 pixels.")
     total_tokens: int
     input_tokens_details: TokenDetails
 
@@ -221,7 +221,7 @@ class CancelReply(BaseModel):
 
     id: str
     object: Literal["request.cancelled"] = "request.cancelled"
-    pictures: int = Field(description="Pictures that were ended.")
+    pictures: int = Field(description="Images that were ended.")
 
 
 class ModelCard(BaseModel):
@@ -241,7 +241,7 @@ class ModelList(BaseModel):
 
 
 class HealthReply(BaseModel):
-    """Whether pictures can be made right now."""
+    """Whether images can be made right now."""
 
     status: Literal["ok", "unavailable"]
     model: str

@@ -10,15 +10,16 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from app.api.backend import Picture, Progress, StreamItem
-from app.api.errors import ServiceError
+from app.api.backend import GeneratedImage, StreamItem
 from app.api.events import HEARTBEAT, Kind, error_event, event_of
-from app.api.jobs import Ask
+from app.api.resolve import ResolvedRequest
+from app.errors import ServiceError
+from app.messages import Progress
 
 logger = logging.getLogger(__name__)
 
 
-class Paced:
+class HeartbeatIterator:
     """The items of a generator, with a word when none comes for a while. A wait cut short loses no item."""
 
     def __init__(self, items: AsyncGenerator[StreamItem, None], patience_s: float) -> None:
@@ -50,28 +51,28 @@ class Paced:
 
 async def stream_response(
     request: Request,
-    ask: Ask,
+    resolved: ResolvedRequest,
     items: AsyncGenerator[StreamItem, None],
     heartbeat_s: float,
-    observe: Callable[[Picture], None],
+    observe: Callable[[GeneratedImage], None],
     kind: Kind = "image_generation",
 ) -> Response:
     """Answer with ``items`` as events, once the first of them has shown that the request is taken.
 
     Args:
         heartbeat_s: silence after which a comment is sent; the reply begins after it at the latest.
-        observe: told of each finished picture.
+        observe: told of each finished image.
 
     Raises:
         ServiceError: the request failed before anything was sent; it gets a status like any other.
     """
-    paced = Paced(items, heartbeat_s)
+    paced = HeartbeatIterator(items, heartbeat_s)
     try:
         first = await paced.next()
     except BaseException:
         await paced.aclose()
         raise
-    return EventStream(_events(request, ask, paced, first, observe, kind), paced, _headers(ask, first))
+    return EventStream(_events(request, resolved, paced, first, observe, kind), paced, _headers(resolved, first))
 
 
 class EventStream(StreamingResponse):
@@ -79,7 +80,7 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], source: Paced, headers: dict[str, str]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], source: HeartbeatIterator, headers: dict[str, str]) -> None:
         super().__init__(self._counted(events), headers=headers)
         self._source = source
         self._complete = False
@@ -102,47 +103,47 @@ class EventStream(StreamingResponse):
 
 async def _events(
     request: Request,
-    ask: Ask,
-    paced: Paced,
+    resolved: ResolvedRequest,
+    paced: HeartbeatIterator,
     item: StreamItem | None,
-    observe: Callable[[Picture], None],
+    observe: Callable[[GeneratedImage], None],
     kind: Kind,
 ) -> AsyncGenerator[bytes, None]:
     try:
         while True:
-            if isinstance(item, Picture):
+            if isinstance(item, GeneratedImage):
                 observe(item)
-            event = HEARTBEAT if item is None else event_of(ask, item, kind)
+            event = HEARTBEAT if item is None else event_of(resolved, item, kind)
             if event is not None:
                 yield event
             item = await paced.next()
     except StopAsyncIteration:
         pass
     except ServiceError as error:
-        yield _told(request, error)
+        yield _record_failure(request, error)
     except Exception:
         request_id = request.state.request_id
         logger.exception("request %s failed in its stream", request_id)
-        yield _told(request, ServiceError(f"internal error; quote request id {request_id} to the operator"))
+        yield _record_failure(request, ServiceError(f"internal error; quote request id {request_id} to the operator"))
 
 
-def _told(request: Request, error: ServiceError) -> bytes:
+def _record_failure(request: Request, error: ServiceError) -> bytes:
     # The reply's status went out as 200; logs and metrics get the one that fits.
     request.state.failed_with, request.state.error_code = error.status, error.code
     return error_event(error)
 
 
-def _headers(ask: Ask, first: StreamItem | None) -> dict[str, str]:
+def _headers(resolved: ResolvedRequest, first: StreamItem | None) -> dict[str, str]:
     """What is known when the reply begins; proxies are told to pass the events on at once."""
     headers = {
         "Cache-Control": "no-cache",
         "X-Accel-Buffering": "no",
-        "X-Size": ask.size,
-        "X-Seed": ", ".join(str(ask.job.seed + index) for index in range(ask.job.n)),
-        "X-MagCache-Enabled": str(ask.job.magcache.enabled).lower(),
+        "X-Size": resolved.size,
+        "X-Seed": ", ".join(str(resolved.job.seed + index) for index in range(resolved.job.n)),
+        "X-MagCache-Enabled": str(resolved.job.magcache.enabled).lower(),
     }
     if isinstance(first, Progress):
         headers |= {"X-Eta-Seconds": f"{first.eta_s:.3f}", "X-Queue-Position": str(first.queue_position)}
-    if ask.warnings:
-        headers["X-Warnings"] = "; ".join(ask.warnings)
+    if resolved.warnings:
+        headers["X-Warnings"] = "; ".join(resolved.warnings)
     return headers

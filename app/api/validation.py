@@ -9,8 +9,8 @@ from pydantic import ValidationError
 from starlette.requests import Request
 
 from app.api.bodies import bounded, require_media_type
-from app.api.errors import InvalidRequestError
 from app.api.schemas import REASONS, ImagesRequest, MagCacheBody
+from app.errors import InvalidRequestError
 from app.settings import unknown_name
 
 _MAGCACHE_NAMES = [*MagCacheBody.model_fields]

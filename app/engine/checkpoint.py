@@ -29,14 +29,14 @@ TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.m
 
 
 @dataclass(frozen=True)
-class _Layout:
+class PipelineParts:
     """What a pipeline's folder must hold: component folders with their classes, and its tokenizers' folders."""
 
     classes: Mapping[str, str]
     tokenizers: tuple[str, ...]
 
 
-_FLUX1 = _Layout(
+_FLUX1 = PipelineParts(
     classes={
         "transformer": "FluxTransformer2DModel",
         "vae": "AutoencoderKL",
@@ -45,7 +45,7 @@ _FLUX1 = _Layout(
     },
     tokenizers=("tokenizer", "tokenizer_2"),
 )
-_KLEIN = _Layout(
+_KLEIN = PipelineParts(
     classes={
         "transformer": "Flux2Transformer2DModel",
         "vae": "AutoencoderKLFlux2",

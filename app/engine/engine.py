@@ -16,7 +16,12 @@ from app.engine.attention import rotations, uses_rotations
 from app.engine.families import Edits
 from app.engine.geometry import Geometry
 from app.engine.loading import load_transformer
-from app.engine.messages import (
+from app.engine.parallel import TensorParallelGroup
+from app.engine.rows import BatchKey, Branch, Row
+from app.engine.sampling import FlowMatchSampler, mix_noise
+from app.engine.tuning import Tuning, check_attention, tune
+from app.errors import PlanMismatchError
+from app.messages import (
     COND,
     FIRST_DIGEST,
     UNCOND,
@@ -30,16 +35,8 @@ from app.engine.messages import (
     StepResult,
     plan_digest,
 )
-from app.engine.parallel import TensorParallelGroup
-from app.engine.rows import BatchKey, Branch, Row
-from app.engine.sampling import FlowMatchSampler, mix_noise
-from app.engine.tuning import Tuning, check_attention, tune
 from magcache_core import get_strategy
 from magcache_core.strategies import Rotary
-
-
-class PlanMismatchError(RuntimeError):
-    """A plan is not the one that must follow: this rank's history differs from the coordinator's."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +166,7 @@ class Engine:
         )
 
     def _embed_references(self, references: Sequence[SourceImage]) -> torch.Tensor:
-        """(reference tokens, inner_dim), all pictures one after another."""
+        """(reference tokens, inner_dim), all images one after another."""
         channels = self.transformer.config.in_channels
         tokens = [torch.empty(0, channels), *(one.latents for one in references)]
         return self.strategy.embed_image(self.transformer, torch.cat(tokens).to(self.device, self.dtype)[None])[0]
@@ -238,14 +235,14 @@ class Engine:
         if references:
             tokens = torch.cat([hidden, torch.stack([part.row.references for part in parts])], dim=1)
         output: torch.Tensor = self.strategy.blocks(self.transformer, tokens, context, temb, rotary)
-        # The picture reads its references and nobody reads what becomes of them: they are neither kept nor projected.
+        # The image reads its references and nobody reads what becomes of them: they are neither kept nor projected.
         output = output[:, : geometry.tokens]
-        keepers = [index for index, part in enumerate(parts) if part.step.history > 0]
+        keepers = [index for index, part in enumerate(parts) if part.step.residuals_kept > 0]
         if keepers:
             residuals = output - hidden
             for index in keepers:
                 # A copy, so that a kept row does not hold the whole batch's memory.
-                parts[index].branch.store(residuals[index].clone(), parts[index].step.history)
+                parts[index].branch.store(residuals[index].clone(), parts[index].step.residuals_kept)
         return output
 
     def _rotary_embedding(self, geometry: Geometry, text_tokens: int, references: tuple[Geometry, ...]) -> Rotary:

@@ -1,4 +1,4 @@
-"""The models that the engine serves, one table: what each takes, how it is sampled, and what it can do with a picture.
+"""The models that the engine serves, one table: what each takes, how it is sampled, and what it can do with an image.
 
 What a checkpoint itself says (head counts, guidance embedding, the scheduler's settings) is read from the checkpoint;
 here stands what only the model's pipeline class knows.
@@ -18,13 +18,13 @@ FEW_STEPS = 8
 
 
 class Edits(Enum):
-    """What a model does with a source picture."""
+    """What a model does with a source image."""
 
     NONE = "none"
     STRENGTH = "strength"
-    """It starts from the picture with noise on top (image-to-image)."""
+    """It starts from the image with noise on top (image-to-image)."""
     REFERENCES = "references"
-    """It sees the picture as further tokens beside the one that it paints."""
+    """It sees the image as further tokens beside the one that it paints."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Family:
         true_cfg: whether a negative prompt has an effect.
         true_cfg_scale: strength of true CFG when nothing else is said; 1, no true CFG, for models distilled with
             guidance.
-        edits: what the model does with source pictures.
+        edits: what the model does with source images.
         max_sources: how many of them it takes at once.
-        trained_sizes: (width, height) pairs of reference pictures that the model was trained with; where there are
+        trained_sizes: (width, height) pairs of reference images that the model was trained with; where there are
             some, a reference is resized to the one nearest in shape.
     """
 
@@ -96,7 +96,7 @@ FLUX2_KLEIN = Family(
     text_tokens=512,
     true_cfg=False,
     edits=Edits.REFERENCES,
-    # The pipeline has no limit of its own; four pictures of a megapixel are 16384 tokens beside the picture's 4096.
+    # The pipeline has no limit of its own; four images of a megapixel are 16384 tokens beside the image's 4096.
     max_sources=4,
 )
 FLUX2_KLEIN_BASE = replace(FLUX2_KLEIN, name="FLUX.2-klein-base", steps=50, true_cfg=True, true_cfg_scale=4.0)

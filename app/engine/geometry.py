@@ -1,23 +1,23 @@
-"""How many tokens a picture has."""
+"""How many tokens an image has."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 TOKEN_PIXELS = 16
-"""Pixels per image token side: FLUX's autoencoders halve the picture three times, and a token packs 2 x 2 latents."""
+"""Pixels per image token side: FLUX's autoencoders halve the image three times, and a token packs 2 x 2 latents."""
 
 
 @dataclass(frozen=True, order=True)
 class Geometry:
-    """Image tokens of a picture: ``rows`` x ``columns``, each standing for 16 x 16 pixels."""
+    """Image tokens of an image: ``rows`` x ``columns``, each standing for 16 x 16 pixels."""
 
     rows: int
     columns: int
 
     @classmethod
     def of(cls, width: int, height: int) -> Geometry:
-        """The geometry of a picture of ``width`` x ``height`` pixels, both multiples of 16."""
+        """The geometry of an image of ``width`` x ``height`` pixels, both multiples of 16."""
         return cls(height // TOKEN_PIXELS, width // TOKEN_PIXELS)
 
     @property

@@ -1,4 +1,4 @@
-"""How each generation of FLUX lays pictures out as tokens: noise, position ids, and the way to and from its VAE.
+"""How each generation of FLUX lays images out as tokens: noise, position ids, and the way to and from its VAE.
 
 Both pack two by two latents into one token. They differ in the shape that noise is drawn in, in the axes of their
 position ids, in what brings latents to unit variance, and in how the noise schedule follows the number of tokens.
@@ -15,7 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from app.engine.geometry import Geometry
 
 REFERENCE_INTERVAL = 10
-"""FLUX.2 puts its i-th reference picture at the time coordinate 10 i, counted from 1; the picture itself is at 0."""
+"""FLUX.2 puts its i-th reference image at the time coordinate 10 i, counted from 1; the image itself is at 0."""
 
 
 class Layout(Protocol):
@@ -40,7 +40,7 @@ class Layout(Protocol):
 
 
 class Flux1Layout:
-    """FLUX.1: ids (picture, row, column), one scale and shift for all channels."""
+    """FLUX.1: ids (image, row, column), one scale and shift for all channels."""
 
     def noise(
         self, seed: int, geometry: Geometry, channels: int, device: torch.device, dtype: torch.dtype
@@ -50,9 +50,9 @@ class Flux1Layout:
         return pack(_draw(seed, shape, device, dtype))[0]
 
     def position_ids(self, geometry: Geometry, text_tokens: int, references: Sequence[Geometry] = ()) -> torch.Tensor:
-        """See `Layout.position_ids`; text is at the origin, a reference (Kontext takes one) in picture 1."""
-        pictures = [_grid(one, 3, picture=index > 0) for index, one in enumerate((geometry, *references))]
-        return torch.cat([torch.zeros(text_tokens, 3), *pictures])
+        """See `Layout.position_ids`; text is at the origin, a reference (Kontext takes one) in image 1."""
+        images = [_grid(one, 3, image=index > 0) for index, one in enumerate((geometry, *references))]
+        return torch.cat([torch.zeros(text_tokens, 3), *images])
 
     def shift(self, scheduler: Any, image_tokens: int, steps: int) -> float:
         """See `Layout.shift`; linear in the tokens, through the two points of the scheduler's configuration."""
@@ -87,10 +87,8 @@ class Flux2Layout:
         """See `Layout.position_ids`; text runs along its own axis, references along time."""
         text = torch.zeros(text_tokens, 4)
         text[:, 3] = torch.arange(text_tokens)
-        pictures = [
-            _grid(one, 4, picture=REFERENCE_INTERVAL * index) for index, one in enumerate((geometry, *references))
-        ]
-        return torch.cat([text, *pictures])
+        images = [_grid(one, 4, image=REFERENCE_INTERVAL * index) for index, one in enumerate((geometry, *references))]
+        return torch.cat([text, *images])
 
     def shift(self, scheduler: Any, image_tokens: int, steps: int) -> float:
         """See `Layout.shift`; a line in the tokens for 10 steps and one for 200, linear in the steps beside.
@@ -139,10 +137,10 @@ def _draw(seed: int, shape: tuple[int, ...], device: torch.device, dtype: torch.
     return noise
 
 
-def _grid(geometry: Geometry, axes: int, picture: int) -> torch.Tensor:
-    """Ids of a picture's tokens, (image_tokens, axes): ``picture``, row and column, zeros behind."""
+def _grid(geometry: Geometry, axes: int, image: int) -> torch.Tensor:
+    """Ids of an image's tokens, (image_tokens, axes): ``image``, row and column, zeros behind."""
     ids = torch.zeros(geometry.rows, geometry.columns, axes)
-    ids[..., 0] = picture
+    ids[..., 0] = image
     ids[..., 1] = torch.arange(geometry.rows)[:, None]
     ids[..., 2] = torch.arange(geometry.columns)[None, :]
     return ids.reshape(-1, axes)

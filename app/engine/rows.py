@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 
 from app.engine.geometry import Geometry
-from app.engine.messages import BranchStep, DenoiseJob
+from app.messages import BranchStep, DenoiseJob
 
 BatchKey = tuple[Geometry, int, tuple[Geometry, ...]]
-"""A picture's geometry, its number of text tokens, and the geometries of its reference pictures."""
+"""An image's geometry, its number of text tokens, and the geometries of its reference images."""
 
 
 @dataclass
@@ -31,10 +31,10 @@ class Branch:
     output_modulation: torch.Tensor
     residuals: deque[torch.Tensor] = field(default_factory=deque)
 
-    def store(self, residual: torch.Tensor, history: int) -> None:
-        """Keep ``residual`` as the newest of at most ``history``."""
+    def store(self, residual: torch.Tensor, residuals_kept: int) -> None:
+        """Keep ``residual`` as the newest of at most ``residuals_kept``."""
         self.residuals.appendleft(residual)
-        while len(self.residuals) > history:
+        while len(self.residuals) > residuals_kept:
             self.residuals.pop()
 
     def reuse(self, row_id: str, step: BranchStep) -> torch.Tensor:
@@ -57,14 +57,14 @@ class Branch:
 
 @dataclass
 class Row:
-    """One picture under way.
+    """One image under way.
 
     Attributes:
         latents: (image_tokens, channels), packed.
         sigmas: (steps to run + 1,), float32, on the rank's device.
-        references: (reference tokens, inner_dim), the embedded reference pictures one after another; they are the same
-            at every step, so they are embedded once. Empty for most pictures.
-        reference_geometries: of the pictures in ``references``.
+        references: (reference tokens, inner_dim), the embedded reference images one after another; they are the same
+            at every step, so they are embedded once. Empty for most images.
+        reference_geometries: of the images in ``references``.
     """
 
     job: DenoiseJob

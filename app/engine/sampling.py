@@ -17,19 +17,27 @@ from app.engine.families import family_of
 
 
 class FlowMatchSampler:
-    """The noise schedule of one checkpoint, by step count and picture size."""
+    """The noise schedule of one checkpoint, by step count and image size."""
 
     def __init__(self, model: Path) -> None:
         """Read ``scheduler/scheduler_config.json`` below the folder ``model``."""
         self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(model, subfolder="scheduler")
         self.family = family_of(model)
-        self.sigmas = lru_cache(maxsize=256)(self._sigmas)
+        self._cached_sigmas = lru_cache(maxsize=256)(self._make_sigmas)
 
-    def _sigmas(self, num_inference_steps: int, image_tokens: int) -> torch.Tensor:
+    @property
+    def uncached_reason(self) -> str:
+        """Why every step computes when there is no MagCache profile for the model."""
+        return self.family.uncached_reason
+
+    def sigmas(self, num_inference_steps: int, image_tokens: int) -> torch.Tensor:
         """Sigmas from 1 down to 0, (steps + 1,), float32, on the CPU. The timestep of step i is ``1000 sigmas[i]``.
 
-        ``image_tokens`` counts the picture's own tokens; references don't move the schedule.
+        ``image_tokens`` counts the image's own tokens; references don't move the schedule.
         """
+        return self._cached_sigmas(num_inference_steps, image_tokens)
+
+    def _make_sigmas(self, num_inference_steps: int, image_tokens: int) -> torch.Tensor:
         config = self._scheduler.config
         spaced = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)

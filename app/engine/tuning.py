@@ -1,4 +1,4 @@
-"""What makes the same pictures at another cost: attention kernels, compiled blocks, 8-bit weights."""
+"""What makes the same images at another cost: attention kernels, compiled blocks, 8-bit weights."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Tuning:
 
 
 def check_attention(backend: AttentionBackend, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse what could only fail at the first picture.
+    """Refuse what could only fail at the first image.
 
     Raises:
         TuningError: ``backend`` has no kernels for this device or precision.

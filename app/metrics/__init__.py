@@ -5,7 +5,7 @@ Each owner has a registry of its own; nothing is registered globally, so that a 
 
 from app.metrics.api import ApiMetrics
 from app.metrics.catalogue import CATALOGUE, PHASES, Spec
-from app.metrics.coordinator import CoordinatorMetrics, Totals
+from app.metrics.coordinator import CoordinatorMetrics
 from app.metrics.encoder import EncoderMetrics
 from app.metrics.merge import Families, merge_families
 
@@ -17,6 +17,5 @@ __all__ = [
     "EncoderMetrics",
     "Families",
     "Spec",
-    "Totals",
     "merge_families",
 ]

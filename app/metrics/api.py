@@ -39,6 +39,6 @@ class ApiMetrics:
         total_s: float,
         request_id: str | None = None,
     ) -> None:
-        """Record one picture's time in each phase."""
+        """Record one image's time in each phase."""
         for phase, seconds in zip(PHASES, (queue_s, encode_s, denoise_s, decode_s, total_s), strict=True):
             self._made.histogram("flux_phase_duration_seconds", phase).observe(seconds, exemplar(request_id))

@@ -2,37 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily
 
-from app.engine.messages import DenoiseReport, StepPlan
-from app.metrics.catalogue import BRANCHES, DECISIONS
+from app.control.counters import CoordinatorCounters
+from app.messages import DenoiseReport, StepPlan
+from app.metrics.catalogue import BRANCHES, BY_NAME, DECISIONS
 from app.metrics.instruments import Instruments, exemplar
 
 
-class Totals(Protocol):
-    """What a coordinator adds up by itself, since its group was built; each only grows."""
+class _CountersCollector:
+    """Exports the coordinator's own sums as they are at each scrape; prometheus_client's way for foreign totals."""
 
-    admitted: int
-    finished: int
-    refused: int
-    cancelled: int
-    deadline_impossible: int
-    deadline_passed: int
-    lowered_by_deadline: int
-    lowered_by_load: int
-    computed_seconds: float
-    reused_seconds: float
-    saved_seconds: float
+    def __init__(self, counters: CoordinatorCounters, labels: Mapping[str, str]) -> None:
+        self._counters = counters
+        self._labels = labels
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """One family per metric."""
+        for name, series in _series(self._counters).items():
+            family = CounterMetricFamily(name, BY_NAME[name].help, labels=[*self._labels, *BY_NAME[name].labels])
+            for values, total in series.items():
+                family.add_metric([*self._labels.values(), *values], total)
+            yield family
+
+
+def _series(sums: CoordinatorCounters) -> dict[str, dict[tuple[str, ...], float]]:
+    """By metric and its own labels' values."""
+    return {
+        "flux_pictures_admitted": {(): sums.admitted},
+        "flux_pictures_finished": {(): sums.finished},
+        "flux_pictures_refused": {
+            ("queue_full",): sums.refused,
+            ("deadline_impossible",): sums.deadline_impossible,
+        },
+        "flux_pictures_cancelled": {(): sums.cancelled},
+        "flux_deadline_misses": {(): sums.deadline_passed},
+        "flux_downgrades": {("deadline",): sums.lowered_by_deadline, ("load",): sums.lowered_by_load},
+        "flux_decision_seconds": {("computed",): sums.computed_seconds, ("reused",): sums.reused_seconds},
+        "flux_saved_seconds": {(): sums.saved_seconds},
+    }
 
 
 class CoordinatorMetrics:
     """What one coordinator counts, labelled with its model and replica."""
 
-    def __init__(self, registry: CollectorRegistry, model: str, replica: str) -> None:
-        made = self._made = Instruments(registry, "coordinator", {"model": model, "replica": replica})
+    def __init__(self, registry: CollectorRegistry, model: str, replica: str, counters: CoordinatorCounters) -> None:
+        """``counters`` are read at each scrape; the other metrics are written by the methods here."""
+        labels = {"model": model, "replica": replica}
+        registry.register(_CountersCollector(counters, labels))
+        made = self._made = Instruments(registry, "coordinator", labels, read_elsewhere=_series(counters))
         # Those that every step writes are looked up once.
         self._steps = {
             (decision == "computed", branch): made.counter("flux_steps", decision, branch)
@@ -45,7 +66,6 @@ class CoordinatorMetrics:
         self._batch_tokens = made.histogram("flux_step_batch_tokens")
         self._plan_wait = made.histogram("flux_plan_wait_seconds")
         self._checked = made.counter("flux_digests_checked")
-        self._exported: dict[tuple[str, ...], float] = {}
         self.group_up(True)
 
     def observe_step(
@@ -77,7 +97,7 @@ class CoordinatorMetrics:
             self._made.histogram("flux_rank_step_duration_seconds", str(rank), kind).observe(seconds)
 
     def observe_request(self, report: DenoiseReport, request_id: str | None = None) -> None:
-        """Count one finished picture."""
+        """Count one finished image."""
         steps = report.computed + report.skipped
         self._made.histogram("flux_request_skip_ratio").observe(report.skipped / max(steps, 1), exemplar(request_id))
         self._made.histogram("flux_request_predicted_error").observe(report.predicted_error, exemplar(request_id))
@@ -85,36 +105,17 @@ class CoordinatorMetrics:
             decile = str(step * 10 // len(report.schedule))
             self._made.counter("flux_schedule_steps", decile, "computed" if decision == "C" else "reused").inc()
 
-    def totals(self, totals: Totals) -> None:
-        """Bring the counters of what the coordinator adds up by itself to its present sums."""
-        for name, labels, value in (
-            ("flux_pictures_admitted", (), totals.admitted),
-            ("flux_pictures_finished", (), totals.finished),
-            ("flux_pictures_refused", ("queue_full",), totals.refused),
-            ("flux_pictures_refused", ("deadline_impossible",), totals.deadline_impossible),
-            ("flux_pictures_cancelled", (), totals.cancelled),
-            ("flux_deadline_misses", (), totals.deadline_passed),
-            ("flux_downgrades", ("deadline",), totals.lowered_by_deadline),
-            ("flux_downgrades", ("load",), totals.lowered_by_load),
-            ("flux_decision_seconds", ("computed",), totals.computed_seconds),
-            ("flux_decision_seconds", ("reused",), totals.reused_seconds),
-            ("flux_saved_seconds", (), totals.saved_seconds),
-        ):
-            before = self._exported.get((name, *labels), 0.0)
-            self._made.counter(name, *labels).inc(value - before)
-            self._exported[name, *labels] = value
+    def running(self, images: int) -> None:
+        """Set how many images are in the batch."""
+        self._made.gauge("flux_running_pictures").set(images)
 
-    def running(self, pictures: int) -> None:
-        """Set how many pictures are in the batch."""
-        self._made.gauge("flux_running_pictures").set(pictures)
+    def waiting(self, images: int) -> None:
+        """Set how many images wait for room in the batch."""
+        self._made.gauge("flux_waiting_pictures").set(images)
 
-    def waiting(self, pictures: int) -> None:
-        """Set how many pictures wait for room in the batch."""
-        self._made.gauge("flux_waiting_pictures").set(pictures)
-
-    def waiting_limit(self, pictures: int) -> None:
-        """Set how many waiting pictures fill the queue."""
-        self._made.gauge("flux_waiting_pictures_limit").set(pictures)
+    def waiting_limit(self, images: int) -> None:
+        """Set how many waiting images fill the queue."""
+        self._made.gauge("flux_waiting_pictures_limit").set(images)
 
     def residual_bytes(self, count: int) -> None:
         """Set the residuals' memory on the rank that keeps most."""

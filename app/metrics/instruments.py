@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -23,10 +23,17 @@ class Instruments:
     A series that begins at 0 lets a rate see the first event.
     """
 
-    def __init__(self, registry: CollectorRegistry, owner: Owner, common: Mapping[str, str]) -> None:
-        """``common`` has a value for each of the owner's common labels."""
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        owner: Owner,
+        common: Mapping[str, str],
+        read_elsewhere: Container[str] = (),
+    ) -> None:
+        """``common`` has a value for each of the owner's common labels; another collector has ``read_elsewhere``."""
         self._common = tuple(common[name] for name in COMMON[owner])
-        self._made = {spec.name: _make(spec, registry) for spec in CATALOGUE if spec.owner == owner}
+        specs = [spec for spec in CATALOGUE if spec.owner == owner and spec.name not in read_elsewhere]
+        self._made = {spec.name: _make(spec, registry) for spec in specs}
         for name, made in self._made.items():
             spec = BY_NAME[name]
             if not spec.labels:

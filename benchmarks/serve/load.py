@@ -20,7 +20,7 @@ TIMEOUT_S = 180.0
 
 @dataclass(frozen=True)
 class Wish:
-    """One picture that a client asks for; the guidance is the model's default."""
+    """One image that a client asks for; the guidance is the model's default."""
 
     prompt: str
     width: int
@@ -95,11 +95,11 @@ async def _run(url: str, clients: Callable[[Callable[[Wish], Awaitable[None]]], 
 
 @dataclass(frozen=True)
 class Summary:
-    """Figures of one run; latencies are of the requests that got their picture.
+    """Figures of one run; latencies are of the requests that got their image.
 
     Attributes:
-        throughput: pictures a second, from the first request to the last answer.
-        goodput: pictures within the deadline a second of the same time.
+        throughput: images a second, from the first request to the last answer.
+        goodput: images within the deadline a second of the same time.
     """
 
     requests: int
@@ -117,11 +117,11 @@ def summarise(outcomes: Sequence[Outcome], deadline_s: float) -> dict[str, float
     """The run's figures, rounded.
 
     Raises:
-        ValueError: no request got a picture.
+        ValueError: no request got an image.
     """
     good = [outcome for outcome in outcomes if outcome.status == 200]
     if not good:
-        raise ValueError(f"no picture came: statuses {sorted({outcome.status for outcome in outcomes})}")
+        raise ValueError(f"no image came: statuses {sorted({outcome.status for outcome in outcomes})}")
     seconds = max(outcome.sent_s + outcome.latency_s for outcome in outcomes)
     latencies = np.array([outcome.latency_s for outcome in good])
     in_time = int((latencies <= deadline_s).sum())

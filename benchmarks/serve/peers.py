@@ -36,7 +36,7 @@ class CachedPipeline:
         """PNG files of wishes with equal size and steps, in one batch."""
         first = wishes[0]
         self._cache_for(first.steps)
-        pictures = self._pipeline(
+        images = self._pipeline(
             [wish.prompt for wish in wishes],
             width=first.width,
             height=first.height,
@@ -44,7 +44,7 @@ class CachedPipeline:
             max_sequence_length=TEXT_TOKENS,
             generator=[torch.Generator("cpu").manual_seed(wish.seed) for wish in wishes],
         ).images
-        return [_png(picture) for picture in pictures]
+        return [_png(image) for image in images]
 
     def _cache_for(self, steps: int) -> None:
         if steps == self._steps:
@@ -65,9 +65,9 @@ class CachedPipeline:
         self._steps = steps
 
 
-def _png(picture: Any) -> bytes:
+def _png(image: Any) -> bytes:
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    image.save(file, "PNG")
     return file.getvalue()
 
 
@@ -82,7 +82,7 @@ def _reply(data: bytes) -> Response:
 
 
 class OneAtATime:
-    """A deployment that makes one picture after another."""
+    """A deployment that makes one image after another."""
 
     def __init__(self, model: str, profile: str, threads: int, dtype: str) -> None:
         self._pipeline = CachedPipeline(model, profile, threads, dtype)

@@ -14,7 +14,7 @@ SIZE = 128
 
 
 def speed_up(url: str, repetitions: int) -> dict[str, Any]:
-    """Denoising seconds of the same pictures with every step computed and with the cache, taken in turns.
+    """Denoising seconds of the same images with every step computed and with the cache, taken in turns.
 
     ``ratio`` is the measured speed-up as a share of total / computed steps: 1 when a reused step and the control plane
     cost nothing.

@@ -26,7 +26,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
         axes[1, 0].plot(rates, [run["in_time"] for run in system["open"]], "o-", color=colour, label=label)
         axes[1, 1].plot(rates, [run["p95_s"] for run in system["open"]], "o-", color=colour, label=label)
     titles = (
-        ("Closed loop: throughput", "clients", "pictures / s"),
+        ("Closed loop: throughput", "clients", "images / s"),
         ("Closed loop: latency", "clients", "s"),
         (f"Poisson arrivals: share within {document['deadline_s']:.2f} s", "requests / s", "share"),
         ("Poisson arrivals: 95th percentile of latency", "requests / s", "s"),

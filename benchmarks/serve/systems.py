@@ -100,7 +100,7 @@ def running(application: serve.Application, name: str = "measured", route: str =
 
 
 def ask(url: str, wish: Wish, **extra: Any) -> dict[str, Any]:
-    """The first picture of one reply, without its file."""
+    """The first image of one reply, without its file."""
     reply = httpx.post(f"{url}/v1/images/generations", json=wish.body | extra, timeout=180.0)
     reply.raise_for_status()
     image: dict[str, Any] = reply.json()["data"][0]

@@ -13,7 +13,7 @@ def markdown(document: dict[str, Any]) -> str:
     """Tables of one run: what was to be reached, closed loops, arrivals, denoising."""
     systems, bare = document["systems"].values(), document["bare"]
     closed = _table(
-        ["system", "clients", "pictures/s", "p50", "p95", "p99"],
+        ["system", "clients", "images/s", "p50", "p95", "p99"],
         (
             [system["label"], str(run["clients"]), f"{run['throughput']:.2f}", *_latencies(run)]
             for system in systems
@@ -61,7 +61,7 @@ def markdown(document: dict[str, Any]) -> str:
             targets,
             "The first two are medians of rounds in which both are up and take turns:",
             turns,
-            f"Closed loops (latency in seconds). The bare pipeline without Serve: {bare['throughput']:.2f} pictures/s, "
+            f"Closed loops (latency in seconds). The bare pipeline without Serve: {bare['throughput']:.2f} images/s, "
             f"p50 {bare['p50_s']:.3f} s.",
             closed,
             f"Poisson arrivals; in time is within {document['deadline_s']:.2f} s.",

@@ -1,4 +1,4 @@
-"""A backend in this process: it records the jobs and paints real pictures of the asked size, colour from the seed."""
+"""A backend in this process: it records the jobs and paints real images of the asked size, colour from the seed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from PIL import Image
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 
-from app.api.backend import HealthReport, ImagesJob, Picture, Preview, Progress, StreamItem
-from app.api.errors import RequestCancelledError
+from app.api.backend import GeneratedImage, HealthReport, ImagesJob, Preview, StreamItem
+from app.control.counters import CoordinatorCounters
 from app.engine.families import FLUX_DEV, Family
-from app.engine.messages import DenoiseReport
+from app.errors import RequestCancelledError
+from app.messages import DenoiseReport, Progress
 from app.metrics import CoordinatorMetrics
 
 SCHEDULE = "CCC..C.."
@@ -44,12 +45,12 @@ class FakeBackend:
         self.held: dict[str, asyncio.Event] = {}
         self.kind = FLUX_DEV
         self.registry = CollectorRegistry()
-        self.coordinator = CoordinatorMetrics(self.registry, model="flux-tiny", replica="r0")
+        self.coordinator = CoordinatorMetrics(self.registry, "flux-tiny", "r0", CoordinatorCounters())
 
-    async def generate(self, job: ImagesJob) -> list[Picture]:
+    async def generate(self, job: ImagesJob) -> list[GeneratedImage]:
         await self._take(job)
         await self._maybe_hold(job)
-        return [self._picture(job, job.seed + index) for index in range(job.n)]
+        return [self._image(job, job.seed + index) for index in range(job.n)]
 
     async def stream(self, job: ImagesJob, *, progress: bool) -> AsyncGenerator[StreamItem, None]:
         await self._take(job)
@@ -65,7 +66,7 @@ class FakeBackend:
             for partial_index in range(job.partial_images):
                 yield Preview(index, partial_index, self._file(job, 60 * partial_index))
             await asyncio.sleep(self.silence_s)
-            yield self._picture(job, job.seed + index)
+            yield self._image(job, job.seed + index)
 
     async def cancel(self, request_id: str) -> int:
         ended = self.held.pop(request_id, None)
@@ -92,7 +93,7 @@ class FakeBackend:
             raise
         raise RequestCancelledError("the request was cancelled")
 
-    def _picture(self, job: ImagesJob, seed: int) -> Picture:
+    def _image(self, job: ImagesJob, seed: int) -> GeneratedImage:
         report = DenoiseReport(
             schedule=SCHEDULE,
             computed=4,
@@ -108,12 +109,12 @@ class FakeBackend:
         )
         self.coordinator.observe_request(report)
         data = self._file(job, seed)
-        return Picture(data, seed, report, encode_seconds=0.02, decode_seconds=0.03, total_seconds=0.26)
+        return GeneratedImage(data, seed, report, encode_seconds=0.02, decode_seconds=0.03, total_seconds=0.26)
 
     def _file(self, job: ImagesJob, colour: int) -> bytes:
         file = io.BytesIO()
-        picture = Image.new("RGB", (job.width, job.height), (colour % 256, colour // 256 % 256, 128))
-        picture.save(file, job.output_format.upper(), quality=job.output_compression)
+        image = Image.new("RGB", (job.width, job.height), (colour % 256, colour // 256 % 256, 128))
+        image.save(file, job.output_format.upper(), quality=job.output_compression)
         return file.getvalue()
 
     async def family(self) -> Family:

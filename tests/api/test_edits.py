@@ -1,4 +1,4 @@
-"""Edits over HTTP: multipart forms, pictures within limits, and what each kind of model does with them."""
+"""Edits over HTTP: multipart forms, images within limits, and what each kind of model does with them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from app.api.app import create_app
-from app.api.errors import InvalidRequestError
-from app.api.pictures import read_picture, size_like
+from app.api.uploads import read_upload, size_like
 from app.engine.families import FLUX2_KLEIN, FLUX_KONTEXT, FLUX_SCHNELL
+from app.errors import InvalidRequestError
 from app.settings import SamplingSettings, Settings
 from tests.api.fake_backend import FakeBackend
 
@@ -28,9 +28,9 @@ URL = "/v1/images/edits"
 LIMIT = 1 << 24
 
 
-def encoded(picture: Image.Image, file_format: str = "PNG", **options: Any) -> bytes:
+def encoded(image: Image.Image, file_format: str = "PNG", **options: Any) -> bytes:
     file = io.BytesIO()
-    picture.save(file, file_format, **options)
+    image.save(file, file_format, **options)
     return file.getvalue()
 
 
@@ -60,7 +60,7 @@ async def test_a_form_becomes_a_job(client: httpx.AsyncClient, backend: FakeBack
 
 
 async def test_defaults(client: httpx.AsyncClient, backend: FakeBackend) -> None:
-    """Strength as in diffusers; the size has the picture's shape and the default number of pixels."""
+    """Strength as in diffusers; the size has the image's shape and the default number of pixels."""
     assert (await post(client, size="auto", seed="", magcache="")).status_code == 200
     (job,) = backend.jobs
     assert job.strength == 0.6
@@ -77,7 +77,7 @@ async def test_nested_settings_as_json(client: httpx.AsyncClient, backend: FakeB
     assert not backend.jobs[0].magcache.enabled
 
 
-async def test_models_that_read_pictures(client: httpx.AsyncClient, backend: FakeBackend) -> None:
+async def test_models_that_read_images(client: httpx.AsyncClient, backend: FakeBackend) -> None:
     backend.kind = FLUX2_KLEIN
     files = [("image[]", RED), ("image[]", encoded(plain(64, 80, "blue"), "JPEG"))]
     reply = await client.post(URL, data={"prompt": "both"}, files=files)
@@ -90,7 +90,7 @@ async def test_models_that_read_pictures(client: httpx.AsyncClient, backend: Fak
     backend.kind = FLUX_KONTEXT
     reply = await client.post(URL, data={"prompt": "both"}, files=files)
     assert reply.status_code == 400
-    assert reply.json()["error"]["message"] == "image: 2 pictures were sent, FLUX.1-Kontext takes at most 1"
+    assert reply.json()["error"]["message"] == "image: 2 images were sent, FLUX.1-Kontext takes at most 1"
     reply = await post(client, strength="0.5")
     assert reply.json()["error"]["param"] == "strength"
 
@@ -101,7 +101,7 @@ async def test_a_model_without_edits_says_so(client: httpx.AsyncClient, backend:
     assert reply.status_code == 400
     error = reply.json()["error"]
     assert error["code"] == "edits_not_supported"
-    assert error["message"].startswith("FLUX.1-schnell makes pictures from prompts only and edits none")
+    assert error["message"].startswith("FLUX.1-schnell makes images from prompts only and edits none")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ async def test_a_model_without_edits_says_so(client: httpx.AsyncClient, backend:
         ({"magcache": "no"}, "magcache", "dictionary"),
         ({"magcache": "no", "magcache[enabled]": "true"}, "magcache", "twice"),
         ({"prompt": ""}, "prompt", "must not be empty"),
-        ({"response_format": "url"}, "response_format", "keeps no pictures"),
+        ({"response_format": "url"}, "response_format", "keeps no images"),
         ({"input_fidelity": "medium"}, "input_fidelity", "'high' or 'low'"),
         ({"image[]": "text"}, "image[]", "must be a file"),
     ],
@@ -136,7 +136,7 @@ async def test_a_bad_field_is_named(
     assert not backend.jobs
 
 
-async def test_pictures_must_come_as_files_named_image(client: httpx.AsyncClient) -> None:
+async def test_images_must_come_as_files_named_image(client: httpx.AsyncClient) -> None:
     for files, param in (
         ({"picture": RED}, "picture"),
         ({"image": RED, "mask": RED}, "mask"),
@@ -212,15 +212,15 @@ def _truncated() -> bytes:
         (lambda: encoded(plain(64, 513)), "at most 8 times"),
     ],
 )
-def test_a_picture_that_is_not_taken(make: Callable[[], bytes], says: str) -> None:
+def test_a_image_that_is_not_taken(make: Callable[[], bytes], says: str) -> None:
     with pytest.raises(InvalidRequestError, match=says) as refused:
-        read_picture(make(), "image[1]", LIMIT)
+        read_upload(make(), "image[1]", LIMIT)
     assert refused.value.param == "image[1]"
     assert "image[1]" in refused.value.message
 
 
 @pytest.mark.parametrize(
-    ("picture", "expected"),
+    ("image", "expected"),
     [
         (plain(), (255, 0, 0)),
         (plain(mode="P", colour=0), (0, 0, 0)),
@@ -230,8 +230,8 @@ def test_a_picture_that_is_not_taken(make: Callable[[], bytes], says: str) -> No
         (Image.fromarray(np.full((64, 64), 128 * 257, dtype=np.uint16)), (128, 128, 128)),
     ],
 )
-def test_every_kind_becomes_opaque_rgb(picture: Image.Image, expected: tuple[int, int, int]) -> None:
-    assert (read_picture(encoded(picture), "image", LIMIT).pixels == expected).all()
+def test_every_kind_becomes_opaque_rgb(image: Image.Image, expected: tuple[int, int, int]) -> None:
+    assert (read_upload(encoded(image), "image", LIMIT).pixels == expected).all()
 
 
 def test_a_photo_stands_upright() -> None:
@@ -239,7 +239,7 @@ def test_a_photo_stands_upright() -> None:
     exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to see it upright
     photo = plain(96, 64)
     photo.paste("blue", (0, 0, 48, 64))
-    pixels = read_picture(encoded(photo, "JPEG", exif=exif, quality=95), "image", LIMIT).pixels
+    pixels = read_upload(encoded(photo, "JPEG", exif=exif, quality=95), "image", LIMIT).pixels
     assert pixels.shape == (96, 64, 3)
     assert pixels[10, 32, 2] > 200
     assert pixels[85, 32, 0] > 200
@@ -247,19 +247,19 @@ def test_a_photo_stands_upright() -> None:
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(["PNG", "JPEG", "WEBP"]), st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=8))
-def test_a_damaged_file_is_an_error_or_a_picture(file_format: str, changes: list[tuple[float, int]]) -> None:
+def test_a_damaged_file_is_an_error_or_a_image(file_format: str, changes: list[tuple[float, int]]) -> None:
     data = bytearray(encoded(plain(), file_format))
     for place, value in changes:
         data[min(int(place * len(data)), len(data) - 1)] = value
     with contextlib.suppress(InvalidRequestError):
-        assert read_picture(bytes(data), "image", LIMIT).pixels.dtype == np.uint8
+        assert read_upload(bytes(data), "image", LIMIT).pixels.dtype == np.uint8
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(64, 4096), st.integers(1, 8), st.booleans())
 def test_the_size_of_an_edit_is_within_the_limits(side: int, aspect: int, upright: bool) -> None:
     width, height = (side, side * aspect) if upright else (side * aspect, side)
-    source = read_picture(RED, "image", LIMIT)
+    source = read_upload(RED, "image", LIMIT)
     shape = np.lib.stride_tricks.as_strided(source.pixels, (height, width, 3), (0, 0, 1))
     limits = SamplingSettings()
     chosen = size_like(type(source)(shape), limits)
@@ -283,8 +283,8 @@ def test_the_official_client(openai_client: openai.OpenAI, backend: FakeBackend)
     )
     assert reply.data is not None
     assert [item.model_extra["seed"] for item in reply.data if item.model_extra] == [3, 4]
-    picture = Image.open(io.BytesIO(base64.b64decode(reply.data[0].b64_json or "")))
-    assert (picture.format, picture.size) == ("JPEG", (128, 128))
+    image = Image.open(io.BytesIO(base64.b64decode(reply.data[0].b64_json or "")))
+    assert (image.format, image.size) == ("JPEG", (128, 128))
     (job,) = backend.jobs
     assert (job.strength, job.magcache.mag_threshold, job.magcache.mag_max_skip_steps) == (0.5, 0.1, 2)
 
@@ -295,5 +295,5 @@ def test_the_official_client(openai_client: openai.OpenAI, backend: FakeBackend)
     events = list(openai_client.images.edit(image=RED, prompt="on the way", stream=True, partial_images=2))
     assert [event.type for event in events] == ["image_edit.partial_image"] * 2 + ["image_edit.completed"]
     with pytest.raises(openai.BadRequestError) as refused:
-        openai_client.images.edit(image=b"no picture", prompt="a")
+        openai_client.images.edit(image=b"no image", prompt="a")
     assert refused.value.param == "image"

@@ -1,4 +1,4 @@
-"""Whatever JSON or bytes come in, the answer is a picture or a 4xx in the envelope, never a 500."""
+"""Whatever JSON or bytes come in, the answer is an image or a 4xx in the envelope, never a 500."""
 
 from __future__ import annotations
 

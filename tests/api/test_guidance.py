@@ -7,10 +7,10 @@ from typing import Any
 import httpx
 import pytest
 
-from app.api.errors import InvalidRequestError
 from app.api.guidance import guidance_scale, true_cfg
 from app.api.schemas import ImagesRequest
 from app.engine.families import FLUX2_KLEIN, FLUX2_KLEIN_BASE, FLUX_DEV, FLUX_SCHNELL
+from app.errors import InvalidRequestError
 from app.settings import SamplingSettings
 from tests.api.fake_backend import FakeBackend
 

@@ -14,7 +14,7 @@ from app.api.app import create_app
 from app.api.backend import ImagesJob
 from app.api.guidance import DEFAULT_TRUE_CFG_SCALE
 from app.api.schemas import ImagesRequest
-from app.engine.messages import MagCacheOptions
+from app.messages import MagCacheOptions
 from app.settings import MagCacheSettings, Settings
 from tests.api.fake_backend import SCHEDULE, FakeBackend
 
@@ -90,7 +90,7 @@ async def test_everything_that_a_request_may_say(client: httpx.AsyncClient, back
     assert set(reply) == {"created", "data", "background", "output_format", "quality", "size", "usage", "warnings"}
     assert (reply["output_format"], reply["size"], reply["warnings"]) == ("webp", "192x64", [])
     assert (reply["background"], reply["quality"]) == ("opaque", "auto")
-    # Two prompts of 32 tokens each, two pictures of 12 x 4 tokens.
+    # Two prompts of 32 tokens each, two images of 12 x 4 tokens.
     assert reply["usage"] == {
         "input_tokens": 64,
         "output_tokens": 96,
@@ -99,8 +99,8 @@ async def test_everything_that_a_request_may_say(client: httpx.AsyncClient, back
     }
     assert [item["seed"] for item in reply["data"]] == [2**63 - 2, 2**63 - 1]
     first = reply["data"][0]
-    picture = Image.open(io.BytesIO(base64.b64decode(first["b64_json"])))
-    assert (picture.format, picture.size) == ("WEBP", (192, 64))
+    image = Image.open(io.BytesIO(base64.b64decode(first["b64_json"])))
+    assert (image.format, image.size) == ("WEBP", (192, 64))
     assert first["magcache"] == {
         "enabled": True,
         "schedule": SCHEDULE,
@@ -259,7 +259,7 @@ async def test_an_error_that_nobody_measured_is_null(client: httpx.AsyncClient, 
     assert "x-magcache-predicted-error" not in response.headers
 
 
-async def test_json_replies_carry_the_numbers_of_each_picture_in_headers(client: httpx.AsyncClient) -> None:
+async def test_json_replies_carry_the_numbers_of_each_image_in_headers(client: httpx.AsyncClient) -> None:
     headers = (await client.post(URL, json={**PROMPT, "seed": 5, "n": 2})).headers
     assert headers["x-seed"] == "5, 6"
     assert headers["x-magcache-schedule"] == f"{SCHEDULE}, {SCHEDULE}"

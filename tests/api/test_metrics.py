@@ -12,19 +12,21 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 
-from app.engine.messages import COND, UNCOND, BranchStep, DenoiseReport, RowStep, StepPlan
+from app.control.counters import CoordinatorCounters
+from app.messages import COND, UNCOND, BranchStep, DenoiseReport, RowStep, StepPlan
 from app.metrics import CATALOGUE, ApiMetrics, CoordinatorMetrics, EncoderMetrics, Families, merge_families
 from app.metrics.__main__ import document
 from app.metrics.catalogue import BRANCHES, COMMON
-from app.serving.counts import Counts
 
 LABELS = {"model": "m", "replica": "r"}
 BOUNDED = {"model", "replica", "rank"}
 
 
-def _metrics(replica: str = "r") -> tuple[CollectorRegistry, CoordinatorMetrics]:
+def _metrics(
+    replica: str = "r", counters: CoordinatorCounters | None = None
+) -> tuple[CollectorRegistry, CoordinatorMetrics]:
     registry = CollectorRegistry()
-    return registry, CoordinatorMetrics(registry, model="m", replica=replica)
+    return registry, CoordinatorMetrics(registry, "m", replica, counters or CoordinatorCounters())
 
 
 def _plan(*rows: tuple[bool, ...]) -> StepPlan:
@@ -66,7 +68,7 @@ def test_steps_by_decision_and_branch() -> None:
     assert value("flux_digests_checked_total") == 6
 
 
-def test_a_finished_picture() -> None:
+def test_a_finished_image() -> None:
     registry, metrics = _metrics()
     metrics.observe_request(DenoiseReport("CC..C...", 3, 5, 0.4, None, 0.0, 0.1), "q")
     assert registry.get_sample_value("flux_request_skip_ratio_sum", LABELS) == 0.625
@@ -104,14 +106,12 @@ def test_gauges_and_counts() -> None:
 
 
 def test_a_coordinators_own_sums_become_counters() -> None:
-    registry, metrics = _metrics()
-    counts = Counts(
+    counts = CoordinatorCounters(
         admitted=1, finished=2, refused=3, cancelled=4, deadline_impossible=5, deadline_passed=6,
         lowered_by_deadline=7, lowered_by_load=8, computed_seconds=0.5, reused_seconds=0.25, saved_seconds=0.125,
     )  # fmt: skip
-    metrics.totals(counts)
+    registry, _ = _metrics(counters=counts)
     counts.admitted, counts.saved_seconds = 11, 0.5
-    metrics.totals(counts)
     expected: list[tuple[str, dict[str, str], float]] = [
         ("flux_pictures_admitted_total", {}, 11),
         ("flux_pictures_finished_total", {}, 2),
@@ -153,7 +153,7 @@ class _Everything:
 def everything() -> _Everything:
     registry = CollectorRegistry()
     return _Everything(
-        registry, ApiMetrics(registry, "m"), CoordinatorMetrics(registry, "m", "r"), EncoderMetrics(registry, "m")
+        registry, ApiMetrics(registry, "m"), CoordinatorMetrics(registry, "m", "r", CoordinatorCounters()), EncoderMetrics(registry, "m")
     )
 
 

@@ -11,11 +11,11 @@ import openai
 import pytest
 from PIL import Image
 
-from app.api.errors import BusyError, DeadlinePassedError, RequestCancelledError, ServiceError
+from app.errors import BusyError, DeadlinePassedError, RequestCancelledError, ServiceError
 from tests.api.fake_backend import SCHEDULE, FakeBackend
 
 
-def test_a_picture(openai_client: openai.OpenAI) -> None:
+def test_a_image(openai_client: openai.OpenAI) -> None:
     reply = openai_client.images.generate(
         model="flux-tiny",
         prompt="a red circle",
@@ -34,8 +34,8 @@ def test_a_picture(openai_client: openai.OpenAI) -> None:
     assert len(reply.data) == 2
     for index, item in enumerate(reply.data):
         assert item.b64_json is not None
-        picture = Image.open(io.BytesIO(base64.b64decode(item.b64_json)))
-        assert (picture.format, picture.size) == ("JPEG", (192, 128))
+        image = Image.open(io.BytesIO(base64.b64decode(item.b64_json)))
+        assert (image.format, image.size) == ("JPEG", (192, 128))
         assert item.model_extra is not None
         assert item.model_extra["seed"] == 3 + index
         assert item.model_extra["magcache"]["schedule"] == SCHEDULE
@@ -49,8 +49,8 @@ def test_a_picture(openai_client: openai.OpenAI) -> None:
 
 async def test_the_async_client(base_url: str, backend: FakeBackend) -> None:
     async with openai.AsyncOpenAI(base_url=base_url, api_key="unused", max_retries=0, timeout=10) as client:
-        await asyncio.gather(*(client.images.generate(prompt=f"picture {index}") for index in range(8)))
-    assert {job.prompt for job in backend.jobs} == {f"picture {index}" for index in range(8)}
+        await asyncio.gather(*(client.images.generate(prompt=f"image {index}") for index in range(8)))
+    assert {job.prompt for job in backend.jobs} == {f"image {index}" for index in range(8)}
 
 
 def test_models(openai_client: openai.OpenAI) -> None:

@@ -1,4 +1,4 @@
-"""Everything around the pictures: health, models, metrics, request ids, errors, cancelling, the docs."""
+"""Everything around the images: health, models, metrics, request ids, errors, cancelling, the docs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
 from app.api.app import create_app
-from app.api.errors import (
+from app.errors import (
     BusyError,
     DeadlineImpossibleError,
     GenerationError,

@@ -19,7 +19,7 @@ from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent
 from PIL import Image
 
 from app.api.app import create_app
-from app.api.errors import BusyError, DeadlineImpossibleError, DeadlinePassedError, GenerationError
+from app.errors import BusyError, DeadlineImpossibleError, DeadlinePassedError, GenerationError
 from app.settings import HttpSettings, Settings
 from tests.api.fake_backend import SCHEDULE, FakeBackend
 
@@ -38,7 +38,7 @@ def events_of(text: str) -> list[dict[str, Any]]:
     return events
 
 
-def picture_of(b64_json: str) -> Image.Image:
+def image_of(b64_json: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(b64_json)))
 
 
@@ -70,7 +70,7 @@ def test_the_openai_client_streams(openai_client: openai.OpenAI) -> None:
         assert (event.size, event.quality, event.background, event.output_format) == (
             "192x128", "high", "opaque", "webp"
         )  # fmt: skip
-        assert picture_of(event.b64_json).size == (192, 128)
+        assert image_of(event.b64_json).size == (192, 128)
     assert completed.usage.output_tokens == 12 * 8
     assert completed.usage.total_tokens == completed.usage.input_tokens + completed.usage.output_tokens
     assert completed.model_extra is not None
@@ -92,7 +92,7 @@ def test_the_openai_client_takes_progress_events_for_what_they_say_they_are(open
     assert (last["step"], last["steps"], last["decision"], last["queue_position"]) == (8, 8, ".", 0)
 
 
-async def test_the_events_of_several_pictures_name_theirs(client: httpx.AsyncClient, backend: FakeBackend) -> None:
+async def test_the_events_of_several_images_name_theirs(client: httpx.AsyncClient, backend: FakeBackend) -> None:
     response = await client.post(URL, json={**STREAM, "n": 2, "partial_images": 1, "progress": True})
     assert response.headers["content-type"].startswith("text/event-stream")
     events = events_of(response.text)

@@ -1,4 +1,4 @@
-"""A real collector's endpoint receives what the real exporter sends: a span per request, picture and phase."""
+"""A real collector's endpoint receives what the real exporter sends: a span per request, image and phase."""
 
 from __future__ import annotations
 
@@ -81,9 +81,7 @@ def attributes(span: Span) -> dict[str, Any]:
     return {each.key: each.value.string_value or each.value.int_value for each in span.attributes}
 
 
-async def test_a_request_has_a_span_and_its_pictures_phases_below_it(
-    collector: Collector, backend: FakeBackend
-) -> None:
+async def test_a_request_has_a_span_and_its_images_phases_below_it(collector: Collector, backend: FakeBackend) -> None:
     trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
     await spans_of(collector, backend, [BODY], **{"X-Request-Id": "req-1", "traceparent": f"00-{trace}-{parent}-01"})
     assert collector.services == {"flux-magcache-serve"}
@@ -92,28 +90,28 @@ async def test_a_request_has_a_span_and_its_pictures_phases_below_it(
     assert request.parent_span_id.hex() == parent
     assert attributes(request)["http.response.status_code"] == 200
     assert attributes(request)["flux.request_id"] == "req-1"
-    pictures = collector.named("picture")
-    assert len(pictures) == 2
-    for picture in pictures:
-        assert picture.parent_span_id == request.span_id
-        assert attributes(picture)["flux.request_id"] == "req-1"
-        assert attributes(picture)["flux.schedule"]
-        phases = {span.name: span for span in collector.spans if span.parent_span_id == picture.span_id}
+    images = collector.named("picture")
+    assert len(images) == 2
+    for image in images:
+        assert image.parent_span_id == request.span_id
+        assert attributes(image)["flux.request_id"] == "req-1"
+        assert attributes(image)["flux.schedule"]
+        phases = {span.name: span for span in collector.spans if span.parent_span_id == image.span_id}
         assert set(phases) == {"queue", "encode", "denoise", "decode"}
-        # The fake backend's picture was denoised for 0.2 s.
+        # The fake backend's image was denoised for 0.2 s.
         denoise = phases["denoise"]
         assert denoise.end_time_unix_nano - denoise.start_time_unix_nano == pytest.approx(0.2e9)
-        assert phases["encode"].start_time_unix_nano == picture.start_time_unix_nano
+        assert phases["encode"].start_time_unix_nano == image.start_time_unix_nano
         assert phases["encode"].end_time_unix_nano == phases["queue"].start_time_unix_nano
         assert phases["queue"].end_time_unix_nano == denoise.start_time_unix_nano
-        assert phases["decode"].end_time_unix_nano == picture.end_time_unix_nano
+        assert phases["decode"].end_time_unix_nano == image.end_time_unix_nano
 
 
-async def test_streamed_pictures_belong_to_their_request(collector: Collector, backend: FakeBackend) -> None:
+async def test_streamed_images_belong_to_their_request(collector: Collector, backend: FakeBackend) -> None:
     await spans_of(collector, backend, [{"prompt": "a", "stream": True}])
     (request,) = collector.named(f"POST {URL}")
-    (picture,) = collector.named("picture")
-    assert picture.parent_span_id == request.span_id
+    (image,) = collector.named("picture")
+    assert image.parent_span_id == request.span_id
 
 
 async def test_refused_requests_have_a_span_and_probes_none(collector: Collector, backend: FakeBackend) -> None:

@@ -46,16 +46,16 @@ def test_a_step_of_real_tensors_holds_what_fake_ones_say(model: str) -> None:
         get_strategy(transformer).blocks(transformer, hidden, context, temb, rotary)
 
     measured = memory.alive_at_most(transformer, run)
-    assert measured == memory.step_bytes(memory.shard(part, 1), memory.Picture(64, 4, rows=2))
+    assert measured == memory.step_bytes(memory.shard(part, 1), memory.Image(64, 4, rows=2))
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_step_grows_with_rows_and_references_and_shrinks_with_ranks(model: str) -> None:
     part = repository(model, "tiny").parts["transformer"]
-    one = memory.step_bytes(memory.shard(part, 2), memory.Picture(64, 4))
-    assert memory.step_bytes(memory.shard(part, 1), memory.Picture(64, 4)) > one
-    assert 1.5 * one < memory.step_bytes(memory.shard(part, 2), memory.Picture(64, 4, rows=2)) < 2.5 * one
-    assert 1.5 * one < memory.step_bytes(memory.shard(part, 2), memory.Picture(64, 4, references=1)) < 2.5 * one
+    one = memory.step_bytes(memory.shard(part, 2), memory.Image(64, 4))
+    assert memory.step_bytes(memory.shard(part, 1), memory.Image(64, 4)) > one
+    assert 1.5 * one < memory.step_bytes(memory.shard(part, 2), memory.Image(64, 4, rows=2)) < 2.5 * one
+    assert 1.5 * one < memory.step_bytes(memory.shard(part, 2), memory.Image(64, 4, references=1)) < 2.5 * one
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -85,7 +85,7 @@ MODEL = {
     "text_encoders_gb": {"text_encoder": 8.0},
     "vae_gb": 0.2,
     "vae_decode_gb": 1.8,
-    "residual_per_picture_mb": 100.0,
+    "residual_per_image_mb": 100.0,
     "tensor_parallel_size": {
         "1": {"weights_gb": 20.0, "computed_step_gb": 0.7},
         "2": {"weights_gb": 12.0, "computed_step_gb": 0.7},

@@ -47,7 +47,7 @@ def test_the_figures_of_a_run() -> None:
 
 
 def test_the_peer_computes_the_steps_that_the_rule_says() -> None:
-    """What makes the comparison fair, also when the number of steps changes from one picture to the next."""
+    """What makes the comparison fair, also when the number of steps changes from one image to the next."""
     pipeline = CachedPipeline(str(MODEL), PROFILE, threads=1, dtype="float32")
     block = pipeline._pipeline.transformer.single_transformer_blocks[0]
     computed: list[int] = []

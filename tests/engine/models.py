@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from app.components.source_encoder import SourceEncoder, nearest_trained_size
 from app.engine.engine import Engine
 from app.engine.families import Edits, Family, family_of
 from app.engine.geometry import Geometry
 from app.engine.layouts import Flux2Layout, unpack
-from app.engine.messages import (
+from app.messages import (
     BranchStep,
     Conditioning,
     DenoiseJob,
@@ -26,7 +27,6 @@ from app.engine.messages import (
     StepPlan,
     chained,
 )
-from app.serving.source_encoder import SourceEncoder, nearest_trained_size
 from benchmarks.make_checkpoint import make_checkpoint
 from magcache_core import Decision
 
@@ -67,14 +67,14 @@ class TinyModel:
             return PromptEmbeddings(tokens)
         return PromptEmbeddings(tokens, torch.randn(config.pooled_projection_dim, generator=generator).to(self.dtype))
 
-    def conditioning(self, job: DenoiseJob, pictures: Sequence[Image.Image] = ()) -> Conditioning:
-        """What the service would send along with ``job``: prompts with seeds 1 and 2, encoded source pictures."""
+    def conditioning(self, job: DenoiseJob, images: Sequence[Image.Image] = ()) -> Conditioning:
+        """What the service would send along with ``job``: prompts with seeds 1 and 2, encoded source images."""
         encoder = SourceEncoder(self.pipeline.vae, self.family, max_pixels=job.width * job.height)
-        sources = tuple(encoder.encode(np.asarray(one), job.width, job.height) for one in pictures)
+        sources = tuple(encoder.encode(np.asarray(one), job.width, job.height) for one in images)
         negative = self.prompt(2) if job.true_cfg_scale > 1 else None
         return Conditioning(self.prompt(1), negative, sources)
 
-    def reference(self, job: DenoiseJob, pictures: Sequence[Image.Image] = ()) -> torch.Tensor:
+    def reference(self, job: DenoiseJob, images: Sequence[Image.Image] = ()) -> torch.Tensor:
         """Tokens, (image_tokens, channels), that diffusers' pipeline makes for ``job``."""
         asked: dict[str, Any] = {
             "width": job.width,
@@ -88,7 +88,7 @@ class TinyModel:
             asked["negative_prompt_embeds"] = self.prompt(2).tokens[None]
         if isinstance(self.family.layout, Flux2Layout):
             # What is called guidance there is true CFG.
-            latents = self.pipeline(**asked, image=list(pictures) or None, guidance_scale=job.true_cfg_scale).images
+            latents = self.pipeline(**asked, image=list(images) or None, guidance_scale=job.true_cfg_scale).images
             return self.family.layout.from_vae(self.pipeline.vae, latents)[0]
         asked |= {"guidance_scale": job.guidance_scale, "true_cfg_scale": job.true_cfg_scale}
         asked["pooled_prompt_embeds"] = self.prompt(1).pooled[None]
@@ -96,7 +96,7 @@ class TinyModel:
             asked["negative_pooled_prompt_embeds"] = self.prompt(2).pooled[None]
         if job.strength is not None:
             # Given as latents: the pipeline would sample them from the VAE's posterior, the service takes its mode.
-            (source,) = self.conditioning(job, pictures).sources
+            (source,) = self.conditioning(job, images).sources
             geometry = Geometry.of(job.width, job.height)
             asked |= {"image": unpack(source.latents[None], geometry), "strength": job.strength}
             image_to_image = diffusers.FluxImg2ImgPipeline(**self.pipeline.components)
@@ -104,7 +104,7 @@ class TinyModel:
             return image_to_image(**asked).images[0]
         if self.family.edits is Edits.REFERENCES:
             asked |= {"max_area": job.width * job.height, "_auto_resize": False}
-            for one in pictures:  # the pipeline's own choice of size is a megapixel
+            for one in images:  # the pipeline's own choice of size is a megapixel
                 size = nearest_trained_size(self.family.trained_sizes, *one.size, job.width * job.height)
                 asked["image"] = one.resize(size, Image.Resampling.LANCZOS)
         return self.pipeline(**asked).images[0]
@@ -118,8 +118,8 @@ class TinyModel:
         return self.pipeline.image_processor.postprocess(pixels, output_type="np")[0]
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A picture with structure at several scales."""
+def image(width: int, height: int, seed: int = 0) -> Image.Image:
+    """An image with structure at several scales."""
     generator = np.random.default_rng(seed)
     coarse = Image.fromarray(generator.integers(0, 256, (4, 4, 3), dtype=np.uint8))
     return coarse.resize((width, height), Image.Resampling.BICUBIC)

@@ -1,4 +1,4 @@
-"""Complex rotations against diffusers' real ones; tests/engine/test_parity.py compares whole pictures."""
+"""Complex rotations against diffusers' real ones; tests/engine/test_parity.py compares whole images."""
 
 from __future__ import annotations
 

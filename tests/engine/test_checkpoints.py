@@ -55,15 +55,15 @@ def test_diffusers_own_pipeline_class_runs_it(checkpoint: Callable[[str], Path],
             **options,
         ).images[0]
 
-    picture = paint(PROMPT)
-    assert picture.shape == (64, 64, 3)
-    assert np.isfinite(picture).all()
-    assert picture.std() > 0.01
+    image = paint(PROMPT)
+    assert image.shape == (64, 64, 3)
+    assert np.isfinite(image).all()
+    assert image.std() > 0.01
     # A text encoder or tokenizer that loses the prompt would go unnoticed otherwise.
-    assert not np.array_equal(picture, paint("green"))
+    assert not np.array_equal(image, paint("green"))
     if pipeline_class is not diffusers.FluxPipeline:
         source = Image.fromarray(np.full((64, 64, 3), 200, np.uint8))
-        assert not np.array_equal(picture, paint(PROMPT, image=source))
+        assert not np.array_equal(image, paint(PROMPT, image=source))
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 from diffusers import FluxPipeline
 
-from app.engine.engine import Engine, PlanMismatchError
-from app.engine.messages import BranchStep, Conditioning, MagCacheOptions, RowStep, StepPlan, chained
-from app.serving.scheduler import StepScheduler
-from app.serving.trajectory import TrajectoryPlanner
+from app.control.schedule import SchedulePlanner
+from app.control.scheduler import StepScheduler
+from app.engine.engine import Engine
+from app.errors import PlanMismatchError
+from app.messages import BranchStep, Conditioning, MagCacheOptions, RowStep, StepPlan, chained
 from app.settings import MagCacheSettings, Settings
 from tests.local_group import embed, job, plans
 
@@ -50,12 +51,12 @@ def test_reusing_what_was_never_computed_is_an_error(engine: Engine, prompt: Con
 
 def test_dropping_a_row_frees_its_residuals(engine: Engine, both: Conditioning) -> None:
     settings = Settings(magcache=MagCacheSettings(profile="flux.1-dev"))
-    planner = TrajectoryPlanner(settings, engine.sampler)
+    planner = SchedulePlanner(settings, engine.sampler)
     scheduler = StepScheduler(settings)
     cached = MagCacheOptions(True)
     for name in ("a/0", "b/0"):
         one = job(name, true_cfg_scale=2.0, magcache=cached)
-        scheduler.submit(one, planner.trajectories(one))
+        scheduler.submit(one, planner.schedules(one))
     result = engine.execute(scheduler.next_plan(), [both, both])
     per_row = 2 * 64 * 192 * 4  # two branches of 64 tokens x 192 channels in float32
     assert result.residual_bytes == 2 * per_row

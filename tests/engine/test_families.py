@@ -78,7 +78,7 @@ def test_why_nothing_is_reused_without_a_profile() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_who_takes_pictures_says_how_many(family: Family) -> None:
+def test_who_takes_images_says_how_many(family: Family) -> None:
     assert (family.max_sources > 0) == (family.edits is not Edits.NONE)
     assert not family.trained_sizes or family.edits is Edits.REFERENCES
 

@@ -23,21 +23,21 @@ def test_both_pipelines_pack_alike(width: int, height: int) -> None:
 
 
 def test_flux1_ids_are_those_of_kontext() -> None:
-    picture, reference = Geometry.of(160, 96), Geometry.of(64, 128)
-    ids = Flux1Layout().position_ids(picture, 5, [reference])
+    image, reference = Geometry.of(160, 96), Geometry.of(64, 128)
+    ids = Flux1Layout().position_ids(image, 5, [reference])
     expected = [
         FluxKontextPipeline._prepare_latent_image_ids(1, one.rows, one.columns, CPU, torch.float32)
-        for one in (picture, reference)
+        for one in (image, reference)
     ]
     expected[1][:, 0] = 1
     assert torch.equal(ids, torch.cat([torch.zeros(5, 3), *expected]))
-    assert torch.equal(Flux1Layout().position_ids(picture, 5), ids[: 5 + picture.tokens])
+    assert torch.equal(Flux1Layout().position_ids(image, 5), ids[: 5 + image.tokens])
 
 
 def test_flux2_ids_are_those_of_klein() -> None:
-    picture, references = Geometry.of(160, 96), [Geometry.of(64, 128), Geometry.of(96, 96)]
-    ids = Flux2Layout().position_ids(picture, 7, references)
-    grids = [torch.empty(1, 1, one.rows, one.columns) for one in (picture, *references)]
+    image, references = Geometry.of(160, 96), [Geometry.of(64, 128), Geometry.of(96, 96)]
+    ids = Flux2Layout().position_ids(image, 7, references)
+    grids = [torch.empty(1, 1, one.rows, one.columns) for one in (image, *references)]
     expected = torch.cat(
         [
             Flux2KleinPipeline._prepare_text_ids(torch.empty(1, 7, 1))[0],

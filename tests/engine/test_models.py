@@ -9,17 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
+from app.control.schedule import SchedulePlanner
 from app.engine.engine import Engine
-from app.engine.messages import DenoiseJob, MagCacheOptions
 from app.engine.sampling import FlowMatchSampler
-from app.serving.trajectory import TrajectoryPlanner
+from app.messages import DenoiseJob, MagCacheOptions
 from app.settings import MagCacheSettings, Settings
 from magcache_core import apply_mag_cache, choose, decisions, fill, load_profile, remove_mag_cache
-from tests.engine.models import TinyModel, picture, plans, run, together
+from tests.engine.models import TinyModel, image, plans, run, together
 from tests.local_group import job, psnr
 
 ModelOf = Callable[[str], TinyModel]
-WIDE, TALL = picture(96, 64, seed=1), picture(64, 80, seed=2)
+WIDE, TALL = image(96, 64, seed=1), image(64, 80, seed=2)
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +51,17 @@ CASES = [
     ("flux.2-klein-4b", job("a/0", size=(128, 96), steps=4), (WIDE, TALL)),
     ("flux.2-klein-base", job("a/0", size=(64, 80), steps=5, true_cfg_scale=4.0), (TALL,)),
 ]
-Pictures = tuple[Image.Image, ...]
+Images = tuple[Image.Image, ...]
 
 
-@pytest.mark.parametrize(("name", "asked", "pictures"), CASES)
-def test_cache_off_equals_its_pipeline(model_of: ModelOf, name: str, asked: DenoiseJob, pictures: Pictures) -> None:
+@pytest.mark.parametrize(("name", "asked", "images"), CASES)
+def test_cache_off_equals_its_pipeline(model_of: ModelOf, name: str, asked: DenoiseJob, images: Images) -> None:
     model = model_of(name)
-    ours = run(Engine(model.folder), plans(asked), model.conditioning(asked, pictures))
-    check_equal(model, asked, ours, model.reference(asked, pictures))
-    if pictures:
+    ours = run(Engine(model.folder), plans(asked), model.conditioning(asked, images))
+    check_equal(model, asked, ours, model.reference(asked, images))
+    if images:
         without = run(Engine(model.folder), plans(asked), model.conditioning(asked))
-        assert (ours - without).norm() / ours.norm() > 1e-3, "the picture must matter, or this test shows nothing"
+        assert (ours - without).norm() / ours.norm() > 1e-3, "the image must matter, or this test shows nothing"
 
 
 @pytest.mark.parametrize("name", ["flux.1-kontext-dev", "flux.2-klein-4b"])
@@ -76,7 +76,7 @@ def test_bfloat16_is_rounded_where_the_pipeline_rounds_it(name: str, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("name", "scale", "pictures"),
+    ("name", "scale", "images"),
     [
         ("flux.1-dev", 2.5, ()),
         ("flux.1-kontext-dev", 1.0, (WIDE,)),
@@ -84,19 +84,19 @@ def test_bfloat16_is_rounded_where_the_pipeline_rounds_it(name: str, tmp_path: P
         ("flux.2-klein-base", 4.0, (TALL,)),
     ],
 )
-def test_cache_on_equals_the_hooks(model_of: ModelOf, name: str, scale: float, pictures: Pictures) -> None:
-    """The hooks store the residual of all tokens, the engine that of the picture's: the rest is never painted."""
+def test_cache_on_equals_the_hooks(model_of: ModelOf, name: str, scale: float, images: Images) -> None:
+    """The hooks store the residual of all tokens, the engine that of the image's: the rest is never painted."""
     model = model_of(name)
     asked = job("a/0", size=(96, 96), steps=12, true_cfg_scale=scale)
     plan = choose(load_profile("flux.1-dev"), 12)
     assert 3 < plan.schedule.count("C") < 9
     engine = Engine(model.folder)
     decided = dict.fromkeys(asked.branches, decisions(plan, engine.sampler.sigmas(12, 36).tolist()))
-    conditioning = model.conditioning(asked, pictures)
+    conditioning = model.conditioning(asked, images)
     ours = run(engine, plans(asked, decided), conditioning)
     apply_mag_cache(model.pipeline.transformer, plan)
     try:
-        theirs = model.reference(asked, pictures)
+        theirs = model.reference(asked, images)
     finally:
         remove_mag_cache(model.pipeline.transformer)
     check_equal(model, asked, ours, theirs)
@@ -140,24 +140,24 @@ def test_strength_with_the_cache_equals_the_hooks(model_of: ModelOf) -> None:
 def test_a_few_step_model_computes_every_step_and_says_why(model_of: ModelOf) -> None:
     folder = model_of("flux.2-klein-4b").folder
     asked = job("a/0", steps=4, magcache=MagCacheOptions(True))
-    trajectory = TrajectoryPlanner(Settings(model=str(folder)), FlowMatchSampler(folder)).trajectories(asked)["cond"]
-    assert (trajectory.schedule, trajectory.history) == ("CCCC", 0)
-    assert trajectory.uncached_reason is not None
-    assert trajectory.uncached_reason.startswith("FLUX.2-klein is made for 4 steps")
+    schedule = SchedulePlanner(Settings(model=str(folder)), FlowMatchSampler(folder)).schedules(asked)["cond"]
+    assert (schedule.text, schedule.residuals_kept) == ("CCCC", 0)
+    assert schedule.uncached_reason is not None
+    assert schedule.uncached_reason.startswith("FLUX.2-klein is made for 4 steps")
     named = Settings(model=str(folder), magcache=MagCacheSettings(profile="flux.1-dev", mag_threshold=5.0))
     asked = job("a/0", steps=8, magcache=MagCacheOptions(True, mag_threshold=5.0))
-    trajectory = TrajectoryPlanner(named, FlowMatchSampler(folder)).trajectories(asked)["cond"]
-    assert "." in trajectory.schedule, "a profile says otherwise"
-    assert trajectory.uncached_reason is None
+    schedule = SchedulePlanner(named, FlowMatchSampler(folder)).schedules(asked)["cond"]
+    assert "." in schedule.text, "a profile says otherwise"
+    assert schedule.uncached_reason is None
 
 
 @pytest.mark.parametrize("name", ["flux.1-kontext-dev", "flux.2-klein-4b"])
-def test_pictures_with_and_without_references_share_a_rank(model_of: ModelOf, name: str) -> None:
+def test_images_with_and_without_references_share_a_rank(model_of: ModelOf, name: str) -> None:
     """Equal shapes share a forward pass, others stand beside it; nobody sees a neighbour's reference."""
     model = model_of(name)
-    sources: list[Pictures] = [(WIDE,), (picture(96, 64, seed=5),), (), (TALL,)]
+    sources: list[Images] = [(WIDE,), (image(96, 64, seed=5),), (), (TALL,)]
     jobs = [job(f"{index}/0", size=(96, 96), steps=2, seed=index) for index in range(len(sources))]
-    tensors = {one.row_id: model.conditioning(one, pictures) for one, pictures in zip(jobs, sources, strict=True)}
+    tensors = {one.row_id: model.conditioning(one, images) for one, images in zip(jobs, sources, strict=True)}
     engine = Engine(model.folder)
     made: dict[str, torch.Tensor] = {}
     for plan in together(jobs):

@@ -11,11 +11,11 @@ import torch.multiprocessing as mp
 from torch.distributed import FileStore
 
 from app.engine.engine import Engine
-from app.engine.messages import Conditioning, DenoiseJob, StepPlan
 from app.engine.parallel import TensorParallelGroup
 from app.engine.tuning import Tuning
+from app.messages import Conditioning, DenoiseJob, StepPlan
 from magcache_core import Plan, apply_mag_cache, choose, decisions, load_profile, remove_mag_cache
-from tests.engine.models import TinyModel, picture, plans, run
+from tests.engine.models import TinyModel, image, plans, run
 from tests.local_group import job, psnr
 
 CASES: dict[str, tuple[DenoiseJob, int]] = {
@@ -30,7 +30,7 @@ TUNED = {
     "compiled": ("flux.1-kontext-dev", Tuning(compile=True, compiler="eager")),
     "fp8": ("flux.2-klein-4b", Tuning(quantization="fp8")),
 }
-PICTURES = (picture(64, 80, seed=1), picture(80, 64, seed=2))
+IMAGES = (image(64, 80, seed=1), image(80, 64, seed=2))
 Work = list[tuple[list[StepPlan], Conditioning]]
 
 
@@ -69,10 +69,10 @@ def expected(models: dict[str, TinyModel]) -> dict[str, list[torch.Tensor]]:
     found = {}
     for name, (asked, sources) in CASES.items():
         model, plan = models[name], _cached(asked)
-        found[name] = [model.reference(asked, PICTURES[:sources])]
+        found[name] = [model.reference(asked, IMAGES[:sources])]
         if plan is not None:
             apply_mag_cache(model.pipeline.transformer, plan)
-            found[name].append(model.reference(asked, PICTURES[:sources]))
+            found[name].append(model.reference(asked, IMAGES[:sources]))
             remove_mag_cache(model.pipeline.transformer)
     return found
 
@@ -83,7 +83,7 @@ def test_sharded_equals_the_pipelines(
 ) -> None:
     work: dict[str, Work] = {}
     for name, (asked, sources) in CASES.items():
-        tensors = models[name].conditioning(asked, PICTURES[:sources])
+        tensors = models[name].conditioning(asked, IMAGES[:sources])
         work[name] = [(plans(asked), tensors)]
         plan = _cached(asked)
         if plan is not None:

@@ -14,8 +14,8 @@ from torch.distributed import FileStore
 from app.engine.engine import Engine
 from app.engine.geometry import Geometry
 from app.engine.loading import load_transformer
-from app.engine.messages import Conditioning, MagCacheOptions, PromptEmbeddings, StepPlan
 from app.engine.parallel import TensorParallelGroup, shard_specs
+from app.messages import Conditioning, MagCacheOptions, PromptEmbeddings, StepPlan
 from tests.local_group import MODEL, execute, job, plans
 
 CPU = torch.device("cpu")

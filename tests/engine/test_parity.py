@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from diffusers import FluxPipeline, MagCacheConfig
 
+from app.control.schedule import BranchSchedule, SchedulePlanner
+from app.control.scheduler import StepScheduler
 from app.engine.engine import Engine
-from app.engine.messages import Conditioning, MagCacheOptions
 from app.engine.sampling import FlowMatchSampler
-from app.serving.scheduler import StepScheduler
-from app.serving.trajectory import Trajectory, TrajectoryPlanner
+from app.messages import Conditioning, MagCacheOptions
 from app.settings import MagCacheSettings, Settings
 from magcache_core import apply_mag_cache, decisions, fill, load_profile, remove_mag_cache
 from tests.local_group import MODEL, decode, embed, execute, job, plans, psnr, reference
@@ -41,7 +41,7 @@ def test_true_cfg_equals_flux_pipeline(engine: Engine, pipeline: FluxPipeline) -
     expected = decode(pipeline, reference(pipeline, PROMPT, asked, negative_prompt=NEGATIVE), asked)
     assert psnr(decode(pipeline, latents["a/0"], asked), expected) >= 60
     without = decode(pipeline, reference(pipeline, PROMPT, asked), asked)
-    assert psnr(expected, without) < 50, "true CFG must change the picture, or this test shows nothing"
+    assert psnr(expected, without) < 50, "true CFG must change the image, or this test shows nothing"
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.5])
@@ -73,9 +73,9 @@ def test_cache_on_equals_diffusers_hooks(engine: Engine, pipeline: FluxPipeline,
         spy.remove()
 
     settings = Settings(magcache=MagCacheSettings(profile=profile.name))
-    trajectory = TrajectoryPlanner(settings, FlowMatchSampler(MODEL)).trajectories(asked)["cond"]
+    schedule = SchedulePlanner(settings, FlowMatchSampler(MODEL)).schedules(asked)["cond"]
     theirs = "".join("C" if step in computed_at else "." for step in range(28))
-    assert theirs == trajectory.schedule
+    assert theirs == schedule.text
     assert theirs.count(".") > 14
     assert psnr(decode(pipeline, latents["a/0"], asked), decode(pipeline, expected, asked)) >= 60
 
@@ -85,10 +85,10 @@ def test_every_reuse_mode_equals_the_hooks(engine: Engine, pipeline: FluxPipelin
     plan = fill(load_profile("flux-tiny"), "CCC..C...C..C...C.C..C...C.C", reuse)
     asked = job("a/0")
     decided = decisions(plan, engine.sampler.sigmas(28, 64).tolist())
-    history = max(len(decision.weights) for decision in decided)
-    assert history == {"residual": 1, "scaled": 1, "linear": 2, "fitted": 3}[reuse]
+    residuals_kept = max(len(decision.weights) for decision in decided)
+    assert residuals_kept == {"residual": 1, "scaled": 1, "linear": 2, "fitted": 3}[reuse]
     scheduler = StepScheduler(Settings())
-    scheduler.submit(asked, {"cond": Trajectory(decided, history, 0.0)})
+    scheduler.submit(asked, {"cond": BranchSchedule(decided, residuals_kept, 0.0)})
     formed = list(iter(scheduler.next_plan, None))
     latents = execute(engine, formed, {"a/0": Conditioning(embed(pipeline, PROMPT))})
 

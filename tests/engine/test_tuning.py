@@ -1,4 +1,4 @@
-"""Attention backends, compiled blocks, 8-bit weights: the same pictures at another cost, or an error at the start."""
+"""Attention backends, compiled blocks, 8-bit weights: the same images at another cost, or an error at the start."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch._dynamo.utils import counters
 
 from app.engine.engine import Engine
 from app.engine.fp8 import FLOAT8, Fp8Linear, quantize, to_float8
-from app.engine.messages import DenoiseJob
 from app.engine.parallel import RowParallelLinear, TensorParallelGroup
-from app.engine.rehearsal import rehearse
 from app.engine.tuning import Tuning, TuningError, check_attention, tune
-from tests.engine.models import TEXT_TOKENS, TinyModel, picture, together
+from app.engine.warmup import warm_up
+from app.messages import DenoiseJob
+from tests.engine.models import TEXT_TOKENS, TinyModel, image, together
 from tests.local_group import job, psnr
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -43,7 +43,7 @@ def jobs(rows: int, width: int, height: int) -> list[DenoiseJob]:
 
 def latents(engine: Engine, model: TinyModel, asked: list[DenoiseJob], sources: int = 0) -> torch.Tensor:
     """(rows, image_tokens, channels)."""
-    conditioning = model.conditioning(asked[0], [picture(64, 64)] * sources)
+    conditioning = model.conditioning(asked[0], [image(64, 64)] * sources)
     engine.restart()  # and its blocks stay compiled
     for plan in together(asked):
         made = engine.execute(plan, [conditioning for _ in plan.admit]).latents
@@ -54,7 +54,7 @@ def latents(engine: Engine, model: TinyModel, asked: list[DenoiseJob], sources: 
 def test_what_a_rehearsal_compiles_serves_every_batch_without_a_break(model: TinyModel) -> None:
     compiled, eager = Engine(model.folder, tuning=COMPILED), Engine(model.folder)
     (usual,) = jobs(1, 96, 64)
-    rehearse(compiled, usual, TEXT_TOKENS, max_rows=8)
+    warm_up(compiled, usual, TEXT_TOKENS, max_rows=8)
     graphs = counters["stats"]["unique_graphs"]
     assert graphs > 0
     shapes = [(1, 96, 64, 0), (2, 96, 64, 0), (3, 96, 64, 0), (8, 64, 64, 0), (1, 160, 96, 0), (5, 128, 64, 1)]

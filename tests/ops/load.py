@@ -1,4 +1,4 @@
-"""Clients that ask for pictures all the time, and remember every answer that was not one.
+"""Clients that ask for images all the time, and remember every answer that was not one.
 
 A Kubernetes Service stops sending requests to a pod whose proxy is not ready; here each client looks for itself.
 """

@@ -124,7 +124,7 @@ def test_the_build_context_is_enough_to_serve(tmp_path: Path) -> None:
     script = """
 import sys, yaml, app
 from app.main import build
-from app.serving.model_files import local_model
+from app.model_files import model_folder
 from app.settings import Settings
 from magcache_core import load_profile
 for name in ("flux-tiny", "flux"):
@@ -132,7 +132,7 @@ for name in ("flux-tiny", "flux"):
     settings = Settings(**application["args"])
     build(settings)
     load_profile(settings.magcache.profile)
-print(app.__file__, local_model("models/flux-tiny"))
+print(app.__file__, model_folder(Settings()))
 """
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
     run = subprocess.run(

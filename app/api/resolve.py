@@ -1,0 +1,233 @@
+"""From a well-formed request to an ``ImagesJob``: defaults, the server's limits, and what has no effect."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import get_args
+
+from app.api.backend import ImagesJob, OutputFormat, SourcePixels
+from app.api.cache_options import Shape, cache_options
+from app.api.guidance import guidance_scale, true_cfg
+from app.api.schemas import MAX_SEED, ImagesRequest, MagCacheBody, Quality
+from app.engine.families import Family
+from app.errors import InvalidRequestError, ModelNotFoundError
+from app.messages import COND, UNCOND, first_step
+from app.settings import SamplingSettings, Settings
+
+# Drawn seeds stay exact in JSON readers whose only number is a double.
+_DRAWN_SEEDS = 2**53
+_FORMATS: tuple[OutputFormat, ...] = get_args(OutputFormat)
+# The names of DALL-E's days.
+_QUALITIES: dict[str, Quality] = {"standard": "auto", "hd": "high"}
+
+
+@dataclass(frozen=True)
+class ResolvedRequest:
+    """A job, the form of its reply, and what the request asked for without effect.
+
+    Attributes:
+        as_file: the reply is the bare file.
+        stream: the reply is a stream of events, with ``progress`` of each step.
+        text_tokens: tokens that the model reads, padding and the negative prompt included.
+    """
+
+    job: ImagesJob
+    as_file: bool
+    stream: bool
+    progress: bool
+    quality: Quality
+    text_tokens: int
+    warnings: tuple[str, ...]
+
+    @property
+    def size(self) -> str:
+        """``WIDTHxHEIGHT``."""
+        return f"{self.job.width}x{self.job.height}"
+
+
+def resolve_request(
+    request: ImagesRequest,
+    settings: Settings,
+    family: Family,
+    request_id: str,
+    accept: str = "",
+    sources: tuple[SourcePixels, ...] = (),
+    strength: float | None = None,
+) -> ResolvedRequest:
+    """The job that ``request`` asks for.
+
+    Args:
+        family: what kind of model is served.
+        accept: the Accept header; an image type in it asks for the bare file.
+        sources, strength: what an edit adds, see `ImagesJob`.
+
+    Raises:
+        ServiceError: the request is beyond the server's limits or contradicts itself; ``param`` names the field.
+    """
+    if request.model is not None and request.model != settings.model_name:
+        raise ModelNotFoundError(
+            f"model {request.model[:80]!r} is not served here; this service has {settings.model_name!r}", param="model"
+        )
+    warnings: list[str] = []
+    sampling = settings.sampling
+    n = request.n or 1
+    _at_most("n", n, sampling.max_n)
+    steps = request.num_inference_steps or sampling.num_inference_steps
+    _at_most("num_inference_steps", steps, sampling.max_inference_steps)
+    _check_prompt("prompt", request.prompt, settings)
+    if request.negative_prompt is not None:
+        _check_prompt("negative_prompt", request.negative_prompt, settings, may_be_empty=True)
+    width, height = _size(request.size, sampling)
+    stream = request.stream or False
+    _check_stream(request, stream)
+    output_format, as_file = _reply_form(request, "" if stream else accept)
+    if as_file and stream:
+        raise InvalidRequestError(
+            "response_format 'file' is one file, and a stream is events; resolved for b64_json", param="response_format"
+        )
+    if as_file and n != 1:
+        raise InvalidRequestError(f"n is {n}, but a file reply holds one image; resolved for b64_json", param="n")
+    if request.output_compression is not None and output_format == "png":
+        warnings.append("output_compression is ignored: png is lossless")
+    negative_prompt, true_cfg_scale = true_cfg(request, family, warnings)
+    branches = (COND,) if negative_prompt is None else (COND, UNCOND)
+    quality = _quality(request)
+    shape = Shape(steps - first_step(steps, strength), width, height, branches)
+    job = ImagesJob(
+        request_id=request_id,
+        prompt=request.prompt,
+        negative_prompt=negative_prompt,
+        n=n,
+        width=width,
+        height=height,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale(request, family, sampling, warnings),
+        true_cfg_scale=true_cfg_scale,
+        seed=_seed(request.seed, n),
+        magcache=cache_options(request.magcache or MagCacheBody(), quality, settings, shape, warnings),
+        output_format=output_format,
+        output_compression=100 if request.output_compression is None else request.output_compression,
+        priority=request.priority or 0,
+        deadline_s=request.deadline_s,
+        partial_images=request.partial_images or 0,
+        sources=sources,
+        strength=strength,
+    )
+    return ResolvedRequest(
+        job=job,
+        as_file=as_file,
+        stream=stream,
+        progress=request.progress or False,
+        quality=quality,
+        text_tokens=sampling.max_sequence_length * len(branches),
+        warnings=tuple(warnings),
+    )
+
+
+def _check_stream(request: ImagesRequest, stream: bool) -> None:
+    for name in ("partial_images", "progress"):
+        if getattr(request, name) and not stream:
+            raise InvalidRequestError(f"{name} comes as events of a stream: set stream to true", param=name)
+
+
+def _quality(request: ImagesRequest) -> Quality:
+    asked = request.quality or "auto"
+    return _QUALITIES.get(asked, asked)  # type: ignore[arg-type]
+
+
+def _at_most(name: str, value: int, limit: int) -> None:
+    if value > limit:
+        raise InvalidRequestError(f"{name} must be at most {limit} on this server", param=name)
+
+
+def _check_prompt(name: str, text: str, settings: Settings, may_be_empty: bool = False) -> None:
+    if not text.strip() and not may_be_empty:
+        raise InvalidRequestError(f"{name} must not be empty", param=name)
+    if len(text) > settings.http.max_prompt_chars:
+        raise InvalidRequestError(
+            f"{name} has {len(text)} characters; at most {settings.http.max_prompt_chars} are allowed", param=name
+        )
+    if re.search("[\ud800-\udfff]", text):  # JSON can escape them, no tokenizer takes them
+        raise InvalidRequestError(f"{name} holds half of a surrogate pair, which is not text", param=name)
+
+
+def _size(size: str | None, limits: SamplingSettings) -> tuple[int, int]:
+    if size is None or size == "auto":
+        return limits.default_width, limits.default_height
+    match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", size)
+    if match is None:
+        example = f"{limits.default_width}x{limits.default_height}"
+        raise InvalidRequestError(f"size must be WIDTHxHEIGHT or auto, for example {example!r}", param="size")
+    width, height = int(match[1]), int(match[2])
+    for side in (width, height):
+        if side % limits.side_multiple or not limits.min_side <= side <= limits.max_side:
+            raise InvalidRequestError(
+                f"size {size!r}: both sides must be multiples of {limits.side_multiple} from {limits.min_side} to "
+                f"{limits.max_side}; the nearest to {side} is {_nearest_side(side, limits)}",
+                param="size",
+            )
+    if width * height > limits.max_pixels:
+        raise InvalidRequestError(
+            f"size {size!r} has {width * height} pixels; at most {limits.max_pixels} are allowed", param="size"
+        )
+    return width, height
+
+
+def _nearest_side(side: int, limits: SamplingSettings) -> int:
+    multiple = limits.side_multiple
+    return min(max((side + multiple // 2) // multiple * multiple, limits.min_side), limits.max_side)
+
+
+def _reply_form(request: ImagesRequest, accept: str) -> tuple[OutputFormat, bool]:
+    """The file format, and whether the reply is the bare file: ``response_format`` decides before the Accept header."""
+    if request.response_format == "url":
+        raise InvalidRequestError(
+            "response_format 'url' is not possible: this service keeps no images; use 'b64_json' or 'file'",
+            param="response_format",
+        )
+    offered = _accepted_images(accept) if request.response_format != "b64_json" else None
+    if offered is None:
+        return request.output_format or "png", request.response_format == "file"
+    if not offered:
+        raise InvalidRequestError(
+            f"the Accept header asks for an image type other than {', '.join(_FORMATS)}",
+            param="Accept",
+            code="not_acceptable",
+            status=HTTPStatus.NOT_ACCEPTABLE,
+        )
+    if request.output_format is not None and request.output_format not in offered:
+        raise InvalidRequestError(
+            f"output_format {request.output_format!r} contradicts the Accept header {accept[:80]!r}",
+            param="output_format",
+        )
+    return request.output_format or offered[0], True
+
+
+def _accepted_images(accept: str) -> Sequence[OutputFormat] | None:
+    """The formats that the Accept header asks for, best first; None when it rather takes JSON."""
+    ranges: list[tuple[float, str]] = []
+    for part in accept.lower().split(","):
+        media_type, *parameters = (piece.strip() for piece in part.split(";"))
+        quality = next((piece[2:] for piece in parameters if piece.startswith("q=")), "1")
+        weight = float(quality) if re.fullmatch(r"[01](\.[0-9]{0,3})?", quality) else 0.0
+        if weight > 0:
+            ranges.append((weight, media_type))
+    ranges.sort(key=lambda entry: -entry[0])  # stable: the client's order stands among equals
+    if not ranges or not ranges[0][1].startswith("image/"):
+        return None
+    images = [media_type for _, media_type in ranges if media_type.startswith("image/")]
+    if "image/*" in images:
+        return _FORMATS
+    return [fmt for media_type in images for fmt in _FORMATS if media_type == f"image/{fmt}"]
+
+
+def _seed(seed: int | None, n: int) -> int:
+    if seed is None:
+        return secrets.randbelow(_DRAWN_SEEDS - n + 1)
+    if seed + n - 1 > MAX_SEED:
+        raise InvalidRequestError(f"seed + n - 1 must be at most {MAX_SEED}: each image has its own seed", param="seed")
+    return seed

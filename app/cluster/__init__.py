@@ -1,0 +1,1 @@
+"""What runs on Ray: the Serve deployments, the coordinator, the ranks and their supervision."""

@@ -1,0 +1,235 @@
+"""The API's backend on Ray Serve: prompts to the encoder, images to the replicas, latents to the decoder."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+
+import ray
+from prometheus_client.metrics_core import Metric
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from app.api.backend import GeneratedImage, HealthReport, ImagesJob, StreamItem
+from app.cluster.client_errors import to_service_error, unwrap_ray_error
+from app.cluster.coordinators import ANSWER_SECONDS, call_all_coordinators
+from app.cluster.handles import result_of
+from app.cluster.request_tasks import RequestRegistry, RequestTask
+from app.cluster.streaming_call import FileForm, StreamingCall
+from app.components.prompt_encoder import PromptEncoder
+from app.components.vae import ImageDecoder
+from app.engine.families import Family
+from app.errors import BusyError
+from app.messages import Conditioning, DenoiseJob, DenoiseResult
+from app.metrics import merge_families
+from app.settings import Settings
+
+_LEAST_LEFT_S = 1e-3
+_NEWEST_SHARE = 0.2
+
+OnEvent = Callable[[StreamItem], None]
+
+
+@dataclass(frozen=True)
+class RequestContext:
+    """A job on its way: since when, and whom to emit of it (nobody when it is not streamed)."""
+
+    job: ImagesJob
+    started: float
+    emit: OnEvent | None
+    progress: bool
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the request came."""
+        return time.perf_counter() - self.started
+
+
+class ServeBackend:
+    """Makes images with the other deployments; see `app.api.backend.Backend`."""
+
+    def __init__(
+        self, settings: Settings, encoder: PromptEncoder, replica: DeploymentHandle, decoder: ImageDecoder
+    ) -> None:
+        self.settings = settings
+        self._encoder = encoder
+        self._replica = replica
+        self._decoder = decoder
+        self._requests = RequestRegistry()
+        self._family: Family | None = None
+        self._decode_s: dict[int, float] = {}  # running mean by pixels, to be kept free before a deadline
+
+    async def generate(self, job: ImagesJob) -> list[GeneratedImage]:
+        """The images of ``job``."""
+        return await self._start(job, None, progress=False).result()
+
+    async def stream(self, job: ImagesJob, *, progress: bool) -> AsyncGenerator[StreamItem, None]:
+        """What becomes of ``job``, as it happens."""
+        items: asyncio.Queue[StreamItem | None] = asyncio.Queue()
+        task = self._start(job, items.put_nowait, progress)
+        task.task.add_done_callback(lambda _: items.put_nowait(None))
+        try:
+            while (item := await items.get()) is not None:
+                yield item
+            await task.result()
+        finally:
+            await task.cancel_and_wait()
+
+    async def cancel(self, request_id: str) -> int:
+        """End it at the coordinators, and in this process also before and after its time there."""
+        at_coordinators: int = sum(await call_all_coordinators("cancel_request", request_id))
+        return max(at_coordinators, self._requests.cancel(request_id))
+
+    def _start(self, job: ImagesJob, emit: OnEvent | None, progress: bool) -> RequestTask:
+        return self._requests.start(
+            job.request_id, job.n, self._make(RequestContext(job, time.perf_counter(), emit, progress))
+        )
+
+    async def _make(self, context: RequestContext) -> list[GeneratedImage]:
+        try:
+            conditioning = await self._encode(context.job)
+            encode_s = context.elapsed_s
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._image(context, index, conditioning, encode_s))
+                    for index in range(context.job.n)
+                ]
+            return [task.result() for task in tasks]
+        except* Exception as errors:
+            if isinstance(unwrap_ray_error(errors), BackPressureError):
+                raise BusyError(await _least_wait_s()) from errors
+            raise to_service_error(errors, context.elapsed_s + self._decode_estimate_s(context.job)) from errors
+
+    async def _encode(self, job: ImagesJob) -> Conditioning:
+        prompts = [job.prompt] if job.negative_prompt is None else [job.prompt, job.negative_prompt]
+        embeddings = await asyncio.gather(*(self._encoder.encode(prompt) for prompt in prompts))
+        sources = await asyncio.gather(
+            *(self._decoder.encode(source.pixels, job.width, job.height) for source in job.sources)
+        )
+        return Conditioning(embeddings[0], None if job.negative_prompt is None else embeddings[1], tuple(sources))
+
+    async def _image(
+        self, context: RequestContext, index: int, conditioning: Conditioning, encode_s: float
+    ) -> GeneratedImage:
+        denoise, form = self._denoise_job(context, index, conditioning), _file_form(context.job)
+        if context.emit is None:
+            result: DenoiseResult = await result_of(self._replica.denoise.remote(denoise, conditioning))
+            data, decode_s = await self._decode(result, context.job)
+        else:
+            follower = StreamingCall(self._replica, self._decoder, form, context.emit)
+            try:
+                result = await follower.result(denoise, conditioning, context.progress)
+                data, decode_s = await self._decode(result, context.job)
+            finally:
+                follower.stop_previews()
+        image = GeneratedImage(
+            data, denoise.seed, result.report, encode_s, decode_s, context.elapsed_s, _source_tokens(conditioning)
+        )
+        if context.emit is not None:
+            context.emit(image)
+        return image
+
+    async def _decode(self, result: DenoiseResult, job: ImagesJob) -> tuple[bytes, float]:
+        """The image file, and the seconds that it took."""
+        started = time.perf_counter()
+        data = await self._decoder.decode(result.latents, *_file_form(job))
+        seconds = time.perf_counter() - started
+        mean = self._decode_s.get(job.width * job.height, seconds)
+        self._decode_s[job.width * job.height] = mean + _NEWEST_SHARE * (seconds - mean)
+        return data, seconds
+
+    def _decode_estimate_s(self, job: ImagesJob) -> float:
+        return self._decode_s.get(job.width * job.height, 0.0)
+
+    def _denoise_job(self, context: RequestContext, index: int, conditioning: Conditioning) -> DenoiseJob:
+        job = context.job
+        return DenoiseJob(
+            request_id=job.request_id,
+            index=index,
+            # A client may send one X-Request-Id twice; rows must stay apart.
+            row_id=f"{job.request_id}/{uuid.uuid4().hex[:8]}-{index}",
+            width=job.width,
+            height=job.height,
+            num_inference_steps=job.num_inference_steps,
+            guidance_scale=job.guidance_scale,
+            true_cfg_scale=1.0 if job.negative_prompt is None else job.true_cfg_scale,
+            seed=job.seed + index,
+            magcache=job.magcache,
+            priority=job.priority,
+            deadline_s=self._left_s(context),
+            partial_images=job.partial_images,
+            strength=job.strength,
+            # With strength the one source turns into the image, and no step reads it beside.
+            source_tokens=0 if job.strength else _source_tokens(conditioning),
+        )
+
+    def _left_s(self, context: RequestContext) -> float | None:
+        """What is left of the deadline for denoising."""
+        deadline_s = context.job.deadline_s
+        if deadline_s is None:
+            return None
+        # Also when nothing is left: the coordinator knows what would be possible, and says so.
+        return max(deadline_s - context.elapsed_s - self._decode_estimate_s(context.job), _LEAST_LEFT_S)
+
+    async def family(self) -> Family:
+        """What kind of model is served; asked once of the decoder, which has its files."""
+        if self._family is None:
+            try:
+                self._family = await self._decoder.family()
+            except Exception as error:
+                raise to_service_error(error, 0.0) from error
+        return self._family
+
+    async def health(self) -> HealthReport:
+        """Ready when the encoder, the decoder and at least one coordinator, and so a whole group, answer."""
+        coordinators, encoder, decoder = await asyncio.gather(
+            call_all_coordinators("ping"), _is_up(self._encoder), _is_up(self._decoder)
+        )
+        return HealthReport(
+            ready=bool(coordinators) and encoder and decoder,
+            details={
+                "model": self.settings.model_name,
+                "groups_ready": len(coordinators),
+                "encoder_ready": encoder,
+                "decoder_ready": decoder,
+            },
+        )
+
+    async def metric_families(self) -> list[Metric]:
+        """The encoder's and all coordinators' families, merged; who does not answer is left out."""
+        coordinators, encoder = await asyncio.gather(
+            call_all_coordinators("metric_families"), _families_of(self._encoder)
+        )
+        return merge_families(*coordinators, encoder)
+
+
+def _source_tokens(conditioning: Conditioning) -> int:
+    return sum(len(source.latents) for source in conditioning.sources)
+
+
+def _file_form(job: ImagesJob) -> FileForm:
+    return job.width, job.height, job.output_format, job.output_compression
+
+
+async def _least_wait_s() -> float:
+    """When the first of the groups will have room, by their own estimates."""
+    return min((load["eta_s"] for load in await call_all_coordinators("load")), default=1.0)
+
+
+async def _families_of(encoder: PromptEncoder) -> list[Metric]:
+    try:
+        async with asyncio.timeout(ANSWER_SECONDS):
+            families = await encoder.metric_families()
+    except (TimeoutError, ray.exceptions.RayError, RayServeException):
+        return []
+    return families
+
+
+async def _is_up(part: PromptEncoder | ImageDecoder) -> bool:
+    try:
+        async with asyncio.timeout(ANSWER_SECONDS):
+            await part.ping()
+    except (TimeoutError, ray.exceptions.RayError, RayServeException):
+        return False
+    return True

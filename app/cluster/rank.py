@@ -1,0 +1,93 @@
+"""The rank actor: one process, one shard, one plan after another."""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import ray
+import torch
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
+
+from app.cluster.network import use_interface_of
+from app.engine.engine import Engine
+from app.engine.parallel import TensorParallelGroup
+from app.engine.tuning import Tuning
+from app.engine.warmup import warm_up
+from app.logs import configure_logging
+from app.messages import Conditioning, DenoiseJob, StepPlan, StepResult, StepTime
+from app.model_files import model_folder
+from app.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+class Rank:
+    """One tensor-parallel rank. Its calls run one at a time, in the order in which the coordinator sends them."""
+
+    def __init__(self, settings: Settings, rank: int) -> None:
+        configure_logging(settings)
+        if settings.threads_per_rank:
+            torch.set_num_threads(settings.threads_per_rank)
+        self._settings = settings
+        self._rank = rank
+        self._store: Store | None = None
+        self._engine: Engine | None = None
+        self._finished_s = 0.0
+
+    def open_rendezvous(self) -> tuple[str, int]:
+        """On rank 0: open the place where the ranks meet; returns its host and port."""
+        host = ray.util.get_node_ip_address()
+        store = TCPStore(host, 0, self._settings.tensor_parallel_size, is_master=True, wait_for_workers=False)
+        self._store = store
+        return host, store.port
+
+    def load(self, rendezvous: tuple[str, int] | None) -> None:
+        """Join the other ranks and load this rank's shard.
+
+        Args:
+            rendezvous: rank 0's store; None for a single rank, which needs no process group.
+        """
+        settings = self._settings
+        model: Path = model_folder(settings)
+        device = torch.device(settings.device, 0) if settings.device == "cuda" else torch.device("cpu")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        group = TensorParallelGroup()
+        if rendezvous is not None:
+            use_interface_of(ray.util.get_node_ip_address())
+            size = settings.tensor_parallel_size
+            store = self._store or TCPStore(*rendezvous, size, is_master=False)
+            group = TensorParallelGroup.join(self._rank, size, store, device)
+        tuning = Tuning(settings.attention_backend, settings.compile, settings.quantization)
+        self._engine = Engine(model, group, device, getattr(torch, settings.dtype), tuning)
+        logger.info("rank %d of %d holds its shard of %s", self._rank, settings.tensor_parallel_size, model)
+
+    def warm_up(self, job: DenoiseJob) -> tuple[StepTime, ...]:
+        """Take steps of blank images like ``job``, together with the other ranks, and say how long they took."""
+        assert self._engine is not None, "load() comes first"
+        settings = self._settings
+        times = warm_up(self._engine, job, settings.sampling.max_sequence_length, settings.max_batch_rows)
+        alone = {one.compute: one.seconds for one in times if one.rows == 1}
+        logger.info("a step of the default size takes %.3g s computed and %.3g s reused", alone[True], alone[False])
+        return times
+
+    def execute(self, plans: Sequence[StepPlan], *conditioning: Conditioning) -> list[StepResult]:
+        """Run plans, one after another; ``conditioning`` holds the tensors of all that they admit, in order."""
+        assert self._engine is not None, "load() comes first"
+        # A rank that holds rows will be sent another plan: until it comes, the control plane keeps the rank waiting.
+        idle_seconds = time.perf_counter() - self._finished_s if self._engine.rows else 0.0
+        results: list[StepResult] = []
+        tensors = iter(conditioning)
+        for plan in plans:
+            result = self._engine.execute(plan, list(islice(tensors, len(plan.admit))))
+            results.append(replace(result, idle_seconds=idle_seconds))
+            idle_seconds = 0.0
+        self._finished_s = time.perf_counter()
+        return results
+
+    def ping(self) -> int:
+        """Answer when everything sent before is done; returns this rank's number."""
+        return self._rank

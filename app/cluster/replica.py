@@ -1,0 +1,169 @@
+"""The replica: supervises one tensor-parallel group, rebuilds it when it breaks, and loses no image over it."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
+
+import ray
+from ray import serve
+
+from app.cluster.group import RankGroup
+from app.cluster.progress_stream import ProgressFilter, poll_progress, result_or_none
+from app.errors import DeadlinePassedError, GroupFailedError, HistoryMismatchError, UnavailableError
+from app.logs import configure_logging
+from app.messages import Conditioning, DenoiseJob, DenoiseResult, Progress
+from app.model_files import fetch_and_check
+from app.settings import Settings
+from app.telemetry import REQUEST_ID
+
+logger = logging.getLogger(__name__)
+
+WATCH_SECONDS = 2.0
+"""How often an idle group is looked at, so that a killed rank is replaced before the next request needs it."""
+
+
+INLINE_BYTES = 100_000
+"""Up to this size Ray carries a value within a call instead of its object store."""
+
+
+class FluxReplica:
+    """One tensor-parallel group behind Serve's routing, queueing and health checks."""
+
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
+        configure_logging(settings)
+        self._settings = settings
+        self._rebuilds = 0
+        self._mismatches = 0
+        self._failure: Exception | None = None
+        self._reports: asyncio.Queue[tuple[RankGroup, Exception]] = asyncio.Queue()
+        self._settled = asyncio.Condition()
+        self._replica = serve.get_replica_context().replica_id.unique_id
+        await asyncio.to_thread(fetch_and_check, settings)
+        self._group = await self._build()
+        self._watch_task = asyncio.create_task(self._watch())
+
+    async def denoise(self, job: DenoiseJob, conditioning: Conditioning) -> DenoiseResult:
+        """Denoise one image; a group that breaks meanwhile is rebuilt and the image made again (same seed).
+
+        Raises:
+            UnavailableError: the group broke again and again while it deferred this image.
+            DeadlinePassedError: the deadline passed while the group was rebuilt.
+        """
+        return await self._denoise(job, conditioning, lambda group: None)
+
+    async def stream_denoise(
+        self, job: DenoiseJob, conditioning: Conditioning, progress: bool
+    ) -> AsyncGenerator[tuple[Progress, ...] | DenoiseResult, None]:
+        """As `denoise`, but told of on the way; the last item is the result.
+
+        An image that is made again after a rebuild begins at step 0 once more, without the previews that were sent.
+
+        Args:
+            progress: yield all news; else only the first and those with a preview.
+        """
+        groups: asyncio.Queue[RankGroup] = asyncio.Queue()
+        image = asyncio.create_task(self._denoise(job, conditioning, groups.put_nowait))
+        selection = ProgressFilter(progress)
+        try:
+            while (group := await result_or_none(image, groups.get())) is not None:
+                selection.begin()
+                async for news in poll_progress(group.coordinator, job.row_id, image):
+                    if selected := selection.of(news):
+                        yield selected
+            yield await image
+        finally:
+            image.cancel()
+
+    async def _denoise(
+        self, job: DenoiseJob, conditioning: Conditioning, asked: Callable[[RankGroup], None]
+    ) -> DenoiseResult:
+        """Ask one group after another, telling ``asked`` of each, until one makes the image."""
+        REQUEST_ID.set(job.request_id)
+        # By reference the coordinator never holds them; a few kilobytes reach the ranks sooner within the calls.
+        tensors = ray.put(conditioning) if conditioning.nbytes > INLINE_BYTES else conditioning
+        came, asking = time.monotonic(), job
+        for _ in range(self._settings.rebuild_attempts + 1):
+            group = self._group
+            try:
+                call = group.coordinator.denoise.remote(asking, [tensors])
+                asked(group)
+                result: DenoiseResult = await call
+                return result
+            except asyncio.CancelledError:
+                group.coordinator.cancel.remote(job.row_id)
+                raise
+            except (GroupFailedError, ray.exceptions.RayActorError) as error:
+                logger.warning("request %s: %s is made again: %s", job.request_id, job.row_id, error)
+                await self._replaced(group, error)
+                asking = _with_time_left(job, time.monotonic() - came)
+        raise UnavailableError(
+            f"the tensor-parallel group failed {self._settings.rebuild_attempts + 1} times on this request; ask again"
+        )
+
+    async def _replaced(self, broken: RankGroup, error: Exception) -> None:
+        """Report ``broken`` and wait until there is another group, or never will be."""
+        self._reports.put_nowait((broken, error))
+        async with self._settled:
+            await self._settled.wait_for(lambda: self._group is not broken or self._failure is not None)
+
+    def check_health(self) -> None:
+        """For Serve, which replaces a replica whose group cannot be rebuilt."""
+        if self._failure is not None:
+            raise self._failure
+
+    async def _watch(self) -> None:
+        """Rebuild the group when a request reports it broken, or when an idle look finds it so.
+
+        Only this task builds: what a request's own call starts, Ray cancels with the request.
+        """
+        while self._failure is None:
+            try:
+                broken, error = await asyncio.wait_for(self._reports.get(), WATCH_SECONDS)
+            except TimeoutError:
+                broken, trouble = self._group, await self._trouble()
+                if trouble is None:
+                    continue
+                error = trouble
+            if broken is self._group:
+                await self._rebuild(error)
+
+    async def _trouble(self) -> Exception | None:
+        try:
+            await self._group.check(self._settings.hang_timeout_s)
+        except TimeoutError:
+            return GroupFailedError(f"a rank has been busy for more than {self._settings.hang_timeout_s:g} s")
+        except (GroupFailedError, ray.exceptions.RayActorError) as error:
+            return error
+        return None
+
+    async def _rebuild(self, error: Exception) -> None:
+        logger.error("rebuilding the tensor-parallel group: %s", error)
+        self._mismatches += isinstance(error, HistoryMismatchError)
+        self._group.kill()
+        for attempt in range(1, self._settings.rebuild_attempts + 1):
+            self._rebuilds += 1
+            try:
+                self._group = await self._build()
+                break
+            except Exception as failure:  # whatever it is, those who wait for a group must hear of it
+                logger.error("rebuild %d of %d failed: %s", attempt, self._settings.rebuild_attempts, failure)
+        else:
+            self._failure = GroupFailedError(f"the tensor-parallel group cannot be rebuilt: {error}")
+        async with self._settled:
+            self._settled.notify_all()
+
+    async def _build(self) -> RankGroup:
+        bundles = ray.util.get_current_placement_group()
+        assert bundles is not None, "Serve gives every replica the placement group that build() asks for"
+        return await RankGroup.build(self._settings, bundles, self._replica, self._rebuilds, self._mismatches)
+
+
+def _with_time_left(job: DenoiseJob, spent_s: float) -> DenoiseJob:
+    """``job`` with what is left of its deadline."""
+    if job.deadline_s is None:
+        return job
+    if spent_s >= job.deadline_s:
+        raise DeadlinePassedError("the deadline passed while the tensor-parallel group was rebuilt")
+    return replace(job, deadline_s=job.deadline_s - spent_s)

@@ -1,0 +1,1 @@
+"""The models beside the transformer: the text encoders and the VAE."""

@@ -1,0 +1,129 @@
+"""The prompt encoder: a checkpoint's text encoders as its diffusers pipeline runs them; the last results are kept."""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from itertools import chain
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, Flux2KleinPipeline
+from prometheus_client import CollectorRegistry
+from prometheus_client.metrics_core import Metric
+from torch import nn
+
+from app.logs import configure_logging
+from app.messages import PromptEmbeddings
+from app.metrics import EncoderMetrics
+from app.model_files import model_folder
+from app.settings import Settings
+
+
+class TextEncoders:
+    """CLIP and T5, or Qwen3, with their tokenizers."""
+
+    def __init__(
+        self, model: Path, max_sequence_length: int, dtype: torch.dtype, device: torch.device | str, *, offload: bool
+    ) -> None:
+        """Load them from the folder ``model``; with ``offload`` they are on ``device`` only while they work."""
+        # The pipeline class that the checkpoint names knows its encoders; nothing else of it is loaded.
+        self._pipeline = DiffusionPipeline.from_pretrained(
+            model,
+            transformer=None,
+            vae=None,
+            dtype=dtype,
+            use_safetensors=True,
+            low_cpu_mem_usage=False,  # the weights are mapped all the same; True asks for another package
+        )
+        self._modules = [part for part in self._pipeline.components.values() if isinstance(part, nn.Module)]
+        self._max_sequence_length = max_sequence_length
+        self._device = torch.device(device)
+        self._offload = offload
+        if not offload:
+            self._pipeline.to(self._device)
+
+    @torch.inference_mode()
+    def encode(self, prompt: str) -> PromptEmbeddings:
+        """The embeddings of ``prompt``, on the CPU."""
+        with temporarily_on(self._modules, self._device) if self._offload else nullcontext():
+            options = {"device": self._device, "max_sequence_length": self._max_sequence_length}
+            if isinstance(self._pipeline, Flux2KleinPipeline):
+                tokens, _ = self._pipeline.encode_prompt(prompt, **options)
+                return PromptEmbeddings(tokens[0].cpu())
+            tokens, pooled, _ = self._pipeline.encode_prompt(prompt, prompt_2=None, **options)
+            return PromptEmbeddings(tokens[0].cpu(), pooled[0].cpu())
+
+
+class PromptEncoder:
+    """Encodes one prompt at a time, off the event loop; equal prompts that arrive together are encoded once."""
+
+    def __init__(self, settings: Settings) -> None:
+        configure_logging(settings)
+        self._encoders = TextEncoders(
+            model_folder(settings),
+            settings.sampling.max_sequence_length,
+            getattr(torch, settings.dtype),
+            settings.encoder_runs_on,
+            offload=settings.text_encoder.placement == "offload",
+        )
+        self._entries = settings.prompt_cache_entries
+        self._registry = CollectorRegistry()
+        self._metrics = EncoderMetrics(self._registry, settings.model_name)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
+        self._cache: OrderedDict[str, PromptEmbeddings] = OrderedDict()
+        self._under_way: dict[str, asyncio.Future[PromptEmbeddings]] = {}
+
+    async def encode(self, prompt: str) -> PromptEmbeddings:
+        """The embeddings of ``prompt``, on the CPU, in the model's dtype."""
+        cached = self._cache.get(prompt)
+        if cached is not None:
+            self._cache.move_to_end(prompt)
+            self._metrics.looked_up("hit")
+            return cached
+        under_way = self._under_way.get(prompt)
+        self._metrics.looked_up("miss" if under_way is None else "shared")
+        if under_way is None:
+            under_way = asyncio.get_running_loop().run_in_executor(self._thread, self._encoders.encode, prompt)
+            self._under_way[prompt] = under_way
+            under_way.add_done_callback(lambda done: self._keep(prompt, done))
+        # One client's disconnect must not take the result from another who waits for the same prompt.
+        return await asyncio.shield(under_way)
+
+    async def ping(self) -> None:
+        """Answer when it is up."""
+
+    async def metric_families(self) -> list[Metric]:
+        """The encoder's metrics, for the service's ``/metrics``."""
+        return list(self._registry.collect())
+
+    def _keep(self, prompt: str, done: "asyncio.Future[PromptEmbeddings]") -> None:
+        del self._under_way[prompt]
+        if done.cancelled() or done.exception() is not None:
+            return
+        self._cache[prompt] = done.result()
+        while len(self._cache) > self._entries:
+            self._cache.popitem(last=False)
+
+
+@contextmanager
+def temporarily_on(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Have the ``modules`` on ``device`` for a while. Their own tensors stay where they are and need no way back."""
+    at_home = [
+        (part, name, tensor)
+        for module in modules
+        for part in module.modules()
+        for name, tensor in chain(part.named_parameters(recurse=False), part.named_buffers(recurse=False))
+    ]
+    away: dict[torch.Tensor, torch.Tensor] = {}  # tied weights travel once
+    try:
+        for part, name, tensor in at_home:
+            if tensor not in away:
+                moved = tensor.detach().to(device, non_blocking=True)
+                away[tensor] = nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
+            setattr(part, name, away[tensor])
+        yield
+    finally:
+        for part, name, tensor in at_home:
+            setattr(part, name, tensor)

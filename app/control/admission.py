@@ -1,0 +1,192 @@
+"""Takes images in or turns them away: the bounded queue, deadlines, quality under load, estimates. Pure.
+
+What an image will follow is chosen twice by the same arithmetic. At its arrival, with the wait that is ahead of it:
+that decides whether its deadline can be met at all. At its admission, with the time that is left: that is the schedule
+that runs.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from app.control.counters import CoordinatorCounters
+from app.control.forecast import Forecast
+from app.control.quality import Choice, ScheduleSelector
+from app.control.request import RequestState, RowShape
+from app.control.schedule import BranchSchedule, SchedulePlanner, make_row_schedule
+from app.control.scheduler import StepScheduler
+from app.control.step_costs import PlanPart, StepCosts, parts_of
+from app.errors import BusyError, DeadlineImpossibleError, InvalidRequestError
+from app.messages import DenoiseJob, MagCacheOptions, StepPlan, StepResult, StepTime
+from app.settings import Settings
+
+
+@dataclass(frozen=True)
+class SentPlan:
+    """A plan that is with the ranks, what it consists of, and how long it is estimated to take."""
+
+    plan: StepPlan
+    parts: tuple[PlanPart, ...]
+    seconds: float
+
+
+class AdmissionController:
+    """The request table with what is known about time."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        planner: SchedulePlanner,
+        measured_times: Sequence[StepTime],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``measured_times`` are the times of images like `default_job`."""
+        self.scheduler = StepScheduler(settings, clock, self._fix_schedule)
+        shape = RowShape.of(default_job(settings), settings)
+        self.costs = StepCosts({PlanPart(shape, one.compute, one.rows): one.seconds for one in measured_times})
+        self.counts = CoordinatorCounters()
+        self._settings = settings
+        self._planner = planner
+        self._selector = ScheduleSelector(settings.magcache, planner)
+        self._clock = clock
+        self._sent_s = 0.0
+        self._rejected = 0  # and not admitted in the meantime, as far as one can tell
+
+    def submit(self, job: DenoiseJob) -> RequestState:
+        """Queue an image.
+
+        Raises:
+            BusyError: the queue is full.
+            DeadlineImpossibleError: no schedule that client and server allow is estimated to meet the deadline.
+            InvalidRequestError: one step of it does not fit into a batch.
+            magcache_core.ConfigError: ``computed_steps`` cannot be met with the other settings.
+        """
+        free = self.scheduler.free_places(self._tokens(job))
+        if self.scheduler.waiting >= self._settings.max_waiting_pictures + free:
+            self.counts.refused += 1
+            self._rejected += 1
+            # Each that is turned away is told of a free place of its own, so that not all come back at once.
+            raise BusyError(self._forecast().place_s(self._rejected))
+        entry = self.scheduler.submit(job, self._planner.schedules(job))
+        position = self.scheduler.position(entry)
+        at_once = position <= self.scheduler.free_places(entry.tokens)
+        forecast = self._forecast(entry)
+        choice = self._choose(entry, forecast, forecast.wait_s)
+        entry.set_schedule(choice.schedules, choice.lowered_by)
+        entry.eta_s = forecast.total_s()
+        entry.position = 0 if at_once else position
+        if not choice.meets_deadline:
+            self.scheduler.cancel(job.row_id)
+            self.counts.deadline_impossible += 1
+            raise DeadlineImpossibleError(
+                f"deadline_s is {job.deadline_s:g}, and with the fewest computed steps that client and server allow "
+                f"the image needs about {entry.eta_s:.3g} s: give it more time, a smaller size, fewer steps or a "
+                "lower magcache.min_computed_steps",
+                soonest_s=entry.eta_s,
+            )
+        return entry
+
+    def next_message(self, shape_of: Callable[[str], RowShape]) -> list[SentPlan]:
+        """The plans of the next message to the ranks, noted as sent; ``shape_of`` gives a row's shape by its id."""
+
+        estimates: list[tuple[tuple[PlanPart, ...], float]] = []
+
+        def seconds_of(plan: StepPlan) -> float:
+            parts = parts_of(plan, shape_of)
+            estimates.append((parts, self.costs.plan_seconds(parts)))
+            return estimates[-1][1]
+
+        plans = self.scheduler.next_message(seconds_of)
+        message = [SentPlan(plan, *estimate) for plan, estimate in zip(plans, estimates, strict=True)]
+        self._sent_s += sum(one.seconds for one in message)
+        self.counts.plans += len(message)
+        self.counts.messages += bool(message)
+        return message
+
+    def on_results(self, sent: SentPlan, results: Sequence[StepResult]) -> None:
+        """Learn from what the ranks answered."""
+        self._sent_s -= sent.seconds
+        seconds = max(result.seconds for result in results)
+        idle_seconds = max(result.idle_seconds for result in results)
+        split = self.costs.observe(sent.parts, seconds, idle_seconds)
+        self.counts.computed_seconds += split[True]
+        self.counts.reused_seconds += split[False]
+        self.counts.saved_seconds += self.costs.saved_seconds(sent.parts)
+        self.counts.idle_seconds += idle_seconds
+        self.counts.rank_seconds = self.counts.rank_seconds or [0.0] * len(results)
+        for result in results:
+            self.counts.rank_seconds[result.rank] += result.seconds
+
+    def eta_s(self, entry: RequestState) -> float:
+        """Estimated seconds until the last step of an image in the table is done, or of one that just left it."""
+        return self._forecast(entry).total_s()
+
+    def load(self, job: DenoiseJob) -> dict[str, float]:
+        """Images ``waiting`` and ``running``, and ``eta_s``, what ``job`` would be told now."""
+        waiting, running = self.scheduler.waiting, self.scheduler.running
+        # The table itself answers: the image is in it for a moment in which nothing else happens.
+        entry = self.scheduler.submit(job, self._planner.schedules(job))
+        eta_s = self.eta_s(entry)
+        self.scheduler.cancel(job.row_id)
+        return {"waiting": waiting, "running": running, "eta_s": eta_s}
+
+    def _tokens(self, job: DenoiseJob) -> int:
+        """Tokens of one step in which all branches compute; refuses an image whose step is larger than a batch."""
+        tokens, limit = RowShape.of(job, self._settings).tokens * len(job.branches), self._settings.max_batch_tokens
+        if tokens > limit:
+            raise InvalidRequestError(
+                f"a step of this image has {tokens} tokens, references and both CFG branches counted, and the "
+                f"server's max_batch_tokens is {limit}; ask for a smaller size or give smaller source images",
+                param="size",
+            )
+        return tokens
+
+    def _fix_schedule(self, entry: RequestState) -> None:
+        """Fix what an admitted image follows."""
+        waiting = self.scheduler.waiting
+        forecast = self._forecast(entry)
+        choice = self._choose(entry, forecast, forecast.place_s(waiting) if waiting else 0.0)
+        entry.set_schedule(choice.schedules, choice.lowered_by)
+        self.counts.admitted += 1
+        self.counts.lowered_by_deadline += choice.lowered_by == "deadline"
+        self.counts.lowered_by_load += choice.lowered_by == "load"
+        self._rejected = max(self._rejected - 1, 0)
+
+    def _choose(self, entry: RequestState, forecast: Forecast, queue_s: float) -> Choice:
+        def seconds(schedules: Mapping[str, BranchSchedule]) -> float:
+            return forecast.total_s(make_row_schedule(schedules))
+
+        time_s = None if entry.deadline_s is None else entry.deadline_s - self._clock()
+        return self._selector.choose(entry.job, self._pressure(queue_s), time_s, seconds)
+
+    def _pressure(self, queue_s: float) -> float:
+        """How far load lowers quality, 0 to 1; full before the queue is, so that nobody is refused before that."""
+        elastic = self._settings.elastic
+        if not elastic.enabled:
+            return 0.0
+        by_wait = (queue_s - elastic.start_wait_s) / (elastic.full_wait_s - elastic.start_wait_s)
+        by_length = 2 * self.scheduler.waiting / self._settings.max_waiting_pictures - 1
+        return min(max(by_wait, by_length, 0.0), 1.0)
+
+    def _forecast(self, entry: RequestState | None = None) -> Forecast:
+        return Forecast(self.scheduler, self.costs, self._sent_s, entry)
+
+
+def default_job(settings: Settings) -> DenoiseJob:
+    """A request that says nothing, for the rehearsal and for estimates."""
+    sampling, magcache = settings.sampling, settings.magcache
+    return DenoiseJob(
+        row_id="average/0",
+        width=sampling.default_width,
+        height=sampling.default_height,
+        num_inference_steps=sampling.num_inference_steps,
+        guidance_scale=sampling.guidance_scale,
+        true_cfg_scale=1.0,
+        seed=0,
+        magcache=MagCacheOptions(
+            enabled=magcache.enabled,
+            mag_threshold=magcache.mag_threshold,
+            mag_max_skip_steps=magcache.mag_max_skip_steps,
+            mag_retention_ratio=magcache.mag_retention_ratio,
+        ),
+    )

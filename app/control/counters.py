@@ -1,0 +1,38 @@
+"""What a coordinator counts beside the metric catalogue's own numbers: plain attributes, for whoever exports them."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class CoordinatorCounters:
+    """Totals since the group was built.
+
+    Attributes:
+        admitted, finished: images that joined the batch, and that took their last step.
+        refused: images turned away because the queue was full.
+        cancelled: images ended by a client, waiting or running.
+        deadline_impossible, deadline_passed: images refused at once, and ended on their way.
+        lowered_by_deadline, lowered_by_load: admitted images with fewer computed steps than they asked for.
+        computed_seconds, reused_seconds: time of the slowest rank on branch evaluations of either kind, estimated
+            where a plan mixed them.
+        saved_seconds: estimated time that the reused evaluations would have taken longer had they been computed.
+        idle_seconds: time that the ranks waited for a plan while they deferred rows to step, the longest of each plan.
+        rank_seconds: time that each rank worked on plans.
+        messages, plans: what was sent; a message carries a run of plans.
+    """
+
+    admitted: int = 0
+    finished: int = 0
+    refused: int = 0
+    cancelled: int = 0
+    deadline_impossible: int = 0
+    deadline_passed: int = 0
+    lowered_by_deadline: int = 0
+    lowered_by_load: int = 0
+    computed_seconds: float = 0.0
+    reused_seconds: float = 0.0
+    saved_seconds: float = 0.0
+    idle_seconds: float = 0.0
+    rank_seconds: list[float] = field(default_factory=list)
+    messages: int = 0
+    plans: int = 0

@@ -1,0 +1,182 @@
+"""A request's whole MagCache schedule, known at admission: per CFG branch, what each step does."""
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Protocol
+
+import torch
+
+from app.engine.geometry import Geometry
+from app.messages import BranchStep, DenoiseJob, MagCacheOptions
+from app.settings import Settings
+from magcache_core import (
+    ConfigError,
+    Decision,
+    Profile,
+    ProfileError,
+    choose,
+    decisions,
+    fewest_steps,
+    load_profile,
+    pick_profile,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class BranchSchedule:
+    """All decisions of one CFG branch. Jobs with equal settings share one, and it is compared by identity.
+
+    Attributes:
+        residuals_kept: computed residuals that the branch keeps for later steps; 0 when nothing is reused.
+        predicted_error: what `magcache_core` expects the reused steps to cost.
+        uncached_reason: why every step computes though reuse was asked for, or None.
+    """
+
+    decisions: tuple[Decision, ...]
+    residuals_kept: int
+    predicted_error: float
+    uncached_reason: str | None = None
+
+    @cached_property
+    def text(self) -> str:
+        """One character per step: ``C`` computes, ``.`` reuses."""
+        return "".join("C" if decision.compute else "." for decision in self.decisions)
+
+
+@dataclass(frozen=True, eq=False)
+class RowSchedule:
+    """What a row does at each step, all its CFG branches together; rows with equal schedules share one.
+
+    Attributes:
+        steps: by step, the branches' parts of a plan.
+        computing: by step, how many branches compute.
+        computed: by step, and one more at the end, how many branch evaluations were computed before it.
+        rounds: by step, and one more at the end, how many steps before it computed in some branch.
+        round_steps: those steps.
+    """
+
+    steps: tuple[tuple[BranchStep, ...], ...]
+    computing: tuple[int, ...]
+    computed: tuple[int, ...]
+    rounds: tuple[int, ...]
+    round_steps: tuple[int, ...]
+
+    @property
+    def reused(self) -> int:
+        """Branch evaluations that reuse."""
+        return len(self.steps) * len(self.steps[0]) - self.computed[-1]
+
+    def step_after(self, step: int, rounds: int) -> int:
+        """The step that a row at ``step`` comes to with ``rounds`` more of them and all that it reuses after them."""
+        reached = self.rounds[step] + rounds
+        return self.round_steps[reached] if reached < len(self.round_steps) else len(self.steps)
+
+
+def make_row_schedule(schedules: Mapping[str, BranchSchedule]) -> RowSchedule:
+    """The row_schedule of a row with these schedules, by CFG branch."""
+    return _combine(tuple(schedules.items()))
+
+
+@lru_cache(maxsize=4096)
+def _combine(schedules: tuple[tuple[str, BranchSchedule], ...]) -> RowSchedule:
+    by_branch = [
+        [BranchStep(name, made.compute, made.weights, schedule.residuals_kept) for made in schedule.decisions]
+        for name, schedule in schedules
+    ]
+    steps = tuple(zip(*by_branch, strict=True))
+    computing = tuple(sum(part.compute for part in parts) for parts in steps)
+    computed = [0]
+    for count in computing:
+        computed.append(computed[-1] + count)
+    round_steps = tuple(step for step, count in enumerate(computing) if count)
+    rounds = tuple(bisect_left(round_steps, step) for step in range(len(steps) + 1))
+    return RowSchedule(steps, computing, tuple(computed), rounds, round_steps)
+
+
+class NoiseSchedule(Protocol):
+    """What plans need to know of the model: `app.engine.sampling.FlowMatchSampler` is one."""
+
+    @property
+    def uncached_reason(self) -> str:
+        """Why every step computes when there is no MagCache profile."""
+
+    def sigmas(self, num_inference_steps: int, image_tokens: int) -> torch.Tensor:
+        """Noise levels from 1 down to 0, (steps + 1,)."""
+
+
+class SchedulePlanner:
+    """Turns a job's MagCache options, the server's settings and the model's profile into decisions."""
+
+    def __init__(self, settings: Settings, noise: NoiseSchedule) -> None:
+        self._settings = settings
+        self._noise = noise
+        named = settings.magcache.profile
+        self._named = load_profile(named) if named is not None else None
+        # Jobs with equal settings share one plan, which costs milliseconds to find.
+        self._plan = lru_cache(maxsize=4096)(self._plan_branch)
+        self._profile = lru_cache(maxsize=1024)(self._find_profile)
+
+    def schedules(self, job: DenoiseJob, options: MagCacheOptions | None = None) -> dict[str, BranchSchedule]:
+        """The schedule of each CFG branch of ``job``; the branches' curves may differ.
+
+        Args:
+            options: to follow instead of the job's own.
+
+        Raises:
+            magcache_core.ConfigError: ``computed_steps`` cannot be met with the other settings.
+        """
+        followed = job.magcache if options is None else options
+        key = followed, job.num_inference_steps, job.first_step, job.width, job.height
+        return {branch: self._plan(*key, branch) for branch in job.branches}
+
+    def fewest(self, job: DenoiseJob, options: MagCacheOptions) -> int | None:
+        """The fewest computed steps that a plan for ``job`` can have; None where there is no profile to plan with."""
+        key = job.num_inference_steps, job.first_step, job.width, job.height
+        profile = self._profile(*key)
+        if profile is None:
+            return None
+        return max(
+            fewest_steps(
+                profile,
+                job.steps_to_run,
+                branch=branch,
+                max_skip_steps=options.mag_max_skip_steps,
+                retention_ratio=options.mag_retention_ratio,
+            )
+            for branch in job.branches
+        )
+
+    def _find_profile(self, steps: int, first_step: int, width: int, height: int) -> Profile | None:
+        profile = self._named
+        if profile is None:
+            try:
+                profile = pick_profile(self._settings.model, steps, width, height)
+            except ProfileError:
+                return None
+        return profile.tail(first_step, steps)
+
+    def _plan_branch(
+        self, options: MagCacheOptions, steps: int, first_step: int, width: int, height: int, branch: str
+    ) -> BranchSchedule:
+        profile = self._profile(steps, first_step, width, height) if options.enabled else None
+        if profile is None:
+            if options.enabled and options.computed_steps is not None:
+                allowed = "left out: there is no MagCache profile for this model to plan with"
+                raise ConfigError("computed_steps", options.computed_steps, allowed)
+            every = tuple(Decision(step, compute=True) for step in range(steps - first_step))
+            return BranchSchedule(every, 0, 0.0, self._noise.uncached_reason if options.enabled else None)
+        plan = choose(
+            profile,
+            steps - first_step,
+            branch=branch,
+            threshold=options.mag_threshold,
+            max_skip_steps=options.mag_max_skip_steps,
+            retention_ratio=options.mag_retention_ratio,
+            budget=options.computed_steps,
+        )
+        sigmas = self._noise.sigmas(steps, Geometry.of(width, height).tokens)[first_step:].tolist()
+        decided = decisions(plan, sigmas)
+        residuals_kept = max(len(decision.weights) for decision in decided)
+        return BranchSchedule(decided, residuals_kept, plan.predicted_error)

@@ -1,0 +1,255 @@
+"""The request table and the plans formed from it. Pure: no Ray, no tensors; the clock is given.
+
+Each tick: drop what was cancelled or is too late, admit what has room, and advance rows by one step, with the decisions
+that were fixed at their admission. Rows at different steps, sizes and settings share a plan.
+
+A reused step costs next to nothing, so no row waits for others to take one: while any row reuses, the plan is of such
+rows only. Each thus comes to its next computed step at once, and then all compute together, in batches as large as
+there are rows under way. (Were every row to take one step of each plan, few would happen to compute at the same time,
+and small batches are slow.) Only what computes is counted against the budget of a step.
+
+Order is one number per image, the time at which it is *due*: its deadline, or ``patience_s`` after its arrival if
+that is sooner, and ``patience_s`` earlier for each level of priority. So priority goes first, then the deadline, then
+the arrival; and since a due time never moves while new ones lie ever later, every image's turn comes.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+from sortedcontainers import SortedDict
+
+from app.control.request import DueKey, RequestState, RowShape
+from app.control.schedule import BranchSchedule
+from app.messages import FIRST_DIGEST, DenoiseJob, StepPlan, plan_digest
+from app.settings import Settings
+
+MESSAGE_S = 0.03
+"""Work that is worth a message: sending one and answering it takes a rank and the coordinator a millisecond each."""
+MAX_PLANS_PER_MESSAGE = 16
+"""However little they are estimated to take, so many plans are sent at once."""
+
+
+class StepScheduler:
+    """Which rows take a step next.
+
+    Invariants, tested as properties:
+        - the tokens that a plan computes never exceed ``max_batch_tokens``, its rows ``max_batch_rows``;
+        - a row that reuses is in the next plan, and one that computes in the next plan that does;
+        - but for a running row that has to leave such a plan to more urgent ones, which is in the one after it: rows
+          under way have so few tokens (see `_has_room`) that those left out always fit into one step, and go first;
+        - nobody joins behind a more urgent image that has no room yet.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        clock: Callable[[], float] = time.monotonic,
+        on_admit: Callable[[RequestState], None] = lambda entry: None,
+    ) -> None:
+        """``on_admit`` may still give an image another schedule, just before its first step."""
+        self._settings = settings
+        self._clock = clock
+        self._on_admit = on_admit
+        self._entries: dict[str, RequestState] = {}
+        self._waiting: SortedDict[DueKey, RequestState] = SortedDict()
+        self._running: SortedDict[DueKey, RequestState] = SortedDict()
+        self._deadlines: SortedDict[DueKey, RequestState] = SortedDict()
+        self._tokens = 0  # of the running rows, all branches
+        self._arrivals = 0
+        self._dropped: list[str] = []
+        self._too_late: list[RequestState] = []
+        self._sequence = 0
+        self._digest = FIRST_DIGEST
+
+    @property
+    def waiting(self) -> int:
+        """Images that are not admitted yet."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Images under way."""
+        return len(self._running)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is known and nothing is left to tell the ranks."""
+        return not (self._entries or self._dropped or len(self._deadlines))
+
+    @property
+    def running_entries(self) -> list[RequestState]:
+        """Images under way, the most urgent first."""
+        return list(self._running.values())
+
+    @property
+    def waiting_entries(self) -> Iterable[RequestState]:
+        """Images that wait, the most urgent first."""
+        return self._waiting.values()
+
+    def position(self, entry: RequestState) -> int:
+        """Images that will be admitted before this one, itself counted; 0 when it does not wait."""
+        return 0 if entry.admitted_s is not None else self._waiting.bisect_left(entry.key) + 1
+
+    def submit(self, job: DenoiseJob, schedules: Mapping[str, BranchSchedule]) -> RequestState:
+        """Queue an image; its ``row_id`` must not be known already."""
+        now = self._clock()
+        patience = self._settings.patience_s
+        allowed = patience if job.deadline_s is None else min(patience, job.deadline_s)
+        key = now + allowed - job.priority * patience, self._arrivals
+        entry = RequestState(job, RowShape.of(job, self._settings), schedules, now, key)
+        self._arrivals += 1
+        self._entries[job.row_id] = entry
+        self._waiting[key] = entry
+        if entry.deadline_key is not None:
+            self._deadlines[entry.deadline_key] = entry
+        return entry
+
+    def free_places(self, tokens: int) -> int:
+        """How many images of ``tokens`` tokens a step would have room for beside the rows under way."""
+        limit = self._settings.max_batch_tokens
+        for_step = limit - sum(entry.coming_cost for entry in self._running.values())
+        for_batch = 2 * limit - max(self._largest(), tokens) - self._tokens
+        return max(min(self._settings.max_batch_rows - self.running, for_step // tokens, for_batch // tokens), 0)
+
+    def cancel(self, row_id: str) -> bool:
+        """End an image at the next step boundary; False when it already took its last step or is unknown."""
+        entry = self._entries.get(row_id)
+        if entry is None:
+            return False
+        if entry.admitted_s is not None:
+            self._dropped.append(row_id)
+        self._forget(entry)
+        return True
+
+    def take_too_late(self) -> list[RequestState]:
+        """The images whose deadline passed and that were therefore ended since the last call."""
+        taken, self._too_late = self._too_late, []
+        return taken
+
+    def next_message(self, seconds_of: Callable[[StepPlan], float]) -> tuple[StepPlan, ...]:
+        """The next plans to send in one message; empty when there is nothing to do.
+
+        A message ends with the first plan whose outcome somebody waits for, or before one that computes when the plans
+        are together estimated to take `MESSAGE_S`: a large model's computed step is a message with the reused steps
+        that follow it, while those of a small model are so short that a message each would cost more than they do.
+
+        Args:
+            seconds_of: the estimated time of a plan.
+        """
+        plans: list[StepPlan] = []
+        seconds = 0.0
+        while len(plans) < MAX_PLANS_PER_MESSAGE and (seconds < MESSAGE_S or self._reusing()):
+            plan = self.next_plan()
+            if plan is None:
+                break
+            plans.append(plan)
+            seconds += seconds_of(plan)
+            if any(row.last or row.preview for row in plan.rows):
+                break
+        return tuple(plans)
+
+    def next_plan(self) -> StepPlan | None:
+        """The next plan for all ranks, or None when there is nothing to do."""
+        now = self._clock()
+        self._end_what_is_too_late(now)
+        stepping, admitted = self._pack(now)
+        if not stepping and not self._dropped:
+            return None
+        plan = StepPlan(
+            sequence=self._sequence,
+            digest="",
+            admit=tuple(entry.job for entry in admitted),
+            rows=tuple(entry.next_step() for entry in stepping),
+            drop=tuple(self._dropped),
+        )
+        self._digest = plan_digest(self._digest, plan)
+        self._sequence += 1
+        self._dropped.clear()
+        for entry in stepping:
+            entry.step += 1
+            if entry.remaining == 0:
+                self._forget(entry)
+        return replace(plan, digest=self._digest)
+
+    def _pack(self, now: float) -> tuple[list[RequestState], list[RequestState]]:
+        """The rows of the next step, and which of them join with it; both most urgent first.
+
+        What reuses goes ahead alone. Then running and waiting images are gone through together, so that an urgent
+        newcomer has its step before less urgent rows under way; first come those that left the last batch to others.
+        """
+        if reusing := self._reusing():
+            return reusing, []
+        running = self.running_entries
+        budget = self._settings.max_batch_tokens - sum(entry.cost for entry in running if entry.deferred)
+        largest = self._largest()
+        stepping: list[RequestState] = []
+        admitted: list[RequestState] = []
+        joining = True
+        for entry in [*running, None]:
+            while joining and (newcomer := _first(self._waiting)) and (entry is None or newcomer.key < entry.key):
+                if not self._has_room(newcomer, budget, largest, len(running) + len(admitted)):
+                    joining = False  # and nobody overtakes it
+                    break
+                self._admit(newcomer, now)
+                budget -= newcomer.cost
+                largest = max(largest, newcomer.tokens)
+                stepping.append(newcomer)
+                admitted.append(newcomer)
+            if entry is None:
+                break
+            if entry.deferred or entry.cost <= budget:
+                budget -= 0 if entry.deferred else entry.cost
+                entry.deferred = False
+                stepping.append(entry)
+            else:
+                entry.deferred = True
+                joining = False
+        return stepping, admitted
+
+    def _has_room(self, entry: RequestState, budget: int, largest: int, rows: int) -> bool:
+        """Whether an image may join: its first step fits into the budget, and it cannot make others wait twice.
+
+        When rows are left out of a step, what was packed comes within the largest row of the budget B. If all rows
+        under way have at most 2 B - largest tokens, those left out have at most B, and fit into the next step.
+        """
+        limit = self._settings.max_batch_tokens
+        fits_step = entry.tokens <= budget  # the first step computes in all branches
+        fits_batch = self._tokens + entry.tokens <= 2 * limit - max(largest, entry.tokens)
+        return rows < self._settings.max_batch_rows and fits_step and fits_batch
+
+    def _reusing(self) -> list[RequestState]:
+        """The running rows whose next step only reuses, the most urgent first."""
+        return [entry for entry in self._running.values() if not entry.cost]
+
+    def _largest(self) -> int:
+        return max((entry.tokens for entry in self._running.values()), default=0)
+
+    def _admit(self, entry: RequestState, now: float) -> None:
+        del self._waiting[entry.key]
+        entry.admitted_s = now
+        self._on_admit(entry)
+        self._running[entry.key] = entry
+        self._tokens += entry.tokens
+
+    def _forget(self, entry: RequestState) -> None:
+        del self._entries[entry.job.row_id]
+        if entry.admitted_s is None:
+            del self._waiting[entry.key]
+        else:
+            del self._running[entry.key]
+            self._tokens -= entry.tokens
+        if entry.deadline_key is not None:
+            del self._deadlines[entry.deadline_key]
+
+    def _end_what_is_too_late(self, now: float) -> None:
+        while (entry := _first(self._deadlines)) is not None and entry.deadline_key is not None:
+            if entry.deadline_key[0] > now:
+                break
+            self.cancel(entry.job.row_id)
+            self._too_late.append(entry)
+
+
+def _first(ordered: SortedDict[DueKey, RequestState]) -> RequestState | None:
+    """The most urgent one, or None."""
+    return ordered.peekitem(0)[1] if ordered else None

@@ -1,0 +1,71 @@
+"""Before the first request: steps of blank images, which say how long steps take.
+
+They also take from the first request what only the first step of a kind costs (compiling, picking kernels, growing the
+allocator's pools), and show at the start whether a step fits into memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from app.engine.engine import Engine
+from app.messages import (
+    COND,
+    BranchStep,
+    Conditioning,
+    DenoiseJob,
+    PromptEmbeddings,
+    RowStep,
+    StepPlan,
+    StepTime,
+    chained,
+)
+
+REPEATS = 3
+"""The first is not counted; of the others the fastest is: a rank that starts has busy neighbours."""
+COMPUTE = BranchStep(COND, compute=True)
+REUSE = BranchStep(COND, compute=False, weights=(1.0,))
+
+
+def warm_up(engine: Engine, job: DenoiseJob, text_tokens: int, max_rows: int) -> tuple[StepTime, ...]:
+    """Take steps of images like ``job``, without true CFG, alone and, with ``max_rows`` above 1, two at a time.
+
+    All ranks of a group do this at once. The engine is left as new.
+    """
+    rows = tuple(replace(job, row_id=f"rehearsal/{number}") for number in range(min(max_rows, 2)))
+    blank = [_blank(engine, text_tokens)] * len(rows)
+    admission, *steps = chained([StepPlan(0, "", admit=rows), *_steps(rows)])
+    seconds: list[list[float]] = []
+    for _ in range(REPEATS):
+        engine.restart()
+        engine.execute(admission, blank)
+        seconds.append([engine.execute(plan).seconds for plan in steps])
+    engine.restart()
+    fastest = map(min, zip(*seconds[1:], strict=True))
+    return tuple(
+        StepTime(len(plan.rows), plan.rows[0].branches[0].compute, best)
+        for plan, best in zip(steps, fastest, strict=True)
+    )
+
+
+def _steps(rows: Sequence[DenoiseJob]) -> list[StepPlan]:
+    """One row alone and then all, each time computed and then reused; always the first step, which every job has."""
+    return [
+        StepPlan(0, "", rows=tuple(RowStep(row.row_id, 0, (branch,)) for row in rows[:count]))
+        for count in range(1, len(rows) + 1)
+        for branch in (COMPUTE, REUSE)
+    ]
+
+
+def _blank(engine: Engine, text_tokens: int) -> Conditioning:
+    config = engine.transformer.config
+    pooled = config.get("pooled_projection_dim")  # FLUX.2 takes none
+    return Conditioning(
+        PromptEmbeddings(
+            torch.zeros(text_tokens, config.joint_attention_dim),
+            None if pooled is None else torch.zeros(pooled),
+        )
+    )

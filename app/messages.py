@@ -1,0 +1,277 @@
+"""Messages between the API, the coordinator and the ranks: frozen, plain data, units in the names."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+import torch
+
+COND = "cond"
+UNCOND = "uncond"
+
+
+@dataclass(frozen=True)
+class PromptEmbeddings:
+    """What the text encoders make of one prompt.
+
+    Attributes:
+        tokens: (text_tokens, joint_attention_dim), the output of T5 or Qwen3, padding included.
+        pooled: (pooled_projection_dim,), the CLIP pooled output; None for FLUX.2, which takes none.
+    """
+
+    tokens: torch.Tensor
+    pooled: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SourceImage:
+    """An image that a request starts from or refers to, as latents of the VAE.
+
+    Attributes:
+        latents: (image_tokens, channels), packed and scaled as the model's diffusers pipeline does.
+        width, height: pixels.
+    """
+
+    latents: torch.Tensor
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class MagCacheOptions:
+    """One request's MagCache settings; ``None`` takes the profile's or the server's value.
+
+    ``computed_steps`` asks for the best plan with so many computed steps, and leaves no say to a threshold.
+    ``min_computed_steps`` is the fewest that a deadline or a busy server may lower the computed steps to.
+    """
+
+    enabled: bool = True
+    mag_threshold: float | None = None
+    mag_max_skip_steps: int | None = None
+    mag_retention_ratio: float | None = None
+    computed_steps: int | None = None
+    min_computed_steps: int | None = None
+
+
+def first_step(steps: int, strength: float | None) -> int:
+    """The step of a schedule of ``steps`` that image-to-image begins with; diffusers skips the same ones."""
+    return 0 if strength is None else min(int(max(steps - steps * strength, 0)), steps - 1)
+
+
+@dataclass(frozen=True)
+class DenoiseJob:
+    """One image to denoise, number ``index`` of its HTTP request. ``row_id`` is unique in the service.
+
+    True CFG, with its second branch, runs when ``true_cfg_scale`` is above 1, as in diffusers.
+
+    Attributes:
+        priority: higher goes first.
+        deadline_s: seconds from the job's arrival at the coordinator to its last step; None has all the time.
+        partial_images: previews (x0 estimates) wanted on the way, evenly spread over the steps.
+        strength: image-to-image, in (0, 1]: the share of the steps that run on the source; None starts from noise.
+        source_tokens: image tokens of the reference images that every step reads beside the image's own.
+    """
+
+    row_id: str
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    true_cfg_scale: float
+    seed: int
+    magcache: MagCacheOptions = MagCacheOptions()
+    request_id: str = ""
+    index: int = 0
+    priority: int = 0
+    deadline_s: float | None = None
+    partial_images: int = 0
+    strength: float | None = None
+    source_tokens: int = 0
+
+    @property
+    def first_step(self) -> int:
+        """The step of the whole schedule that this job begins with."""
+        return first_step(self.num_inference_steps, self.strength)
+
+    @property
+    def steps_to_run(self) -> int:
+        """Steps that this job takes: all, or with ``strength`` those from `first_step` on."""
+        return self.num_inference_steps - self.first_step
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """The CFG branches that each step evaluates."""
+        return (COND, UNCOND) if self.true_cfg_scale > 1.0 else (COND,)
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """The tensors of one job; ``negative`` is there exactly when true CFG runs.
+
+    ``sources`` are the images that an edit refers to (Kontext, klein), or the one that ``strength`` starts from.
+    """
+
+    prompt: PromptEmbeddings
+    negative: PromptEmbeddings | None = None
+    sources: tuple[SourceImage, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the tensors take."""
+        prompts = [prompt for prompt in (self.prompt, self.negative) if prompt is not None]
+        tensors = [prompt.tokens for prompt in prompts] + [source.latents for source in self.sources]
+        tensors += [prompt.pooled for prompt in prompts if prompt.pooled is not None]
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+@dataclass(frozen=True)
+class BranchStep:
+    """What one CFG branch of a row does at one step.
+
+    ``weights`` are empty when the branch computes; else the factors of its last computed residuals, newest first.
+    ``residuals_kept`` is how many computed residuals the branch has to keep afterwards for its later reuse.
+    """
+
+    branch: str
+    compute: bool
+    weights: tuple[float, ...] = ()
+    residuals_kept: int = 1
+
+
+@dataclass(frozen=True)
+class RowStep:
+    """One row's part of a plan: take step ``step``, counted from the job's first, with a decision per branch.
+
+    ``last`` returns its latents, ``preview`` its x0 estimate at this step.
+    """
+
+    row_id: str
+    step: int
+    branches: tuple[BranchStep, ...]
+    last: bool = False
+    preview: bool = False
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One tick for all ranks: first drop rows, then admit rows, then step rows.
+
+    ``digest`` hashes this plan and all before it, so a rank that missed or altered one cannot go on unnoticed.
+    The admitted jobs' conditioning tensors travel beside the plan, in the order of ``admit``.
+    """
+
+    sequence: int
+    digest: str
+    admit: tuple[DenoiseJob, ...] = ()
+    rows: tuple[RowStep, ...] = ()
+    drop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """A rank's answer to one plan.
+
+    ``latents`` holds finished rows and ``previews`` the x0 estimates asked for, each (image_tokens, channels), by row
+    id and on rank 0 only. ``idle_seconds`` is how long the rank waited for this plan while it held rows to step.
+    """
+
+    rank: int
+    sequence: int
+    digest: str
+    seconds: float
+    residual_bytes: int
+    latents: dict[str, torch.Tensor]
+    previews: dict[str, torch.Tensor] = field(default_factory=dict)
+    idle_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """``seconds`` of one step of ``rows`` equal rows that all compute, or all reuse."""
+
+    rows: int
+    compute: bool
+    seconds: float
+
+
+FIRST_DIGEST = "0" * 16
+
+
+def plan_digest(previous: str, plan: StepPlan) -> str:
+    """The digest that ``plan`` must carry when the history so far has ``previous``; its own does not count."""
+    rows = ";".join(map(_row_text, plan.rows))
+    content = f"{previous} {plan.sequence} {plan.admit!r} {plan.drop!r} {rows}"
+    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+
+
+def chained(plans: Iterable[StepPlan]) -> list[StepPlan]:
+    """``plans`` as a history of their own: numbered from 0, each with the digest that it must carry there."""
+    made: list[StepPlan] = []
+    digest = FIRST_DIGEST
+    for sequence, plan in enumerate(plans):
+        numbered = replace(plan, sequence=sequence)
+        digest = plan_digest(digest, numbered)
+        made.append(replace(numbered, digest=digest))
+    return made
+
+
+def _row_text(row: RowStep) -> str:
+    # Each rank hashes each plan between two steps, and a dataclass's own repr takes five times as long.
+    parts = ",".join(f"{b.branch} {b.compute} {b.weights} {b.residuals_kept}" for b in row.branches)
+    return f"{row.row_id!r} {row.step} {row.last} {row.preview} {parts}"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where image ``index`` of a request stands.
+
+    Attributes:
+        step: steps done, 0 while it waits.
+        steps: steps in all.
+        decision: ``C`` or ``.`` of the last step done, empty while it waits.
+        eta_s: estimated seconds to the last step.
+        queue_position: images admitted before it, itself counted; 0 once it runs.
+        preview: (image_tokens, channels) packed x0 estimate, or None.
+    """
+
+    index: int
+    step: int
+    steps: int
+    decision: str
+    eta_s: float
+    queue_position: int
+    preview: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class DenoiseReport:
+    """How one image was denoised: MagCache schedule per CFG branch, and seconds by phase.
+
+    Attributes:
+        eta_seconds: the estimate at its arrival, queue included.
+        queue_position: images before it at its arrival, itself counted; 0 when there was room at once.
+        lowered_by: ``deadline`` or ``load`` when that took computed steps away, else None.
+        uncached_reason: why every step was computed though reuse was asked for, else None.
+    """
+
+    schedule: str
+    computed: int
+    skipped: int
+    predicted_error: float
+    negative_schedule: str | None
+    queue_seconds: float
+    denoise_seconds: float
+    eta_seconds: float = 0.0
+    queue_position: int = 0
+    lowered_by: str | None = None
+    uncached_reason: str | None = None
+
+
+@dataclass(frozen=True)
+class DenoiseResult:
+    """Finished latents, (image_tokens, channels) packed as diffusers' FluxPipeline packs them, and their report."""
+
+    latents: torch.Tensor
+    report: DenoiseReport

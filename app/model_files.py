@@ -1,0 +1,111 @@
+"""Find a model's files: a local folder, or a snapshot from the Hugging Face hub.
+
+The hub's token comes from the environment: ``HF_TOKEN``, or ``HF_TOKEN_PATH`` naming a file such as a mounted secret.
+huggingface_hub reads it itself, so that it passes through no setting, message or log line of this service.
+"""
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from app.engine.checkpoint import check_checkpoint
+from app.engine.checkpoint_files import CheckpointError, read_json
+from app.settings import Settings
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+INDEX = "model_index.json"
+SUFFIXES = ("json", "safetensors", "txt", "model", "jinja")
+
+
+def local_folder(model: str) -> Path | None:
+    """The folder of ``model`` on this node, or None when it names a model on the hub.
+
+    Args:
+        model: a folder (relative to the working directory or to the repository), or a hub id ``owner/name``.
+
+    Raises:
+        FileNotFoundError: a folder is meant, and it has no ``model_index.json``.
+    """
+    candidates = [Path(model).expanduser(), REPOSITORY / model]
+    for folder in candidates:
+        if (folder / INDEX).is_file():
+            return folder.resolve()
+    empty = next((folder for folder in candidates if folder.is_dir()), None)
+    if empty is not None or model.startswith((".", "/", "~", "models/")) or model.count("/") != 1:
+        raise FileNotFoundError(
+            f"model {model!r}: no {INDEX} in {empty or candidates[0].absolute()}; "
+            "name a folder in diffusers layout or a hub id such as black-forest-labs/FLUX.1-dev"
+        )
+    return None
+
+
+def model_folder(settings: Settings) -> Path:
+    """The folder of the served model on this node; ``revision`` of a model on the hub is downloaded once per node.
+
+    Raises:
+        FileNotFoundError: a folder is meant, and it has no ``model_index.json``.
+        CheckpointError: the hub doesn't give the model: unknown, gated, or not to be reached.
+    """
+    return local_folder(settings.model) or _snapshot(settings.model, settings.revision)
+
+
+def _snapshot(model: str, revision: str | None) -> Path:
+    try:
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=[INDEX]))
+        if not (folder / INDEX).is_file():
+            raise CheckpointError(f"model {model!r} on the hub has no {INDEX}: it is not in diffusers layout")
+        # Of this commit, whatever is pushed meanwhile.
+        return Path(snapshot_download(model, revision=folder.name, allow_patterns=wanted_files(folder)))
+    except GatedRepoError:
+        reason = (
+            f"it is gated: accept its licence at https://huggingface.co/{model}, and give the nodes a token that may "
+            "read it in HF_TOKEN, or in a file that HF_TOKEN_PATH names"
+        )
+    except RevisionNotFoundError:
+        reason = f"it has no revision {revision!r}: name a commit, tag or branch of https://huggingface.co/{model}"
+    except RepositoryNotFoundError:
+        reason = "there is no such model, or the token in HF_TOKEN or HF_TOKEN_PATH may not see it"
+    except LocalEntryNotFoundError:
+        reason = "it is not in this node's cache (HF_HOME) and the hub cannot be reached"
+    except HfHubHTTPError as error:
+        reason = f"the hub answered {error.response.status_code}"
+    raise CheckpointError(f"model {model!r} cannot be had from the Hugging Face hub: {reason}")
+
+
+def wanted_files(folder: Path) -> list[str]:
+    """Patterns of the files to download, from a downloaded ``model_index.json``.
+
+    Only the parts that it names: FLUX repositories also hold the same weights as one file for other programs.
+    """
+    parts = [name for name, entry in read_json(folder / INDEX).items() if isinstance(entry, list) and entry[0]]
+    return [INDEX, *(f"{part}/*.{suffix}" for part in parts for suffix in SUFFIXES)]
+
+
+def check_local_checkpoint(settings: Settings) -> None:
+    """Check the checkpoint if its folder is on this machine; a head node need not have it.
+
+    Raises:
+        ValueError: what is wrong, with the file or number; see `check_checkpoint`.
+    """
+    try:
+        folder = local_folder(settings.model)
+    except FileNotFoundError:
+        return
+    if folder is not None:
+        check_checkpoint(folder, settings.tensor_parallel_size)
+
+
+def fetch_and_check(settings: Settings) -> None:
+    """Have the checkpoint on this node, and check it; a model from the hub is downloaded once before its ranks ask.
+
+    Raises:
+        FileNotFoundError, ValueError: what is wrong; see `model_folder` and `check_checkpoint`.
+    """
+    check_checkpoint(model_folder(settings), settings.tensor_parallel_size)

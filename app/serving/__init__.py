@@ -1,1 +1,0 @@
-"""The only Ray code: deployments, the coordinator, the ranks and their supervision."""

@@ -1,0 +1,194 @@
+"""The coordinator with a real rank in this process, in place of actors: what it tells of images and how it ends them.
+
+tests/serving/test_group.py and test_service.py have the same parts on Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from app.cluster.coordinator import Coordinator
+from app.cluster.rank import Rank
+from app.control.admission import default_job
+from app.errors import BusyError, DeadlineImpossibleError, DeadlinePassedError, GroupFailedError, RequestCancelledError
+from app.messages import Conditioning, DenoiseResult, MagCacheOptions, PromptEmbeddings
+from app.settings import MagCacheSettings, Settings
+from magcache_core import ConfigError
+from tests.local_group import job
+
+SETTINGS = Settings(
+    threads_per_rank=1, magcache=MagCacheSettings(profile="flux-tiny"), max_batch_rows=2, max_waiting_pictures=3
+)
+LONG = 400
+"""Steps of an image that is still under way when it is ended."""
+
+
+class Remote:
+    """A method that is called as an actor's is: calls run one after another, off the event loop."""
+
+    def __init__(self, method: Callable[..., Any], thread: ThreadPoolExecutor) -> None:
+        self._method, self._thread = method, thread
+
+    def remote(self, *arguments: Any) -> asyncio.Future[Any]:
+        return asyncio.get_running_loop().run_in_executor(self._thread, self._method, *arguments)
+
+
+class Handle:
+    """Stands for a rank's actor handle."""
+
+    def __init__(self, rank: Rank, thread: ThreadPoolExecutor) -> None:
+        self.execute = Remote(rank.execute, thread)
+
+
+@pytest.fixture(scope="module")
+def conditioning() -> Conditioning:
+    generator = torch.Generator().manual_seed(0)
+    return Conditioning(
+        PromptEmbeddings(torch.randn(32, 128, generator=generator), torch.randn(128, generator=generator))
+    )
+
+
+class Group:
+    """A running coordinator, its rank, and images for it."""
+
+    def __init__(self, rank: Rank, coordinator: Coordinator, conditioning: Conditioning) -> None:
+        self.rank, self.coordinator = rank, coordinator
+        self._conditioning = conditioning
+
+    def start(self, row_id: str, **options: Any) -> asyncio.Task[DenoiseResult]:
+        """Begin an image."""
+        return asyncio.create_task(self.coordinator.denoise(job(row_id, **options), [self._conditioning]))
+
+    async def result_or_none(self, name: str, images: int) -> None:
+        """Wait until so many are ``running`` or ``waiting``."""
+        while (await self.coordinator.load())[name] != images:  # noqa: ASYNC110  it has no event for tests
+            await asyncio.sleep(0)
+
+    async def cancel(self, request_id: str, *calls: asyncio.Task[DenoiseResult]) -> None:
+        """Cancel a request, and see that all of its images and nothing else is over."""
+        assert await self.coordinator.cancel_request(request_id) == len(calls)
+        for call in calls:
+            with pytest.raises(RequestCancelledError):
+                await call
+
+
+@pytest.fixture
+async def group(conditioning: Conditioning) -> AsyncIterator[Group]:
+    rank = Rank(SETTINGS, 0)
+    rank.load(None)
+    measured_times = rank.warm_up(default_job(SETTINGS))
+    with ThreadPoolExecutor(1) as thread:
+        coordinator = Coordinator(SETTINGS, [Handle(rank, thread)], [measured_times], "local", rebuilds=0)
+        running = asyncio.create_task(coordinator.run())
+        yield Group(rank, coordinator, conditioning)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_news_of_a_image(group: Group) -> None:
+    watched = asyncio.create_task(group.coordinator.events("a/0", 0))  # asked before the image is there
+    await asyncio.sleep(0)
+    image = group.start("a/0", partial_images=3, magcache=MagCacheOptions())
+    news, seen = await watched
+    while seen >= 0:
+        more, seen = await group.coordinator.events("a/0", seen)
+        news += more
+    result = await image
+    previews = [event for event in news if event.preview is not None]
+    assert [event.step for event in previews] == [8, 15, 22]
+    assert all(event.preview.shape == (64, 64) and event.preview.isfinite().all() for event in previews)
+    assert [event.step for event in news] == sorted(event.step for event in news)
+    assert news[0].decision == ""
+    assert all(event.decision == result.report.schedule[event.step - 1] for event in news if event.step)
+    assert all(event.steps == 28 for event in news)
+    assert news[0].eta_s == result.report.eta_seconds > 0
+    assert news[-1].eta_s < news[0].eta_s
+
+
+async def test_those_who_wait_hear_of_their_place(group: Group) -> None:
+    running = [group.start(f"a/{i}", steps=LONG) for i in range(2)]
+    await group.result_or_none("running", 2)
+    first, second = (group.start(f"b/{i}", steps=1) for i in range(2))
+    await group.result_or_none("waiting", 2)
+    news, seen = await group.coordinator.events("b/1", 0)
+    assert [(event.step, event.queue_position, event.decision) for event in news] == [(0, 2, "")]
+    await group.coordinator.cancel("b/0")
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    news, seen = await group.coordinator.events("b/1", seen)
+    assert news[-1].queue_position == 1
+    await group.cancel("a", *running)
+    assert (await second).report.queue_position == 2
+    while seen >= 0:
+        _, seen = await group.coordinator.events("b/1", seen)
+
+
+async def test_nobody_has_news_of_a_image_that_never_comes(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.cluster.coordinator.LINGER_S", 0.01)
+    assert await group.coordinator.events("nobody/0", 0) == ([], -1)
+
+
+async def test_a_request_is_ended_whole_and_leaves_nothing_on_the_rank(group: Group) -> None:
+    calls = [group.start(f"a/{i}", steps=LONG, magcache=MagCacheOptions()) for i in range(3)]
+    await group.result_or_none("running", 2)
+    other = group.start("ab/0", steps=3)
+    await group.cancel("a", *calls)
+    assert (await other).report.schedule == "CCC"
+    assert await group.coordinator.cancel_request("a") == 0
+    assert await group.coordinator.load() == {**await group.coordinator.load(), "running": 0, "waiting": 0}
+    assert not group.rank._engine.rows
+    assert group.coordinator.counts.cancelled == 3
+
+
+async def test_a_deadline_is_refused_at_once_or_ends_the_image_when_it_passes(group: Group) -> None:
+    with pytest.raises(DeadlineImpossibleError) as caught:
+        await group.start("a/0", steps=100, deadline_s=0.001)
+    assert caught.value.soonest_s > 0.001
+    # An estimate can't know of urgent images that come later.
+    late = group.start("late/0", steps=100, deadline_s=1.5 * caught.value.soonest_s)
+    urgent = [group.start(f"urgent/{i}", steps=LONG, priority=9) for i in range(4)]
+    with pytest.raises(DeadlinePassedError, match=r"passed after \d+ of 100 steps"):
+        await late
+    await group.cancel("urgent", *urgent)
+    assert group.coordinator.counts.deadline_passed == group.coordinator.counts.deadline_impossible == 1
+
+
+async def test_a_full_queue_and_impossible_wishes_are_refused(group: Group) -> None:
+    calls = [group.start(f"a/{i}", steps=LONG) for i in range(2)]
+    await group.result_or_none("running", 2)
+    calls += [group.start(f"a/{i}", steps=LONG) for i in range(2, 5)]
+    await group.result_or_none("waiting", 3)
+    with pytest.raises(BusyError) as caught:
+        await group.start("b/0")
+    assert caught.value.retry_after_s > 0
+    await group.cancel("a", *calls)
+    with pytest.raises(ConfigError, match="budget=1 is not allowed"):
+        await group.start("c/0", magcache=MagCacheOptions(computed_steps=1))
+
+
+async def test_plans_travel_together(group: Group) -> None:
+    before = group.coordinator.counts.messages, group.coordinator.counts.plans
+    report = (await group.start("a/0", magcache=MagCacheOptions())).report
+    counts = group.coordinator.counts
+    assert counts.plans - before[1] == 28
+    # How many computed steps share a message depends on the time that they take; reused ones never have their own.
+    assert 1 <= counts.messages - before[0] <= report.computed + report.schedule.endswith(".")
+    assert min(counts.computed_seconds, counts.reused_seconds) > 0
+    assert counts.rank_seconds == [pytest.approx(counts.computed_seconds + counts.reused_seconds)]
+
+
+async def test_a_rank_of_another_history_fails_all_images(group: Group) -> None:
+    calls = [group.start(f"a/{i}", steps=LONG) for i in range(3)]
+    await group.result_or_none("running", 2)
+    group.rank._engine._digest = "another"
+    for call in calls:
+        with pytest.raises(GroupFailedError, match="PlanMismatchError"):
+            await call
+    with pytest.raises(GroupFailedError):
+        await group.coordinator.ping()

@@ -1,0 +1,68 @@
+"""The prompt encoder gives what each model's own diffusers pipeline gives, wherever its encoders stay."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from app.components.prompt_encoder import PromptEncoder, TextEncoders, temporarily_on
+from app.settings import Settings
+from benchmarks.make_checkpoint import make_checkpoint
+
+PROMPT = "two green triangles on a white background"
+POOLED_AND_TOKENS = {"flux.1-dev": 512, "flux.1-schnell": 256, "flux.1-kontext-dev": 512, "flux.2-klein-4b": 512}
+
+
+@pytest.fixture(scope="module", params=POOLED_AND_TOKENS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp("encoder") / request.param
+    return request.param, make_checkpoint(request.param, "tiny", folder)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_it_encodes_as_the_models_own_pipeline(model: tuple[str, Path], offload: bool) -> None:
+    name, folder = model
+    length = POOLED_AND_TOKENS[name]
+    encoders = TextEncoders(folder, length, torch.float32, "cpu", offload=offload)
+    got = encoders.encode(PROMPT)
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        if "klein" in name:
+            tokens, _ = pipeline.encode_prompt(PROMPT)
+        else:
+            tokens, pooled, _ = pipeline.encode_prompt(PROMPT, None, max_sequence_length=length)
+            assert torch.equal(got.pooled, pooled[0])
+    assert got.tokens.shape[0] == length
+    assert torch.equal(got.tokens, tokens[0])
+    assert (got.pooled is None) == ("klein" in name)
+    assert not torch.equal(got.tokens, encoders.encode("a red circle").tokens)
+    assert torch.equal(got.tokens, encoders.encode(PROMPT).tokens)
+
+
+def test_visitors_are_elsewhere_only_for_a_while_and_keep_their_own_copies() -> None:
+    shared = torch.nn.Linear(3, 3)
+    module = torch.nn.Sequential(shared, torch.nn.BatchNorm1d(3), shared)
+    addresses = [tensor.data_ptr() for tensor in module.state_dict().values()]
+    with temporarily_on([module], torch.device("meta")):
+        assert {tensor.device.type for tensor in module.state_dict().values()} == {"meta"}
+        assert module[0].weight is module[2].weight
+    with suppress(MemoryError), temporarily_on([module], torch.device("meta")):
+        raise MemoryError
+    assert [tensor.data_ptr() for tensor in module.state_dict().values()] == addresses
+    assert module(torch.ones(2, 3)).shape == (2, 3)
+
+
+async def test_equal_prompts_are_encoded_once() -> None:
+    encoder = PromptEncoder(Settings(prompt_cache_entries=1))
+    first, second = await asyncio.gather(encoder.encode(PROMPT), encoder.encode(PROMPT))
+    assert first is second
+    assert await encoder.encode(PROMPT) is first
+    await encoder.encode("a red circle")
+    again = await encoder.encode(PROMPT)  # one entry is kept: it was encoded again
+    assert again is not first
+    assert torch.equal(again.tokens, first.tokens)
