@@ -153,7 +153,10 @@ class _Everything:
 def everything() -> _Everything:
     registry = CollectorRegistry()
     return _Everything(
-        registry, ApiMetrics(registry, "m"), CoordinatorMetrics(registry, "m", "r", CoordinatorCounters()), EncoderMetrics(registry, "m")
+        registry,
+        ApiMetrics(registry, "m"),
+        CoordinatorMetrics(registry, "m", "r", CoordinatorCounters()),
+        EncoderMetrics(registry, "m"),
     )
 
 
