@@ -71,6 +71,7 @@ class DenoiseJob:
         deadline_s: seconds from the job's arrival at the coordinator to its last step; None has all the time.
         partial_images: previews (x0 estimates) wanted on the way, evenly spread over the steps.
         strength: image-to-image, in (0, 1]: the share of the steps that run on the source; None starts from noise.
+        computing: the steps that compute in some branch, counted from the job's first; None when any of them may.
         source_tokens: image tokens of the reference images that every step reads beside the image's own.
     """
 
@@ -89,6 +90,7 @@ class DenoiseJob:
     partial_images: int = 0
     strength: float | None = None
     source_tokens: int = 0
+    computing: tuple[int, ...] | None = None
 
     @property
     def first_step(self) -> int:

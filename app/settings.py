@@ -75,6 +75,11 @@ class Settings(Section):
         description="`fp8` keeps the sharded weights in 8-bit floating point, half of bfloat16's memory; on `cuda` it "
         "needs dtype bfloat16 and compute capability 8.9.",
     )
+    modulation_on_host: bool = Field(
+        default=False,
+        description="Keep the weights of the blocks' modulation in host memory (FLUX.1: 6.6 GB, divided among the "
+        "ranks) and stream them to the GPU when an image is admitted, the only time that they are read.",
+    )
     tensor_parallel_size: PositiveInt = Field(
         default=1, description="Ranks that share one transformer; must divide its attention heads (FLUX.1: 24)."
     )

@@ -40,41 +40,49 @@ class Fit:
     rows: int
     own_card: bool = False
     fp8: bool = False
+    on_host: bool = False
 
     def __str__(self) -> str:
         where = "encoder and VAE on a card of their own" if self.own_card else f"encoder {self.text_encoder}"
         if not self.own_card and self.vae == "cpu":
             where += ", VAE cpu"
         rows = f"{self.rows}+" if self.rows == MOST_ROWS else str(self.rows)
-        fp8 = "fp8, " if self.fp8 else ""
-        return f"tp {self.tensor_parallel_size}, {fp8}{where}, {rows} rows"
+        special = ("fp8, " if self.fp8 else "") + ("modulation_on_host, " if self.on_host else "")
+        return f"tp {self.tensor_parallel_size}, {special}{where}, {rows} rows"
 
 
 def fit(model: dict[str, Any], count: int, gib: int) -> Fit | None:
     """The first of these that leaves room for an image; None when none does.
 
-    One rank per card with encoder and VAE beside one of them; one card for encoder and VAE; encoders on the CPU; the
-    same with 8-bit weights; encoders and VAE on the CPU.
+    One rank per card with encoder and VAE beside one of them; one card for encoder and VAE; the modulation's weights in
+    host memory; encoders on the CPU, with that or with 8-bit weights as well; encoders and VAE on the CPU.
     """
     room = USABLE * gib * 1.073741824
     encoder = sum(model["text_encoders_gb"].values()) + PROCESS_GB
     vae = model["vae_gb"] + model["vae_decode_gb"] + PROCESS_GB
 
-    def rows(size: int, beside: float, fp8: bool = False) -> int:
+    def rows(size: int, beside: float, fp8: bool = False, on_host: bool = False) -> int:
         rank = model["tensor_parallel_size"].get(str(size))
         if rank is None or model["heads"] % size:
             return 0
-        # What the ranks share out is in 8 bits then, and what each holds whole is not.
-        held = (rank["weights_gb"] + model["replicated_gb"]) / 2 if fp8 else rank["weights_gb"]
-        row = rank["computed_step_gb"] + RESIDUALS * model["residual_per_image_mb"] / 1e3
+        # Of what the ranks share out, all but the modulation is in 8 bits then; what each holds whole is not.
+        whole = model["replicated_gb"] + rank["modulation_gb"]
+        held = (rank["weights_gb"] + whole) / 2 if fp8 else rank["weights_gb"]
+        held -= rank["modulation_gb"] if on_host else 0.0
+        kept_mb = RESIDUALS * model["residual_per_image_mb"] + model["modulation_per_image_mb"]
+        row = rank["computed_step_gb"] + kept_mb / 1e3
         return min(int((room - held - PROCESS_GB - beside) / row), MOST_ROWS)
 
     if (most := rows(count, encoder + vae)) > 0:
         return Fit(count, "gpu", "gpu", most)
     if encoder + vae <= room and count > 1 and (most := rows(count - 1, 0.0)) > 0:
         return Fit(count - 1, "gpu", "gpu", most, own_card=True)
+    if (most := rows(count, encoder + vae, on_host=True)) > 0:
+        return Fit(count, "gpu", "gpu", most, on_host=True)
     if (most := rows(count, vae)) > 0:
         return Fit(count, "cpu", "gpu", most)
+    if (most := rows(count, vae, on_host=True)) > 0:
+        return Fit(count, "cpu", "gpu", most, on_host=True)
     if (most := rows(count, vae, fp8=True)) > 0:
         return Fit(count, "cpu", "gpu", most, fp8=True)
     if (most := rows(count, 0.0)) > 0:

@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from app.engine.geometry import Geometry
-from app.engine.parallel import TensorParallelGroup, local_ranges, parallelize, shard_specs
+from app.engine.modulation import Modulation
+from app.engine.parallel import TensorParallelGroup, local_ranges, modulation_linears, parallelize, shard_specs
 from benchmarks.checkpoints import weights
 from benchmarks.checkpoints.geometry import MODELS, Part, Repository, Scale, repository
 from benchmarks.loading import bound_mb
@@ -33,6 +34,7 @@ from magcache_core import get_strategy
 RESULTS = Path(__file__).parent / "results" / "memory.json"
 TEXT_TOKENS = {"flux.1-dev": 512, "flux.1-schnell": 256, "flux.1-kontext-dev": 512, "flux.2-klein-4b": 512}
 SIZES = (1, 2, 3, 4)
+STEPS = 28
 GB = 1e9
 
 
@@ -78,7 +80,7 @@ class OneOfMany(TensorParallelGroup):
 
 
 @dataclass(frozen=True)
-class GeneratedImage:
+class Image:
     """What a forward pass works on; ``references`` are further images of the same size beside it."""
 
     size: int
@@ -119,6 +121,12 @@ def shard_bytes(transformer: Any) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in transformer.parameters())
 
 
+def modulation_bytes(transformer: Any) -> int:
+    """Bytes of a shard's modulation weights, which only admission reads."""
+    linears = [transformer.get_submodule(name) for names in modulation_linears(transformer) for name in names]
+    return sum(shard_bytes(linear) for linear in linears)
+
+
 def alive_at_most(module: torch.nn.Module, run: Callable[[], object]) -> int:
     """The most bytes that are alive at once while ``run`` computes with ``module``, whose weights don't count."""
     with torch.no_grad(), LiveBytes(module) as live:
@@ -126,13 +134,14 @@ def alive_at_most(module: torch.nn.Module, run: Callable[[], object]) -> int:
     return live.peak
 
 
-def step_bytes(transformer: Any, image: GeneratedImage) -> int:
+def step_bytes(transformer: Any, image: Image, size: int) -> int:
     """What the block stack holds at its fullest: everything but weights, for all rows of a computed step."""
     config = transformer.config
     dim = config.num_attention_heads * config.attention_head_dim
     axes = len(config.axes_dims_rope)
     with FakeTensorMode(allow_non_fake_inputs=True):
         _to_fake(transformer)
+        modulation = Modulation(transformer, OneOfMany(0, size), torch.device("cpu"))
         image_tokens = image.geometry.tokens * (1 + image.references)
         joint = image_tokens + image.text_tokens
         rotary = transformer.pos_embed(torch.zeros(joint, axes))
@@ -140,8 +149,8 @@ def step_bytes(transformer: Any, image: GeneratedImage) -> int:
         def run() -> None:
             hidden = torch.empty(image.rows, image_tokens, dim, dtype=weights.DTYPE)
             context = torch.empty(image.rows, image.text_tokens, dim, dtype=weights.DTYPE)
-            temb = torch.empty(image.rows, dim, dtype=weights.DTYPE)
-            get_strategy(transformer).blocks(transformer, hidden, context, temb, rotary)
+            ahead = modulation.by_block(torch.empty(image.rows, modulation.width, dtype=weights.DTYPE))
+            get_strategy(transformer).blocks(transformer, hidden, context, ahead, rotary)
 
         return alive_at_most(transformer, run)
 
@@ -170,7 +179,7 @@ def _to_fake(module: torch.nn.Module) -> None:
             setattr(part, name, torch.empty(buffer.shape, dtype=dtype))
 
 
-def model_report(model: str, described: Repository, image: GeneratedImage) -> dict[str, Any]:
+def model_report(model: str, described: Repository, image: Image) -> dict[str, Any]:
     """One model by component, in GB of 10^9 bytes."""
     parts = described.parts
     config: Any = weights.build(parts["transformer"]).config
@@ -182,11 +191,12 @@ def model_report(model: str, described: Repository, image: GeneratedImage) -> di
         held = shard_bytes(transformer)
         ranks[str(size)] = {
             "weights_gb": _gb(held),
-            "computed_step_gb": _gb(step_bytes(transformer, image)),
+            "modulation_gb": _gb(modulation_bytes(transformer)),
+            "computed_step_gb": _gb(step_bytes(transformer, image, size)),
             "host_bound_gb": round(bound_mb(held / 1e6) / 1e3, 1),
         }
     whole = weight_bytes(parts["transformer"])
-    # What tensor parallelism leaves whole on every rank: modulation, norms, embeddings.
+    # What tensor parallelism leaves whole on every rank: norms, embeddings.
     two = shard_bytes(shard(parts["transformer"], 2))
     return {
         "parameters": sum(weights.parameters(weights.tensors(weights.build(parts["transformer"])))),
@@ -200,6 +210,8 @@ def model_report(model: str, described: Repository, image: GeneratedImage) -> di
         "vae_decode_double_tiled_gb": _gb(decode_bytes(parts["vae"], 2 * image.size, tiling=True)),
         # Latents and one residual, image tokens x dim in bfloat16, on every rank for every image under way.
         "residual_per_image_mb": round(image.geometry.tokens * dim * 2 / 1e6, 1),
+        # What an image's computed steps look up, at most at all of them.
+        "modulation_per_image_mb": round(modulation_bytes(weights.build(parts["transformer"])) / dim * STEPS / 1e6, 1),
         "tensor_parallel_size": ranks,
         "model": model,
     }
@@ -213,7 +225,7 @@ def report(scale: Scale = "full", size: int = 1024) -> dict[str, Any]:
     """All models at images of ``size`` x ``size``."""
     models = {}
     for model in MODELS:
-        image = GeneratedImage(size, TEXT_TOKENS[model], references=int("kontext" in model))
+        image = Image(size, TEXT_TOKENS[model], references=int("kontext" in model))
         models[model] = model_report(model, repository(model, scale), image)
     return {"scale": scale, "image": f"{size}x{size}", "dtype": "bfloat16", "models": models}
 

@@ -143,9 +143,18 @@ class MagCacheStrategy:
         raise self._no_split()
 
     def blocks(
-        self, transformer: Any, hidden: torch.Tensor, context: torch.Tensor, temb: torch.Tensor, rotary: Rotary
+        self,
+        transformer: Any,
+        hidden: torch.Tensor,
+        context: torch.Tensor,
+        temb: torch.Tensor | tuple[torch.Tensor, ...],
+        rotary: Rotary,
     ) -> torch.Tensor:
-        """The block stack, the part that reuse saves: image stream in, image stream out, (rows, image_tokens, dim)."""
+        """The block stack, the part that reuse saves: image stream in, image stream out, (rows, image_tokens, dim).
+
+        Args:
+            temb: what modulates the blocks, of `embed_time`; or one tensor per block, for modules that expect so.
+        """
         raise self._no_split()
 
     def output_modulation(self, transformer: Any, temb: torch.Tensor) -> torch.Tensor:
@@ -216,12 +225,18 @@ class FluxStrategy(_FluxFamily):
         return temb
 
     def blocks(
-        self, transformer: Any, hidden: torch.Tensor, context: torch.Tensor, temb: torch.Tensor, rotary: Rotary
+        self,
+        transformer: Any,
+        hidden: torch.Tensor,
+        context: torch.Tensor,
+        temb: torch.Tensor | tuple[torch.Tensor, ...],
+        rotary: Rotary,
     ) -> torch.Tensor:
         """See `MagCacheStrategy.blocks`."""
-        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+        stack = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
+        for block, own in zip(stack, temb if isinstance(temb, tuple) else [temb] * len(stack), strict=True):
             context, hidden = block(
-                hidden_states=hidden, encoder_hidden_states=context, temb=temb, image_rotary_emb=rotary
+                hidden_states=hidden, encoder_hidden_states=context, temb=own, image_rotary_emb=rotary
             )
         return hidden
 
@@ -248,7 +263,12 @@ class Flux2Strategy(_FluxFamily):
         return temb
 
     def blocks(
-        self, transformer: Any, hidden: torch.Tensor, context: torch.Tensor, temb: torch.Tensor, rotary: Rotary
+        self,
+        transformer: Any,
+        hidden: torch.Tensor,
+        context: torch.Tensor,
+        temb: torch.Tensor | tuple[torch.Tensor, ...],
+        rotary: Rotary,
     ) -> torch.Tensor:
         """See `MagCacheStrategy.blocks`."""
         image_tokens = hidden.shape[1]

@@ -61,7 +61,9 @@ class Rank:
             size = settings.tensor_parallel_size
             store = self._store or TCPStore(*rendezvous, size, is_master=False)
             group = TensorParallelGroup.join(self._rank, size, store, device)
-        tuning = Tuning(settings.attention_backend, settings.compile, settings.quantization)
+        tuning = Tuning(
+            settings.attention_backend, settings.compile, settings.quantization, settings.modulation_on_host
+        )
         self._engine = Engine(model, group, device, getattr(torch, settings.dtype), tuning)
         logger.info("rank %d of %d holds its shard of %s", self._rank, settings.tensor_parallel_size, model)
 

@@ -159,7 +159,7 @@ class StepScheduler:
         plan = StepPlan(
             sequence=self._sequence,
             digest="",
-            admit=tuple(entry.job for entry in admitted),
+            admit=tuple(replace(entry.job, computing=entry.row_schedule.round_steps) for entry in admitted),
             rows=tuple(entry.next_step() for entry in stepping),
             drop=tuple(self._dropped),
         )

@@ -16,6 +16,7 @@ from app.engine.attention import rotations, uses_rotations
 from app.engine.families import Edits
 from app.engine.geometry import Geometry
 from app.engine.loading import load_transformer
+from app.engine.modulation import Modulation
 from app.engine.parallel import TensorParallelGroup
 from app.engine.rows import BatchKey, Branch, Row
 from app.engine.sampling import FlowMatchSampler, mix_noise
@@ -72,10 +73,13 @@ class Engine:
         self.dtype = dtype
         if transformer is None:
             check_attention(tuning.attention_backend, self.device, dtype)
-            transformer = load_transformer(model, self.group, self.device, dtype, tuning.quantization)
+            transformer = load_transformer(
+                model, self.group, self.device, dtype, tuning.quantization, tuning.modulation_on_host
+            )
             tune(transformer, tuning, self.device, dtype)
         self._rotates = uses_rotations(transformer)
         self.transformer = transformer
+        self._modulation = Modulation(transformer, self.group, self.device)
         self.strategy = get_strategy(self.transformer)
         self.sampler = FlowMatchSampler(model)
         self.family = self.sampler.family
@@ -145,9 +149,9 @@ class Engine:
         sigmas = self.sampler.sigmas(job.num_inference_steps, geometry.tokens)[job.first_step :]
         # FluxPipeline rounds the timestep (0..1000) to the latents' dtype before it divides by 1000.
         timesteps = ((sigmas[:-1] * 1000).to(self.dtype) / 1000).to(self.device)
-        branches = {COND: self._branch(conditioning.prompt, timesteps, job.guidance_scale)}
+        branches = {COND: self._branch(conditioning.prompt, timesteps, job)}
         if conditioning.negative is not None:
-            branches[UNCOND] = self._branch(conditioning.negative, timesteps, job.guidance_scale)
+            branches[UNCOND] = self._branch(conditioning.negative, timesteps, job)
         latents = self.family.layout.noise(
             job.seed, geometry, self.transformer.config.in_channels, self.device, self.dtype
         )
@@ -171,16 +175,18 @@ class Engine:
         tokens = [torch.empty(0, channels), *(one.latents for one in references)]
         return self.strategy.embed_image(self.transformer, torch.cat(tokens).to(self.device, self.dtype)[None])[0]
 
-    def _branch(self, prompt: PromptEmbeddings, timesteps: torch.Tensor, guidance_scale: float) -> Branch:
+    def _branch(self, prompt: PromptEmbeddings, timesteps: torch.Tensor, job: DenoiseJob) -> Branch:
         tokens = prompt.tokens.to(self.device, self.dtype)
         context = self.strategy.context(self.transformer, tokens[None])[0]
         steps = len(timesteps)
-        guidance = torch.full((steps,), guidance_scale, dtype=torch.float32, device=self.device)
+        guidance = torch.full((steps,), job.guidance_scale, dtype=torch.float32, device=self.device)
         pooled = None if prompt.pooled is None else prompt.pooled.to(self.device, self.dtype).expand(steps, -1)
         temb = self.strategy.embed_time(
             self.transformer, timesteps, guidance if self.transformer.config.guidance_embeds else None, pooled
         )
-        return Branch(context, temb, self.strategy.output_modulation(self.transformer, temb))
+        computing = list(range(steps)) if job.computing is None else list(job.computing)
+        modulation = dict(zip(computing, self._modulation.ahead(temb[computing]), strict=True))
+        return Branch(context, modulation, self.strategy.output_modulation(self.transformer, temb))
 
     def _step(self, row_steps: Sequence[RowStep]) -> dict[str, torch.Tensor]:
         """Take one step of rows of equal shapes: forward pass of all branches, true CFG, Euler; returns previews."""
@@ -229,12 +235,14 @@ class Engine:
         """Run the block stack on rows that compute and keep their residuals; (parts, image_tokens, inner_dim)."""
         geometry, text_tokens, references = parts[0].row.batch_key
         context = torch.stack([part.branch.context for part in parts])
-        temb = torch.stack([part.branch.temb[part.row_step.step] for part in parts])
+        modulation = torch.stack([part.branch.modulation_at(part.row_step.step) for part in parts])
         rotary = self._rotary(geometry, text_tokens, references)
         tokens = hidden
         if references:
             tokens = torch.cat([hidden, torch.stack([part.row.references for part in parts])], dim=1)
-        output: torch.Tensor = self.strategy.blocks(self.transformer, tokens, context, temb, rotary)
+        output: torch.Tensor = self.strategy.blocks(
+            self.transformer, tokens, context, self._modulation.by_block(modulation), rotary
+        )
         # The image reads its references and nobody reads what becomes of them: they are neither kept nor projected.
         output = output[:, : geometry.tokens]
         keepers = [index for index, part in enumerate(parts) if part.step.residuals_kept > 0]

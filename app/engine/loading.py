@@ -17,7 +17,14 @@ from torch import nn
 
 from app.engine.checkpoint_files import CheckpointError, SafetensorsFile, read_json
 from app.engine.fp8 import Quantization, quantize
-from app.engine.parallel import TensorParallelGroup, local_ranges, parallelize, planned_linears, shard_specs
+from app.engine.parallel import (
+    TensorParallelGroup,
+    local_ranges,
+    modulation_linears,
+    parallelize,
+    planned_linears,
+    shard_specs,
+)
 
 SUPPORTED_TRANSFORMERS = ("FluxTransformer2DModel", "Flux2Transformer2DModel")
 WEIGHTS = "diffusion_pytorch_model"
@@ -35,6 +42,7 @@ def load_transformer(
     device: torch.device,
     dtype: torch.dtype,
     quantization: Quantization | None = None,
+    modulation_on_host: bool = False,
 ) -> diffusers.ModelMixin:
     """Load ``model``'s transformer for this rank, in evaluation mode.
 
@@ -44,6 +52,7 @@ def load_transformer(
         device: where the parameters go.
         dtype: floating-point type of all parameters but those that ``quantization`` stores.
         quantization: ``fp8`` for the weights that tensor parallelism splits, each as soon as it is there.
+        modulation_on_host: leave the modulation's weights in (pinned) host memory.
 
     Raises:
         CheckpointError: a file is missing, damaged, of another class or shape, or holds too few or unknown tensors.
@@ -53,10 +62,15 @@ def load_transformer(
     transformer = meta_transformer(folder)
     specs = shard_specs(transformer, group.size)
     small = {f"{name}.weight": linear for name, linear in planned_linears(transformer) if quantization == "fp8"}
+    aside = [name for names in modulation_linears(transformer) for name in names] if modulation_on_host else []
+    on_host = {f"{name}.{parameter}" for name in aside for parameter in ("weight", "bias")}
     with ExitStack() as stack:
         files = [stack.enter_context(SafetensorsFile(path)) for path in weight_files(folder)]
         check_tensors(folder, shapes(transformer), files)
         for name, tensor in _read_shard(files, specs, group):
+            if name in on_host:
+                _place(transformer, name, tensor.to(dtype).pin_memory() if device.type == "cuda" else tensor.to(dtype))
+                continue
             _place(transformer, name, tensor.to(device=device, dtype=dtype))
             if name in small:
                 quantize(small[name])

@@ -104,7 +104,24 @@ def shard_specs(transformer: nn.Module, size: int) -> dict[str, TPShardSpec]:
             f"tensor_parallel_size {size} does not divide the {heads} attention heads of {name}: use one of {divisors}"
         )
     specs: dict[str, TPShardSpec] = resolve_tp_shard_specs(transformer, dict(plan), size)
+    # Not in diffusers' plan, whose blocks need them whole at every step (see `app.engine.modulation`).
+    for linear in (name for names in modulation_linears(transformer) for name in names):
+        for parameter, value in transformer.get_submodule(linear).named_parameters():
+            specs[f"{linear}.{parameter}"] = TPShardSpec(0, [len(value)])
     return specs
+
+
+def modulation_linears(transformer: nn.Module) -> list[list[str]]:
+    """Names of the linears that modulate the blocks' streams, one list per block, or one for all that share them."""
+    if type(transformer).__name__ == "Flux2Transformer2DModel":
+        shared = ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")
+        return [[f"{name}.linear" for name in shared]]
+    stacks = (("transformer_blocks", ("norm1", "norm1_context")), ("single_transformer_blocks", ("norm",)))
+    return [
+        [f"{stack}.{index}.{norm}.linear" for norm in norms]
+        for stack, norms in stacks
+        for index in range(len(transformer.get_submodule(stack)))  # type: ignore[arg-type]
+    ]
 
 
 def planned_linears(transformer: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -20,16 +21,26 @@ class Branch:
 
     Attributes:
         context: (text_tokens, inner_dim), the embedded prompt; it is the same at every step, so it is embedded once.
-        temb: (steps to run, inner_dim), noise level, guidance and pooled prompt of every step, embedded: all are known
-            when the row is admitted.
+        modulation: by step that computes, (columns,), what scales, shifts and gates the blocks' streams there; known
+            when the row is admitted, since it depends on noise level, guidance and pooled prompt only.
         output_modulation: (steps to run, 2 inner_dim), what scales and shifts the blocks' output at every step.
         residuals: the block stack's last outputs minus its inputs, newest first, each (image_tokens, inner_dim).
     """
 
     context: torch.Tensor
-    temb: torch.Tensor
+    modulation: Mapping[int, torch.Tensor]
     output_modulation: torch.Tensor
     residuals: deque[torch.Tensor] = field(default_factory=deque)
+
+    def modulation_at(self, step: int) -> torch.Tensor:
+        """The modulation of a step that computes, (columns,).
+
+        Raises:
+            LookupError: the row was admitted without this step among those that compute.
+        """
+        if step not in self.modulation:
+            raise LookupError(f"step {step} computes, and the row was admitted with {sorted(self.modulation)} only")
+        return self.modulation[step]
 
     def store(self, residual: torch.Tensor, residuals_kept: int) -> None:
         """Keep ``residual`` as the newest of at most ``residuals_kept``."""

@@ -33,12 +33,14 @@ class Tuning:
         attention_backend: ``native`` is torch's own, which picks a flash kernel where there is one.
         compile: compile the blocks of the stack; their first run waits for it.
         quantization: ``fp8`` for the weights that tensor parallelism splits.
+        modulation_on_host: keep the weights that only a row's admission needs in host memory.
         compiler: torch.compile's backend.
     """
 
     attention_backend: AttentionBackend = "native"
     compile: bool = False
     quantization: Quantization | None = None
+    modulation_on_host: bool = False
     compiler: str = "inductor"
 
 

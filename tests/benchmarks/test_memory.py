@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 
+from app.engine.modulation import Modulation
+from app.engine.parallel import TensorParallelGroup
 from benchmarks import fits, memory
 from benchmarks.checkpoints import weights
 from benchmarks.checkpoints.geometry import MODELS, repository
@@ -42,20 +44,21 @@ def test_a_step_of_real_tensors_holds_what_fake_ones_say(model: str) -> None:
 
     def run() -> None:
         hidden, context = (torch.zeros(2, tokens, 96, dtype=torch.bfloat16) for tokens in (16, 4))
-        temb = torch.zeros(2, 96, dtype=torch.bfloat16)
-        get_strategy(transformer).blocks(transformer, hidden, context, temb, rotary)
+        ahead = modulation.by_block(torch.zeros(2, modulation.width, dtype=torch.bfloat16))
+        get_strategy(transformer).blocks(transformer, hidden, context, ahead, rotary)
 
+    modulation = Modulation(transformer, TensorParallelGroup(), torch.device("cpu"))
     measured = memory.alive_at_most(transformer, run)
-    assert measured == memory.step_bytes(memory.shard(part, 1), memory.Image(64, 4, rows=2))
+    assert measured == memory.step_bytes(memory.shard(part, 1), memory.Image(64, 4, rows=2), 1)
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_step_grows_with_rows_and_references_and_shrinks_with_ranks(model: str) -> None:
     part = repository(model, "tiny").parts["transformer"]
-    one = memory.step_bytes(memory.shard(part, 2), memory.Image(64, 4))
-    assert memory.step_bytes(memory.shard(part, 1), memory.Image(64, 4)) > one
-    assert 1.5 * one < memory.step_bytes(memory.shard(part, 2), memory.Image(64, 4, rows=2)) < 2.5 * one
-    assert 1.5 * one < memory.step_bytes(memory.shard(part, 2), memory.Image(64, 4, references=1)) < 2.5 * one
+    one = memory.step_bytes(memory.shard(part, 2), memory.Image(64, 4), 2)
+    assert memory.step_bytes(memory.shard(part, 1), memory.Image(64, 4), 1) > one
+    assert 1.5 * one < memory.step_bytes(memory.shard(part, 2), memory.Image(64, 4, rows=2), 2) < 2.5 * one
+    assert 1.5 * one < memory.step_bytes(memory.shard(part, 2), memory.Image(64, 4, references=1), 2) < 2.5 * one
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -86,11 +89,12 @@ MODEL = {
     "vae_gb": 0.2,
     "vae_decode_gb": 1.8,
     "residual_per_image_mb": 100.0,
+    "modulation_per_image_mb": 0.0,
     "tensor_parallel_size": {
-        "1": {"weights_gb": 20.0, "computed_step_gb": 0.7},
-        "2": {"weights_gb": 12.0, "computed_step_gb": 0.7},
-        "3": {"weights_gb": 9.3, "computed_step_gb": 0.7},
-        "4": {"weights_gb": 8.0, "computed_step_gb": 0.7},
+        "1": {"weights_gb": 20.0, "modulation_gb": 0.0, "computed_step_gb": 0.7},
+        "2": {"weights_gb": 12.0, "modulation_gb": 0.0, "computed_step_gb": 0.7},
+        "3": {"weights_gb": 9.3, "modulation_gb": 0.0, "computed_step_gb": 0.7},
+        "4": {"weights_gb": 8.0, "modulation_gb": 0.0, "computed_step_gb": 0.7},
     },
 }
 
@@ -111,6 +115,12 @@ MODEL = {
 )
 def test_the_first_settings_that_fit(cards: int, gib: int, settings: str) -> None:
     assert str(fits.fit(MODEL, cards, gib) or "does not fit") == settings
+
+
+def test_what_only_admission_reads_goes_to_the_host_before_anything_loses_precision() -> None:
+    ranks = {"1": MODEL["tensor_parallel_size"]["1"] | {"modulation_gb": 4.0}}
+    found = fits.fit(MODEL | {"tensor_parallel_size": ranks}, 1, 24)
+    assert str(found) == "tp 1, modulation_on_host, encoder cpu, 4 rows"
 
 
 def test_a_text_is_put_between_its_marks() -> None:

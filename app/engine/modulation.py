@@ -1,0 +1,80 @@
+"""What scales, shifts and gates the blocks' streams, computed when a row is admitted instead of at every step.
+
+A block's modulation (AdaLN, Peebles and Xie, arXiv 2212.09748) depends on noise level, guidance and pooled prompt only.
+All of them are known at admission, and so is which steps compute: one product with a row per computed step takes the
+place of one per step, each of which would read all of these weights (6.6 GB of FLUX.1's 23.8). What remains in the
+blocks is a look-up, so the weights need not lie whole on every rank, nor on the GPU at all.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from app.engine.parallel import TensorParallelGroup, modulation_linears
+
+
+class LookUp(nn.Module):
+    """In place of a modulation's linear: its columns of what was computed ahead."""
+
+    def __init__(self, begin: int, end: int) -> None:
+        super().__init__()
+        self._begin, self._end = begin, end
+
+    def forward(self, modulation: torch.Tensor) -> torch.Tensor:
+        """(rows, the block's columns) -> (rows, this linear's columns)."""
+        return modulation[:, self._begin : self._end]
+
+
+class Modulation:
+    """The modulation of a transformer's blocks; its linears are taken out of the transformer.
+
+    Attributes:
+        width: columns of all blocks together.
+    """
+
+    def __init__(self, transformer: Any, group: TensorParallelGroup, device: torch.device) -> None:
+        """``transformer`` is loaded: with several ranks each holds its share of every linear's columns.
+
+        Args:
+            device: where the product is computed; weights that lie elsewhere are copied for it, one linear at a time.
+        """
+        self._group = group
+        self._device = device
+        by_block = [[transformer.get_submodule(name) for name in names] for names in modulation_linears(transformer)]
+        self._linears: list[nn.Linear] = [linear for linears in by_block for linear in linears]
+        widths = [len(linear.weight) * group.size for linear in self._linears]
+        self._columns = [end - width for end, width in zip(accumulate(widths), widths, strict=True)]
+        self.width = sum(widths)
+        self._block_widths: list[int] = []
+        for names in modulation_linears(transformer):
+            begin = 0
+            for name in names:
+                owner = transformer.get_submodule(name.rpartition(".")[0])
+                end = begin + len(owner.linear.weight) * group.size
+                owner.linear = LookUp(begin, end)
+                for activation in ("silu", "act_fn"):
+                    if hasattr(owner, activation):
+                        setattr(owner, activation, nn.Identity())
+                begin = end
+            self._block_widths.append(begin)
+
+    def ahead(self, temb: torch.Tensor) -> torch.Tensor:
+        """The modulation of steps, equal on all ranks: (steps, dim) of `embed_time` -> (steps, width)."""
+        activated = F.silu(temb)
+        modulation = temb.new_zeros(len(temb), self.width)
+        for linear, column in zip(self._linears, self._columns, strict=True):
+            here = {name: tensor.to(self._device, non_blocking=True) for name, tensor in linear.named_parameters()}
+            part = F.linear(activated, here["weight"], here.get("bias"))
+            begin = column + self._group.rank * part.shape[1]
+            modulation[:, begin : begin + part.shape[1]] = part
+        # Every column is one rank's and zero on the others: the sum puts them together, and rounds nothing.
+        return self._group.sum(modulation)
+
+    def by_block(self, modulation: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """(rows, width) as the strategy's ``blocks`` takes it: a part per block, or whole where all share it."""
+        return modulation.split(self._block_widths, dim=1) if len(self._block_widths) > 1 else modulation
