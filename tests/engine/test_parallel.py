@@ -87,9 +87,10 @@ def test_a_double_block_sums_three_times_and_a_single_block_once(monkeypatch: py
     monkeypatch.setattr(TensorParallelGroup, "sum", count)
     engine = Engine(MODEL, TensorParallelGroup(0, 2))
     blocks = engine.transformer
-    hidden, context, temb = torch.randn(1, 64, 192), torch.randn(1, 32, 192), torch.randn(1, 192)
+    hidden, context = torch.randn(1, 64, 192), torch.randn(1, 32, 192)
+    modulation = engine._modulation.by_block(torch.randn(1, engine._modulation.width))
     with torch.no_grad():
-        engine.strategy.blocks(blocks, hidden, context, temb, engine._rotary(Geometry(8, 8), 32, ()))
+        engine.strategy.blocks(blocks, hidden, context, modulation, engine._rotary(Geometry(8, 8), 32, ()))
     assert len(sums) == 3 * len(blocks.transformer_blocks) + len(blocks.single_transformer_blocks)
     assert sums[0] == (1, 96, 192), "attention's outputs for image and text"
 
