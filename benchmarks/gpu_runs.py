@@ -72,7 +72,7 @@ class Ours:
         weights_of = [one.weights for one in decisions(request.config)] if cached else [()] * request.steps
         job = DenoiseJob("benchmark/0", request.size, request.size, request.steps, GUIDANCE, 1.0, SEED)
         branches = [
-            BranchStep(COND, mark == "C", used, history=int(cached))
+            BranchStep(COND, mark == "C", used, residuals_kept=int(cached))
             for mark, used in zip(marks, weights_of, strict=True)
         ]
         rows = [RowStep(job.row_id, step, (branch,)) for step, branch in enumerate(branches)]
