@@ -47,14 +47,14 @@ class BranchSchedule:
 
 @dataclass(frozen=True, eq=False)
 class RowSchedule:
-    """What a row does at each step, all its CFG branches together; rows with equal schedules share one.
+    """The schedules of a row's CFG branches, step by step; rows with equal schedules share one.
 
     Attributes:
-        steps: by step, the branches' parts of a plan.
-        computing: by step, how many branches compute.
-        computed: by step, and one more at the end, how many branch evaluations were computed before it.
-        rounds: by step, and one more at the end, how many steps before it computed in some branch.
-        round_steps: those steps.
+        steps: what each branch does, by step.
+        computing: how many branches compute, by step.
+        computed: branch evaluations computed before each step, and in all.
+        rounds: steps before each step at which some branch computed, and in all.
+        round_steps: the steps at which some branch computes.
     """
 
     steps: tuple[tuple[BranchStep, ...], ...]
@@ -69,13 +69,13 @@ class RowSchedule:
         return len(self.steps) * len(self.steps[0]) - self.computed[-1]
 
     def step_after(self, step: int, rounds: int) -> int:
-        """The step that a row at ``step`` comes to with ``rounds`` more of them and all that it reuses after them."""
+        """The step reached from ``step`` after ``rounds`` more computed steps and the reused steps behind them."""
         reached = self.rounds[step] + rounds
         return self.round_steps[reached] if reached < len(self.round_steps) else len(self.steps)
 
 
 def make_row_schedule(schedules: Mapping[str, BranchSchedule]) -> RowSchedule:
-    """The row_schedule of a row with these schedules, by CFG branch."""
+    """Combine the schedules of a row's CFG branches, by name."""
     return _combine(tuple(schedules.items()))
 
 
@@ -96,7 +96,7 @@ def _combine(schedules: tuple[tuple[str, BranchSchedule], ...]) -> RowSchedule:
 
 
 class NoiseSchedule(Protocol):
-    """What plans need to know of the model: `app.engine.sampling.FlowMatchSampler` is one."""
+    """What planning needs to know about the model; `app.engine.sampling.FlowMatchSampler` has it."""
 
     @property
     def uncached_reason(self) -> str:

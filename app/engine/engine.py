@@ -41,7 +41,7 @@ from magcache_core.strategies import Rotary
 
 
 @dataclass(frozen=True)
-class _Part:
+class BatchItem:
     """One CFG branch of one row in a forward pass."""
 
     row: Row
@@ -189,9 +189,9 @@ class Engine:
         return Branch(context, modulation, self.strategy.output_modulation(self.transformer, temb))
 
     def _step(self, row_steps: Sequence[RowStep]) -> dict[str, torch.Tensor]:
-        """Take one step of rows of equal shapes: forward pass of all branches, true CFG, Euler; returns previews."""
+        """Take one step of rows of equal shapes: forward pass, true CFG, Euler step; returns previews."""
         parts = [
-            _Part(row, row.branches[step.branch], row_step, step)
+            BatchItem(row, row.branches[step.branch], row_step, step)
             for row_step in row_steps
             for row in [self.rows[row_step.row_id]]
             for step in row_step.branches
@@ -213,7 +213,7 @@ class Engine:
             first += len(row_step.branches)
         return previews
 
-    def _velocity(self, parts: Sequence[_Part]) -> torch.Tensor:
+    def _velocity(self, parts: Sequence[BatchItem]) -> torch.Tensor:
         """Predicted velocities, (parts, image_tokens, channels), each computed or with a reused residual."""
         hidden = self.strategy.embed_image(self.transformer, torch.stack([part.row.latents for part in parts]))
         computing = [index for index, part in enumerate(parts) if part.step.compute]
@@ -231,7 +231,7 @@ class Engine:
         velocity: torch.Tensor = self.strategy.project(self.transformer, output, modulation)
         return velocity
 
-    def _blocks(self, parts: Sequence[_Part], hidden: torch.Tensor) -> torch.Tensor:
+    def _blocks(self, parts: Sequence[BatchItem], hidden: torch.Tensor) -> torch.Tensor:
         """Run the block stack on rows that compute and keep their residuals; (parts, image_tokens, inner_dim)."""
         geometry, text_tokens, references = parts[0].row.batch_key
         context = torch.stack([part.branch.context for part in parts])
@@ -243,7 +243,7 @@ class Engine:
         output: torch.Tensor = self.strategy.blocks(
             self.transformer, tokens, context, self._modulation.by_block(modulation), rotary
         )
-        # The image reads its references and nobody reads what becomes of them: they are neither kept nor projected.
+        # References are read by the image and produce nothing themselves: their part of the output is dropped.
         output = output[:, : geometry.tokens]
         keepers = [index for index, part in enumerate(parts) if part.step.residuals_kept > 0]
         if keepers:

@@ -1,4 +1,4 @@
-"""What makes the same images at another cost: attention kernels, compiled blocks, 8-bit weights."""
+"""Attention kernels, compiled blocks and 8-bit weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GRAPHS_PER_BLOCK = 16
 """A kind of block is compiled for one row and for several, and again where image and text happen to have equally many
 tokens; many more graphs would be a mistake, and torch then stops."""
 PROBED_CHANNELS = 128
-"""Of a head, as FLUX has them."""
+"""Channels of an attention head in FLUX."""
 
 
 class TuningError(ValueError):
@@ -71,7 +71,7 @@ def tune(transformer: Any, tuning: Tuning, device: torch.device, dtype: torch.dt
         _set_attention(transformer, tuning.attention_backend, device, dtype)
     if tuning.compile:
         # Block by block: two kinds are compiled, not 57 copies. Numbers of rows and tokens are symbolic, so that one
-        # graph serves every batch, and none is padded with rows that nobody wants.
+        # graph serves every batch without padding.
         transformer.compile_repeated_blocks(
             fullgraph=True, dynamic=True, backend=tuning.compiler, recompile_limit=GRAPHS_PER_BLOCK
         )
@@ -80,9 +80,7 @@ def tune(transformer: Any, tuning: Tuning, device: torch.device, dtype: torch.dt
 def _set_attention(transformer: Any, backend: AttentionBackend, device: torch.device, dtype: torch.dtype) -> None:
     noisy = logging.getLogger("diffusers.models.modeling_utils")
     level = noisy.level
-    noisy.setLevel(
-        logging.ERROR
-    )  # it calls the dispatcher experimental, which the operator need not read at each start
+    noisy.setLevel(logging.ERROR)  # it warns at each start that the dispatcher is experimental
     try:
         transformer.set_attention_backend(backend)
         # The package may be there without kernels for this card, torch or CUDA.

@@ -1,7 +1,7 @@
-"""Before the first request: steps of blank images, which say how long steps take.
+"""Warm-up before the first request: run and time a few steps of blank images.
 
-They also take from the first request what only the first step of a kind costs (compiling, picking kernels, growing the
-allocator's pools), and show at the start whether a step fits into memory.
+The one-time costs of a kind of step (compiling, picking kernels, growing the allocator's pools) are paid here and not
+by the first request, and a step that does not fit into memory fails here.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from app.messages import (
 )
 
 REPEATS = 3
-"""The first is not counted; of the others the fastest is: a rank that starts has busy neighbours."""
+"""The first is not counted, and of the others the fastest: other processes are starting on the machine."""
 COMPUTE = BranchStep(COND, compute=True)
 REUSE = BranchStep(COND, compute=False, weights=(1.0,))
 
 
 def warm_up(engine: Engine, job: DenoiseJob, text_tokens: int, max_rows: int) -> tuple[StepTime, ...]:
-    """Take steps of images like ``job``, without true CFG, alone and, with ``max_rows`` above 1, two at a time.
+    """Run steps of images like ``job``, without true CFG: one row alone and, with ``max_rows`` above 1, two at once.
 
-    All ranks of a group do this at once. The engine is left as new.
+    All ranks of a group do this at the same time. The engine is left in its initial state.
     """
-    rows = tuple(replace(job, row_id=f"rehearsal/{number}") for number in range(min(max_rows, 2)))
+    rows = tuple(replace(job, row_id=f"warmup/{number}") for number in range(min(max_rows, 2)))
     blank = [_blank(engine, text_tokens)] * len(rows)
     admission, *steps = chained([StepPlan(0, "", admit=rows), *_steps(rows)])
     seconds: list[list[float]] = []

@@ -51,7 +51,7 @@ def latents(engine: Engine, model: TinyModel, asked: list[DenoiseJob], sources: 
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-def test_what_a_rehearsal_compiles_serves_every_batch_without_a_break(model: TinyModel) -> None:
+def test_what_a_warm_up_compiles_serves_every_batch_without_a_break(model: TinyModel) -> None:
     compiled, eager = Engine(model.folder, tuning=COMPILED), Engine(model.folder)
     (usual,) = jobs(1, 96, 64)
     warm_up(compiled, usual, TEXT_TOKENS, max_rows=8)

@@ -30,7 +30,7 @@ def test_each_kind_of_step_is_measured_and_the_engine_left_as_new(model: TinyMod
     assert torch.equal(run(engine, plans(asked), conditioning), expected)
 
 
-def test_a_rank_that_never_has_two_rows_rehearses_with_one(model: TinyModel) -> None:
+def test_a_rank_that_never_has_two_rows_warms_up_with_one(model: TinyModel) -> None:
     one_step = job("a/0", size=(64, 64), steps=1)
     times = warm_up(Engine(model.folder), one_step, text_tokens=12, max_rows=1)
     assert [(one.rows, one.compute) for one in times] == [(1, True), (1, False)]
