@@ -1,8 +1,7 @@
-"""Takes images in or turns them away: the bounded queue, deadlines, quality under load, estimates. Pure.
+"""Admission control: the bounded queue, deadlines, quality under load, estimates. Pure.
 
-What an image will follow is chosen twice by the same arithmetic. At its arrival, with the wait that is ahead of it:
-that decides whether its deadline can be met at all. At its admission, with the time that is left: that is the schedule
-that runs.
+An image's schedule is chosen twice by the same arithmetic: at its arrival, with the estimated wait, which decides
+whether its deadline can be met; and at its admission, with the time that is left, which is the schedule that runs.
 """
 
 import time
@@ -23,7 +22,7 @@ from app.settings import Settings
 
 @dataclass(frozen=True)
 class SentPlan:
-    """A plan that is with the ranks, what it consists of, and how long it is estimated to take."""
+    """A plan sent to the ranks, its parts by cost, and its estimated time."""
 
     plan: StepPlan
     parts: tuple[PlanPart, ...]
@@ -31,7 +30,7 @@ class SentPlan:
 
 
 class AdmissionController:
-    """The request table with what is known about time."""
+    """The request table and the step-time estimates; admits, rejects and schedules images by them."""
 
     def __init__(
         self,
@@ -50,7 +49,7 @@ class AdmissionController:
         self._selector = ScheduleSelector(settings.magcache, planner)
         self._clock = clock
         self._sent_s = 0.0
-        self._rejected = 0  # and not admitted in the meantime, as far as one can tell
+        self._rejected = 0  # minus later admissions: an estimate of the clients that will retry
 
     def submit(self, job: DenoiseJob) -> RequestState:
         """Queue an image.
@@ -65,7 +64,7 @@ class AdmissionController:
         if self.scheduler.waiting >= self._settings.max_waiting_pictures + free:
             self.counts.refused += 1
             self._rejected += 1
-            # Each that is turned away is told of a free place of its own, so that not all come back at once.
+            # Each rejected client gets a later place in Retry-After, which spreads their retries.
             raise BusyError(self._forecast().place_s(self._rejected))
         entry = self.scheduler.submit(job, self._planner.schedules(job))
         position = self.scheduler.position(entry)
@@ -104,7 +103,7 @@ class AdmissionController:
         return message
 
     def on_results(self, sent: SentPlan, results: Sequence[StepResult]) -> None:
-        """Learn from what the ranks answered."""
+        """Update estimates and counters from the ranks' results for one plan."""
         self._sent_s -= sent.seconds
         seconds = max(result.seconds for result in results)
         idle_seconds = max(result.idle_seconds for result in results)
@@ -122,16 +121,16 @@ class AdmissionController:
         return self._forecast(entry).total_s()
 
     def load(self, job: DenoiseJob) -> dict[str, float]:
-        """Images ``waiting`` and ``running``, and ``eta_s``, what ``job`` would be told now."""
+        """Images ``waiting`` and ``running``, and ``eta_s``, the estimate that ``job`` would get now."""
         waiting, running = self.scheduler.waiting, self.scheduler.running
-        # The table itself answers: the image is in it for a moment in which nothing else happens.
+        # Submitted and cancelled at once: the estimate needs a table entry, and no plan is formed in between.
         entry = self.scheduler.submit(job, self._planner.schedules(job))
         eta_s = self.eta_s(entry)
         self.scheduler.cancel(job.row_id)
         return {"waiting": waiting, "running": running, "eta_s": eta_s}
 
     def _tokens(self, job: DenoiseJob) -> int:
-        """Tokens of one step in which all branches compute; refuses an image whose step is larger than a batch."""
+        """Tokens of a step in which all branches compute; refuses an image whose step exceeds a batch."""
         tokens, limit = RowShape.of(job, self._settings).tokens * len(job.branches), self._settings.max_batch_tokens
         if tokens > limit:
             raise InvalidRequestError(
@@ -142,7 +141,7 @@ class AdmissionController:
         return tokens
 
     def _fix_schedule(self, entry: RequestState) -> None:
-        """Fix what an admitted image follows."""
+        """Fix the schedule of an image that is being admitted."""
         waiting = self.scheduler.waiting
         forecast = self._forecast(entry)
         choice = self._choose(entry, forecast, forecast.place_s(waiting) if waiting else 0.0)
@@ -160,7 +159,7 @@ class AdmissionController:
         return self._selector.choose(entry.job, self._pressure(queue_s), time_s, seconds)
 
     def _pressure(self, queue_s: float) -> float:
-        """How far load lowers quality, 0 to 1; full before the queue is, so that nobody is refused before that."""
+        """How far load lowers quality, 0 to 1; at 1 before the queue is full, so before any image is refused."""
         elastic = self._settings.elastic
         if not elastic.enabled:
             return 0.0
@@ -173,10 +172,10 @@ class AdmissionController:
 
 
 def default_job(settings: Settings) -> DenoiseJob:
-    """A request that says nothing, for the rehearsal and for estimates."""
+    """The job of a request that sets no option, for the warm-up and for estimates."""
     sampling, magcache = settings.sampling, settings.magcache
     return DenoiseJob(
-        row_id="average/0",
+        row_id="default/0",
         width=sampling.default_width,
         height=sampling.default_height,
         num_inference_steps=sampling.num_inference_steps,

@@ -1,4 +1,4 @@
-"""What a coordinator counts beside the metric catalogue's own numbers: plain attributes, for whoever exports them."""
+"""A coordinator's totals as plain attributes; `app.metrics.coordinator` exports them."""
 
 from dataclasses import dataclass, field
 
@@ -9,9 +9,9 @@ class CoordinatorCounters:
 
     Attributes:
         admitted, finished: images that joined the batch, and that took their last step.
-        refused: images turned away because the queue was full.
+        refused: images rejected because the queue was full.
         cancelled: images ended by a client, waiting or running.
-        deadline_impossible, deadline_passed: images refused at once, and ended on their way.
+        deadline_impossible, deadline_passed: images refused at arrival, and images ended when their deadline passed.
         lowered_by_deadline, lowered_by_load: admitted images with fewer computed steps than they asked for.
         computed_seconds, reused_seconds: time of the slowest rank on branch evaluations of either kind, estimated
             where a plan mixed them.

@@ -1,4 +1,4 @@
-"""Fewer computed steps where a deadline or a busy server asks for it: how far, and which schedule then. Pure."""
+"""Lowers the computed steps of an image to meet its deadline, or under load. Pure."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -11,15 +11,15 @@ from app.settings import MagCacheSettings
 
 Reason = Literal["deadline", "load"]
 MARGIN = 0.9
-"""Share of the time that a lowered schedule is planned to take, since an estimate may fall short."""
+"""Share of the available time that a lowered schedule may take by its estimate, which can be too low."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What an image will follow.
+    """The schedules chosen for an image.
 
     Attributes:
-        meets_deadline: whether that is estimated to be in time.
+        meets_deadline: whether the image is estimated to be done in time.
     """
 
     schedules: Mapping[str, BranchSchedule]
@@ -33,7 +33,7 @@ def computed_steps(schedules: Mapping[str, BranchSchedule]) -> int:
 
 
 class ScheduleSelector:
-    """Chooses the most computed steps that load and deadline leave."""
+    """Chooses the most computed steps that load and deadline allow."""
 
     def __init__(self, server: MagCacheSettings, planner: SchedulePlanner) -> None:
         self._server = server
@@ -86,7 +86,7 @@ class ScheduleSelector:
         return max(fewest, share, options.min_computed_steps or 1)
 
     def _is_clients_choice(self, options: MagCacheOptions) -> bool:
-        """Whether the schedule is not the server's default: such a one is lowered only as far as the client says."""
+        """Whether the client chose the schedule; it is then lowered only as far as the client allows."""
         threshold = options.mag_threshold not in (None, self._server.mag_threshold)
         return not options.enabled or threshold or options.computed_steps is not None
 

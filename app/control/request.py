@@ -1,4 +1,4 @@
-"""One image in the request table, from its submission to its last step."""
+"""The state of one image in the request table, from its submission to its last step."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,12 +10,12 @@ from app.messages import COND, UNCOND, DenoiseJob, DenoiseReport, RowStep
 from app.settings import Settings
 
 DueKey = tuple[float, int]
-"""When an image is due, in the clock's seconds, and the number of its arrival: unique, and least goes first."""
+"""Due time in the clock's seconds, and number of arrival: unique, and the least goes first."""
 
 
 @dataclass(frozen=True)
 class RowShape:
-    """What decides the time of a row's step: rows of equal shapes share a forward pass.
+    """Decides the time of a row's step: rows of equal shapes share a forward pass.
 
     Attributes:
         tokens: image, text and reference tokens of one CFG branch.
@@ -33,15 +33,15 @@ class RowShape:
 
 @dataclass(eq=False)
 class RequestState:
-    """One image.
+    """One image: its job, its schedules and how far it is.
 
     Attributes:
-        key: its place in the order, least first: when it is due, in the clock's seconds, and the number of its arrival.
+        key: its place in the order, least first.
         admitted_s: when it joined the batch; None while it waits.
         step: steps planned so far.
-        deferred: it computes, and had to leave the last batch to others.
+        deferred: its computed step did not fit into the last batch; it goes first in the next.
         eta_s, position: the estimates at its arrival: seconds to its last step, and its place in the queue.
-        lowered_by: what took computed steps from it, ``deadline`` or ``load``.
+        lowered_by: why it computes fewer steps than asked for, ``deadline`` or ``load``.
     """
 
     job: DenoiseJob
@@ -63,30 +63,30 @@ class RequestState:
         self.set_schedule(self.schedules, None)
 
     def set_schedule(self, schedules: Mapping[str, BranchSchedule], lowered_by: str | None) -> None:
-        """Take these schedules; only before the first step."""
+        """Replace the schedules; only before the first step."""
         self.schedules = schedules
         self.row_schedule = make_row_schedule(schedules)
         self.lowered_by = lowered_by
 
     @property
     def tokens(self) -> int:
-        """What a step costs of the budget when every CFG branch computes."""
+        """Tokens of a step in which every CFG branch computes."""
         return self.shape.tokens * len(self.schedules)
 
     @property
     def cost(self) -> int:
-        """What the next step costs of the budget: the tokens of the branches that compute."""
+        """Tokens that the next step takes of the budget: those of the branches that compute."""
         return self.shape.tokens * self.row_schedule.computing[self.step]
 
     @property
     def coming_cost(self) -> int:
-        """What its next step that computes costs of the budget; 0 when none does any more."""
+        """Tokens of its next computed step; 0 if none is left."""
         step = self.row_schedule.step_after(self.step, 0)
         return self.shape.tokens * self.row_schedule.computing[step] if step < len(self.row_schedule.steps) else 0
 
     @property
     def rounds(self) -> int:
-        """Steps that compute, in whatever branch, and are not planned yet."""
+        """Computed steps (in any branch) that are not planned yet."""
         return self.row_schedule.rounds[-1] - self.row_schedule.rounds[self.step]
 
     @property
@@ -111,7 +111,7 @@ class RequestState:
         return RowStep(self.job.row_id, step, self.row_schedule.steps[step], last, step in self.previews)
 
     def report(self, finished_s: float) -> DenoiseReport:
-        """How the image was denoised; it was admitted."""
+        """How the image was denoised; only after its admission."""
         assert self.admitted_s is not None
         cond, uncond = self.schedules[COND], self.schedules.get(UNCOND)
         return DenoiseReport(

@@ -3,14 +3,14 @@
 Each tick: drop what was cancelled or is too late, admit what has room, and advance rows by one step, with the decisions
 that were fixed at their admission. Rows at different steps, sizes and settings share a plan.
 
-A reused step costs next to nothing, so no row waits for others to take one: while any row reuses, the plan is of such
-rows only. Each thus comes to its next computed step at once, and then all compute together, in batches as large as
-there are rows under way. (Were every row to take one step of each plan, few would happen to compute at the same time,
-and small batches are slow.) Only what computes is counted against the budget of a step.
+A reused step costs next to nothing, so while any row reuses, the plan holds only such rows. Each row thus comes to its
+next computed step at once, and then all running rows compute together. (If every row took one step of each plan, few
+would happen to compute at the same time, and small batches are slow.) Only computed steps count against a batch's
+token budget.
 
-Order is one number per image, the time at which it is *due*: its deadline, or ``patience_s`` after its arrival if
-that is sooner, and ``patience_s`` earlier for each level of priority. So priority goes first, then the deadline, then
-the arrival; and since a due time never moves while new ones lie ever later, every image's turn comes.
+Images are ordered by *due time*: the deadline, or ``patience_s`` after the arrival if that is sooner, and
+``patience_s`` earlier for each level of priority. So priority goes first, then the deadline, then the arrival; and
+since a due time never changes while those of later arrivals grow, no image waits for ever.
 """
 
 import time
@@ -25,20 +25,20 @@ from app.messages import FIRST_DIGEST, DenoiseJob, StepPlan, plan_digest
 from app.settings import Settings
 
 MESSAGE_S = 0.03
-"""Work that is worth a message: sending one and answering it takes a rank and the coordinator a millisecond each."""
+"""Work worth a message: sending and answering one takes the coordinator and a rank a millisecond each."""
 MAX_PLANS_PER_MESSAGE = 16
-"""However little they are estimated to take, so many plans are sent at once."""
+"""Upper bound, however short the plans are."""
 
 
 class StepScheduler:
-    """Which rows take a step next.
+    """Decides which rows take a step next.
 
     Invariants, tested as properties:
         - the tokens that a plan computes never exceed ``max_batch_tokens``, its rows ``max_batch_rows``;
-        - a row that reuses is in the next plan, and one that computes in the next plan that does;
-        - but for a running row that has to leave such a plan to more urgent ones, which is in the one after it: rows
-          under way have so few tokens (see `_has_room`) that those left out always fit into one step, and go first;
-        - nobody joins behind a more urgent image that has no room yet.
+        - a row that reuses is in the next plan, and one that computes in the next plan that computes;
+        - except for a running row that is deferred in favour of more urgent ones; it is in the one after that: running
+          rows have so few tokens (see `_has_room`) that the deferred ones always fit into one step, and go first;
+        - no image joins before a more urgent one that has no room yet.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class StepScheduler:
         clock: Callable[[], float] = time.monotonic,
         on_admit: Callable[[RequestState], None] = lambda entry: None,
     ) -> None:
-        """``on_admit`` may still give an image another schedule, just before its first step."""
+        """``on_admit`` may still change an image's schedule, just before its first step."""
         self._settings = settings
         self._clock = clock
         self._on_admit = on_admit
@@ -64,31 +64,31 @@ class StepScheduler:
 
     @property
     def waiting(self) -> int:
-        """Images that are not admitted yet."""
+        """Number of images not admitted yet."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """Images under way."""
+        """Number of images admitted and not finished."""
         return len(self._running)
 
     @property
     def empty(self) -> bool:
-        """Whether nothing is known and nothing is left to tell the ranks."""
+        """Whether there are no images and no drops left to send."""
         return not (self._entries or self._dropped or len(self._deadlines))
 
     @property
     def running_entries(self) -> list[RequestState]:
-        """Images under way, the most urgent first."""
+        """Running images, the most urgent first."""
         return list(self._running.values())
 
     @property
     def waiting_entries(self) -> Iterable[RequestState]:
-        """Images that wait, the most urgent first."""
+        """Waiting images, the most urgent first."""
         return self._waiting.values()
 
     def position(self, entry: RequestState) -> int:
-        """Images that will be admitted before this one, itself counted; 0 when it does not wait."""
+        """Place in the queue, from 1; 0 when it does not wait."""
         return 0 if entry.admitted_s is not None else self._waiting.bisect_left(entry.key) + 1
 
     def submit(self, job: DenoiseJob, schedules: Mapping[str, BranchSchedule]) -> RequestState:
@@ -106,7 +106,7 @@ class StepScheduler:
         return entry
 
     def free_places(self, tokens: int) -> int:
-        """How many images of ``tokens`` tokens a step would have room for beside the rows under way."""
+        """How many images of ``tokens`` tokens would fit into the batch beside the running rows."""
         limit = self._settings.max_batch_tokens
         for_step = limit - sum(entry.coming_cost for entry in self._running.values())
         for_batch = 2 * limit - max(self._largest(), tokens) - self._tokens
@@ -123,16 +123,16 @@ class StepScheduler:
         return True
 
     def take_too_late(self) -> list[RequestState]:
-        """The images whose deadline passed and that were therefore ended since the last call."""
+        """The images that were ended because their deadline passed, since the last call."""
         taken, self._too_late = self._too_late, []
         return taken
 
     def next_message(self, seconds_of: Callable[[StepPlan], float]) -> tuple[StepPlan, ...]:
         """The next plans to send in one message; empty when there is nothing to do.
 
-        A message ends with the first plan whose outcome somebody waits for, or before one that computes when the plans
-        are together estimated to take `MESSAGE_S`: a large model's computed step is a message with the reused steps
-        that follow it, while those of a small model are so short that a message each would cost more than they do.
+        A message ends with the first plan that returns latents or a preview, or before a computed step once its plans
+        are estimated to take `MESSAGE_S`. So a computed step of a large model is a message with the reused steps that
+        follow it, while several of a small model share one: their steps take less time than a message.
 
         Args:
             seconds_of: the estimated time of a plan.
@@ -173,10 +173,10 @@ class StepScheduler:
         return replace(plan, digest=self._digest)
 
     def _pack(self, now: float) -> tuple[list[RequestState], list[RequestState]]:
-        """The rows of the next step, and which of them join with it; both most urgent first.
+        """The rows of the next step, and those of them that it admits; both most urgent first.
 
-        What reuses goes ahead alone. Then running and waiting images are gone through together, so that an urgent
-        newcomer has its step before less urgent rows under way; first come those that left the last batch to others.
+        If any row reuses, only such rows step. Otherwise running and waiting images are packed in one order, so that an
+        urgent newcomer goes before less urgent running rows; room for the deferred rows is set aside first.
         """
         if reusing := self._reusing():
             return reusing, []
@@ -189,7 +189,7 @@ class StepScheduler:
         for entry in [*running, None]:
             while joining and (newcomer := _first(self._waiting)) and (entry is None or newcomer.key < entry.key):
                 if not self._has_room(newcomer, budget, largest, len(running) + len(admitted)):
-                    joining = False  # and nobody overtakes it
+                    joining = False  # no later image may overtake it
                     break
                 self._admit(newcomer, now)
                 budget -= newcomer.cost
@@ -208,10 +208,10 @@ class StepScheduler:
         return stepping, admitted
 
     def _has_room(self, entry: RequestState, budget: int, largest: int, rows: int) -> bool:
-        """Whether an image may join: its first step fits into the budget, and it cannot make others wait twice.
+        """Whether an image may join: its first step fits into the budget, and no row is deferred twice in a row.
 
-        When rows are left out of a step, what was packed comes within the largest row of the budget B. If all rows
-        under way have at most 2 B - largest tokens, those left out have at most B, and fit into the next step.
+        When rows are deferred, the packed ones fill the budget B up to less than the largest row. If all running rows
+        have at most 2 B - largest tokens, the deferred ones have at most B, and fit into the next step.
         """
         limit = self._settings.max_batch_tokens
         fits_step = entry.tokens <= budget  # the first step computes in all branches

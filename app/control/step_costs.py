@@ -1,8 +1,8 @@
-"""How long steps take: a running estimate by shape and batch size, computed and reused steps apart. Pure.
+"""Step times: a running estimate by shape and batch size, separately for computed and reused steps. Pure.
 
-Each measured plan is a sum of parts, one per shape and kind. What of the total belongs to which part is decided as in
-a Kalman filter with a diagonal covariance: parts that are known less well take more of the difference. A plan of one
-part alone thus measures it directly, and mixed plans refine what they can.
+Each measured plan is a sum of parts, one per shape and kind. Its time is divided among them as in a Kalman filter with
+a diagonal covariance: the less certain a part's estimate, the more of the difference it takes. So a plan of a single
+part measures that part directly.
 """
 
 import math
@@ -19,9 +19,9 @@ NOISE = 0.1
 """Relative standard deviation of one measurement."""
 DRIFT = 0.0004
 """Relative variance that an estimate gains per measurement: it follows a change within tens of plans."""
-BELIEVED = 3.0
-"""Standard deviations up to which a measurement is taken at its word: were one long pause of a rank believed, possible
-deadlines would be refused, and then nothing would run that shows better."""
+OUTLIER_SIGMA = 3.0
+"""Measurements are clipped at this many standard deviations. Without it, one long pause of a rank would make feasible
+deadlines look impossible, and no work would run to correct the estimate."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class PlanPart:
 
     @property
     def size(self) -> int:
-        """Tokens that pass through."""
+        """Tokens that go through the model."""
         return self.rows * self.shape.tokens
 
 
 def parts_of(plan: StepPlan, shape_of: Callable[[str], RowShape]) -> tuple[PlanPart, ...]:
-    """What ``plan`` consists of; ``shape_of`` gives the shape of a row by its id."""
+    """The parts of ``plan``; ``shape_of`` gives the shape of a row by its id."""
     counts = Counter(
         (shape, branch.compute) for row in plan.rows for shape in [shape_of(row.row_id)] for branch in row.branches
     )
@@ -59,15 +59,15 @@ class StepCosts:
         """``measured`` are seconds of at least one part that computes and one that reuses (`app.engine.warmup`)."""
         self._known = {part: _Estimate(seconds, (NOISE * seconds) ** 2) for part, seconds in measured.items()}
         self.gap_s = 0.0
-        """Mean time that ranks wait for the control plane before a plan."""
+        """Mean time that ranks wait for the coordinator before a plan."""
 
     def seconds(self, part: PlanPart) -> float:
-        """Estimated time of ``part``: measured, or scaled by tokens from the nearest that was."""
+        """Estimated time of ``part``, scaled by tokens from the nearest measured one if it was not measured itself."""
         known = self._known.get(part)
         return known.seconds if known is not None else self._scaled(part)
 
     def row_seconds(self, shape: RowShape, compute: bool, rows: float) -> float:
-        """Estimated time of one branch evaluation in batches of ``rows`` on average, at least 1."""
+        """Estimated time of one branch evaluation in batches of ``rows`` (at least 1) on average."""
         whole = int(rows)
         low, high = (self.seconds(PlanPart(shape, compute, count)) for count in (whole, whole + 1))
         return (low + (rows - whole) * (high - low)) / rows
@@ -77,15 +77,15 @@ class StepCosts:
         return sum(self.seconds(part) for part in parts)
 
     def saved_seconds(self, parts: tuple[PlanPart, ...]) -> float:
-        """Estimated time that the reusing parts of a plan would take longer if they computed."""
+        """Estimated extra time of a plan if its reusing parts computed."""
         reusing = [part for part in parts if not part.compute]
         return sum(max(self.seconds(replace(part, compute=True)) - self.seconds(part), 0.0) for part in reusing)
 
     def observe(self, parts: tuple[PlanPart, ...], seconds: float, idle_seconds: float = 0.0) -> Mapping[bool, float]:
-        """Learn from one finished plan.
+        """Update the estimates from one finished plan.
 
         Returns:
-            ``seconds`` divided into what computed (True) and what reused (False).
+            ``seconds`` divided into computed (True) and reused (False) evaluations.
         """
         self.gap_s += (idle_seconds - self.gap_s) / 16
         if not parts:
@@ -93,11 +93,11 @@ class StepCosts:
         estimates = [self._known.get(part) or self._guess(part) for part in parts]
         total = sum(estimate.seconds for estimate in estimates)
         variance = sum(estimate.variance for estimate in estimates) + (NOISE * total) ** 2
-        limit = BELIEVED * math.sqrt(variance)
+        limit = OUTLIER_SIGMA * math.sqrt(variance)
         surprise = min(max(seconds - total, -limit), limit)
         for part, estimate in zip(parts, estimates, strict=True):
             gain = estimate.variance / variance
-            # A part may not vanish because another one in its plan was overestimated.
+            # An overestimated part must not drive another one of its plan towards 0.
             estimate.seconds = max(estimate.seconds + gain * surprise, estimate.seconds / 4)
             estimate.variance = (1 - gain) * estimate.variance + DRIFT * estimate.seconds**2
             self._known[part] = estimate
