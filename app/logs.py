@@ -1,4 +1,4 @@
-"""Log lines of the service's own processes: one format, to stderr, from where Ray collects them."""
+"""Logging of the service's own processes: text or JSON lines to stderr, which Ray collects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LOGGERS = ("app", "magcache_core")
 
 
 def configure_logging(settings: Settings) -> None:
-    """Send the service's loggers to stderr as ``settings`` say; a further call replaces what the last one set."""
+    """Set up the service's loggers as ``settings`` say, to stderr; calling it again replaces the setup."""
     handler = logging.StreamHandler()
     handler.addFilter(_add_request_id)
     handler.setFormatter(JsonFormatter() if settings.log_format == "json" else TextFormatter())
@@ -25,13 +25,13 @@ def configure_logging(settings: Settings) -> None:
 
 
 class TextFormatter(logging.Formatter):
-    """A line for people. The request's id stands in front of messages that do not have it themselves."""
+    """One text line, with the request id before messages that do not contain it."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's own name)
-        """The line without a traceback."""
+        """The line without its traceback."""
         request_id = _request_id(record)
         if request_id is not None and request_id not in record.message:
             record.message = f"request {request_id}: {record.message}"
@@ -39,7 +39,10 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time (UTC), level, logger, message, and where they are known request_id and exception."""
+    """One JSON object a line: time (UTC), level, logger, message, and request_id and exception if there are any.
+
+    python-json-logger would need as much code: it writes the time last and in microseconds, and a null request_id.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
@@ -58,7 +61,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def _add_request_id(record: logging.LogRecord) -> bool:
-    # A line may name its request itself, where the task serves several (``extra``).
+    # A task that serves several requests names the one it logs for (``extra``).
     if not hasattr(record, "request_id"):
         record.request_id = REQUEST_ID.get()
     return True

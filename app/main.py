@@ -23,26 +23,26 @@ from app.settings import Settings
 logger = logging.getLogger(__name__)
 
 CONSTRUCTOR_ATTEMPTS = 3
-"""A part that does not come up fails the deployment with its reason soon; a hub that answers late gets another try."""
+"""Few, so that a part that cannot start fails the deployment with its reason; several, for a hub that answers late."""
 
 
 def build(settings: Settings) -> Application:
     """Bind the deployments that ``settings`` ask for.
 
     Raises:
-        ValueError: the checkpoint cannot be served so, as far as this machine has its folder.
+        ValueError: the checkpoint cannot be served; checked only if its folder is on this machine.
         RuntimeError: the cluster lacks the CPUs or GPUs that the deployments reserve.
     """
     check_local_checkpoint(settings)
     check_resources(settings)
-    helper = {"num_cpus": settings.cpus_per_helper}
-    patient = {"max_constructor_retry_count": CONSTRUCTOR_ATTEMPTS}
-    common: dict[str, Any] = {**patient, "graceful_shutdown_timeout_s": settings.drain_seconds}
+    component = {"num_cpus": settings.cpus_per_helper}
+    retries = {"max_constructor_retry_count": CONSTRUCTOR_ATTEMPTS}
+    common: dict[str, Any] = {**retries, "graceful_shutdown_timeout_s": settings.drain_seconds}
 
     def own_deployment(part: type, runs_on: str) -> Application:
         return _deployment(
             part,
-            ray_actor_options={**helper, "num_gpus": settings.gpus_per_helper if runs_on == "cuda" else 0},
+            ray_actor_options={**component, "num_gpus": settings.gpus_per_helper if runs_on == "cuda" else 0},
             max_ongoing_requests=settings.max_ongoing_requests,
             **common,
         ).bind(settings)
@@ -50,7 +50,7 @@ def build(settings: Settings) -> Application:
     replica = _deployment(
         FluxReplica,
         **replica_count(settings),
-        # The replica itself only supervises; its ranks take the bundles.
+        # The replica only supervises; its ranks use the bundles.
         ray_actor_options={"num_cpus": 0},
         placement_group_bundles=[rank_bundle(settings) for _ in range(settings.tensor_parallel_size)],
         placement_group_strategy=settings.placement_group_strategy,
@@ -60,10 +60,10 @@ def build(settings: Settings) -> Application:
     )
     api = _deployment(
         ImagesApi,
-        ray_actor_options=helper,
-        # Above what may run and wait behind it, so that a full queue is answered and not left hanging.
+        ray_actor_options=component,
+        # More than may run and wait behind it, so that requests beyond a full queue get an answer.
         max_ongoing_requests=2 * (settings.max_ongoing_requests * settings.max_replicas + settings.max_queued_requests),
-        **patient,
+        **retries,
         graceful_shutdown_timeout_s=settings.api_drain_seconds,
     )
     return api.bind(
@@ -80,7 +80,7 @@ def _deployment(cls: type, **options: Any) -> Deployment:
 
 
 def replica_count(settings: Settings) -> dict[str, Any]:
-    """Serve's options for the number of groups: fixed, or between the two bounds as the load asks."""
+    """Serve's options for the number of groups: fixed, or autoscaled between two bounds."""
     autoscaling = settings.autoscaling
     if autoscaling.max_replicas is None:
         return {"num_replicas": settings.num_replicas}
@@ -96,7 +96,7 @@ def replica_count(settings: Settings) -> dict[str, Any]:
 
 
 def rank_bundle(settings: Settings) -> dict[str, float]:
-    """What one rank reserves."""
+    """The resources that one rank reserves."""
     cpu = {"CPU": settings.cpus_per_rank}
     return {**cpu, "GPU": settings.gpus_per_rank} if settings.device == "cuda" else cpu
 
@@ -106,15 +106,15 @@ def needed_resources(settings: Settings) -> dict[str, float]:
     ranks = settings.num_replicas * settings.tensor_parallel_size
     on_gpu = [settings.encoder_runs_on, settings.decoder_runs_on].count("cuda")
     gpus = ranks * settings.gpus_per_rank if settings.device == "cuda" else 0.0
-    helpers = 1 + [settings.encoder_is_in_api, settings.decoder_is_in_api].count(False)
+    components = 1 + [settings.encoder_is_in_api, settings.decoder_is_in_api].count(False)
     return {
-        "CPU": ranks * settings.cpus_per_rank + helpers * settings.cpus_per_helper,
+        "CPU": ranks * settings.cpus_per_rank + components * settings.cpus_per_helper,
         "GPU": gpus + on_gpu * settings.gpus_per_helper,
     }
 
 
 def check_resources(settings: Settings) -> None:
-    """Fail with what is needed and what is there, where Serve would only wait for ever.
+    """Fail with the needed and the present resources, where Serve would wait for ever.
 
     Raises:
         RuntimeError: after ``resources_timeout_s`` the cluster still has too little.
@@ -123,14 +123,14 @@ def check_resources(settings: Settings) -> None:
         return
     needed = needed_resources(settings)
     until = time.monotonic() + settings.resources_timeout_s
-    told = False
+    warned = False
     while shortage := _shortage(settings, needed):
         if time.monotonic() >= until:
             raise RuntimeError(shortage)
-        if not told:
+        if not warned:
             configure_logging(settings)
             logger.warning("%s Waiting up to %g s for more.", shortage, settings.resources_timeout_s)
-            told = True
+            warned = True
         time.sleep(1.0)
 
 

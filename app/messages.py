@@ -1,4 +1,4 @@
-"""Messages between the API, the coordinator and the ranks: frozen, plain data, units in the names."""
+"""Messages between the API, the coordinator and the ranks: frozen plain data."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ UNCOND = "uncond"
 
 @dataclass(frozen=True)
 class PromptEmbeddings:
-    """What the text encoders make of one prompt.
+    """One prompt, encoded by the text encoders.
 
     Attributes:
         tokens: (text_tokens, joint_attention_dim), the output of T5 or Qwen3, padding included.
-        pooled: (pooled_projection_dim,), the CLIP pooled output; None for FLUX.2, which takes none.
+        pooled: (pooled_projection_dim,), the CLIP pooled output; None for FLUX.2, which has no such input.
     """
 
     tokens: torch.Tensor
@@ -43,8 +43,8 @@ class SourceImage:
 class MagCacheOptions:
     """One request's MagCache settings; ``None`` takes the profile's or the server's value.
 
-    ``computed_steps`` asks for the best plan with so many computed steps, and leaves no say to a threshold.
-    ``min_computed_steps`` is the fewest that a deadline or a busy server may lower the computed steps to.
+    ``computed_steps`` asks for the best plan with that many computed steps; the threshold is then ignored.
+    ``min_computed_steps`` is the fewest that a deadline or load may lower the computed steps to.
     """
 
     enabled: bool = True
@@ -56,7 +56,7 @@ class MagCacheOptions:
 
 
 def first_step(steps: int, strength: float | None) -> int:
-    """The step of a schedule of ``steps`` that image-to-image begins with; diffusers skips the same ones."""
+    """The first step of image-to-image in a schedule of ``steps``; diffusers skips the same ones."""
     return 0 if strength is None else min(int(max(steps - steps * strength, 0)), steps - 1)
 
 
@@ -68,11 +68,11 @@ class DenoiseJob:
 
     Attributes:
         priority: higher goes first.
-        deadline_s: seconds from the job's arrival at the coordinator to its last step; None has all the time.
-        partial_images: previews (x0 estimates) wanted on the way, evenly spread over the steps.
+        deadline_s: seconds from the job's arrival at the coordinator to its last step; None for no deadline.
+        partial_images: number of previews (x0 estimates), evenly spread over the steps.
         strength: image-to-image, in (0, 1]: the share of the steps that run on the source; None starts from noise.
         computing: the steps that compute in some branch, counted from the job's first; None when any of them may.
-        source_tokens: image tokens of the reference images that every step reads beside the image's own.
+        source_tokens: tokens of the reference images, which every step reads beside the image's own.
     """
 
     row_id: str
@@ -94,12 +94,12 @@ class DenoiseJob:
 
     @property
     def first_step(self) -> int:
-        """The step of the whole schedule that this job begins with."""
+        """The step of the whole schedule at which this job begins."""
         return first_step(self.num_inference_steps, self.strength)
 
     @property
     def steps_to_run(self) -> int:
-        """Steps that this job takes: all, or with ``strength`` those from `first_step` on."""
+        """Number of steps of this job: all, or with ``strength`` those from `first_step` on."""
         return self.num_inference_steps - self.first_step
 
     @property
@@ -110,7 +110,7 @@ class DenoiseJob:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """The tensors of one job; ``negative`` is there exactly when true CFG runs.
+    """The tensors of one job; ``negative`` is set exactly when true CFG runs.
 
     ``sources`` are the images that an edit refers to (Kontext, klein), or the one that ``strength`` starts from.
     """
@@ -121,7 +121,7 @@ class Conditioning:
 
     @property
     def nbytes(self) -> int:
-        """Memory that the tensors take."""
+        """Memory of the tensors."""
         prompts = [prompt for prompt in (self.prompt, self.negative) if prompt is not None]
         tensors = [prompt.tokens for prompt in prompts] + [source.latents for source in self.sources]
         tensors += [prompt.pooled for prompt in prompts if prompt.pooled is not None]
@@ -144,9 +144,9 @@ class BranchStep:
 
 @dataclass(frozen=True)
 class RowStep:
-    """One row's part of a plan: take step ``step``, counted from the job's first, with a decision per branch.
+    """One row in a plan: run ``step``, counted from the job's first, with a decision per branch.
 
-    ``last`` returns its latents, ``preview`` its x0 estimate at this step.
+    With ``last`` the result has its latents, with ``preview`` its x0 estimate at this step.
     """
 
     row_id: str
@@ -158,10 +158,10 @@ class RowStep:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One tick for all ranks: first drop rows, then admit rows, then step rows.
+    """One plan for all ranks: first drop rows, then admit rows, then step rows.
 
-    ``digest`` hashes this plan and all before it, so a rank that missed or altered one cannot go on unnoticed.
-    The admitted jobs' conditioning tensors travel beside the plan, in the order of ``admit``.
+    ``digest`` hashes this plan and all before it, which exposes a rank that missed a plan or got another one.
+    The conditioning tensors of ``admit`` are sent beside the plan, in its order.
     """
 
     sequence: int
@@ -173,7 +173,7 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class StepResult:
-    """A rank's answer to one plan.
+    """A rank's result of one plan.
 
     ``latents`` holds finished rows and ``previews`` the x0 estimates asked for, each (image_tokens, channels), by row
     id and on rank 0 only. ``idle_seconds`` is how long the rank waited for this plan while it held rows to step.
@@ -202,14 +202,14 @@ FIRST_DIGEST = "0" * 16
 
 
 def plan_digest(previous: str, plan: StepPlan) -> str:
-    """The digest that ``plan`` must carry when the history so far has ``previous``; its own does not count."""
+    """The digest of ``plan`` after a history with digest ``previous``; the plan's own digest field is ignored."""
     rows = ";".join(map(_row_text, plan.rows))
     content = f"{previous} {plan.sequence} {plan.admit!r} {plan.drop!r} {rows}"
     return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
 def chained(plans: Iterable[StepPlan]) -> list[StepPlan]:
-    """``plans`` as a history of their own: numbered from 0, each with the digest that it must carry there."""
+    """``plans`` as a complete history: numbered from 0, each with its digest."""
     made: list[StepPlan] = []
     digest = FIRST_DIGEST
     for sequence, plan in enumerate(plans):
@@ -220,21 +220,21 @@ def chained(plans: Iterable[StepPlan]) -> list[StepPlan]:
 
 
 def _row_text(row: RowStep) -> str:
-    # Each rank hashes each plan between two steps, and a dataclass's own repr takes five times as long.
+    # Ranks hash every plan between steps, and a dataclass's own repr takes five times as long.
     parts = ",".join(f"{b.branch} {b.compute} {b.weights} {b.residuals_kept}" for b in row.branches)
     return f"{row.row_id!r} {row.step} {row.last} {row.preview} {parts}"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where image ``index`` of a request stands.
+    """The progress of image ``index`` of a request.
 
     Attributes:
         step: steps done, 0 while it waits.
         steps: steps in all.
         decision: ``C`` or ``.`` of the last step done, empty while it waits.
         eta_s: estimated seconds to the last step.
-        queue_position: images admitted before it, itself counted; 0 once it runs.
+        queue_position: its place in the queue, from 1; 0 once it runs.
         preview: (image_tokens, channels) packed x0 estimate, or None.
     """
 
@@ -253,9 +253,9 @@ class DenoiseReport:
 
     Attributes:
         eta_seconds: the estimate at its arrival, queue included.
-        queue_position: images before it at its arrival, itself counted; 0 when there was room at once.
-        lowered_by: ``deadline`` or ``load`` when that took computed steps away, else None.
-        uncached_reason: why every step was computed though reuse was asked for, else None.
+        queue_position: its place in the queue at its arrival, from 1; 0 when there was room at once.
+        lowered_by: ``deadline`` or ``load`` when computed steps were lowered for it, else None.
+        uncached_reason: why all steps were computed although MagCache was enabled, else None.
     """
 
     schedule: str
@@ -273,7 +273,7 @@ class DenoiseReport:
 
 @dataclass(frozen=True)
 class DenoiseResult:
-    """Finished latents, (image_tokens, channels) packed as diffusers' FluxPipeline packs them, and their report."""
+    """Finished latents, (image_tokens, channels), packed as in diffusers' FluxPipeline, and their report."""
 
     latents: torch.Tensor
     report: DenoiseReport

@@ -1,7 +1,7 @@
-"""What follows a request through the processes: its id in log lines, and OpenTelemetry spans of its phases.
+"""The request id of log lines, and OpenTelemetry spans of requests and their phases.
 
-Spans are made where a request ends, from the times that its parts reported: nothing is added to the steps themselves.
-OpenTelemetry is needed only where an endpoint is configured.
+Spans are created when a request ends, from the times that its phases reported; steps cost nothing extra. OpenTelemetry
+is needed only where an endpoint is configured.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
 REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
-"""The request that the present task works for."""
+"""The request that the current task works for."""
 
 Attributes = Mapping[str, str | int | float]
 
@@ -38,10 +38,10 @@ class Tracing:
     def request(
         self, route: str, headers: Mapping[str, str], attributes: Attributes
     ) -> Iterator[Callable[[int], None]]:
-        """A span around one HTTP request, below the caller's if ``headers`` name one; images made meanwhile join it.
+        """A span around one HTTP request, below the caller's if ``headers`` name one; its images' spans are below it.
 
         Yields:
-            What is to be told of the reply's status.
+            A function to call with the reply's status.
         """
         if self._tracer is None:
             yield lambda status: None
@@ -74,7 +74,7 @@ class Tracing:
         total_s: float,
         attributes: Attributes,
     ) -> None:
-        """Spans of an image that was finished just now, and of its phases, below the present request's."""
+        """Spans of an image that was just finished and of its phases, below the current request's."""
         if self._tracer is None:
             return
         from opentelemetry.trace import set_span_in_context
@@ -88,12 +88,12 @@ class Tracing:
             span = self._tracer.start_span(phase, context, start_time=moment)
             moment += _ns(seconds)
             span.end(moment)
-        # What lies between the last step and the decoder is the way of the latents.
+        # The gap between the last step and the decoder is the transfer of the latents.
         self._tracer.start_span("decode", context, start_time=end - _ns(decode_s)).end(end)
         image.end(end)
 
     def close(self) -> None:
-        """Send what was not sent yet, and stop."""
+        """Send the remaining spans, and stop."""
         if self._provider is not None:
             self._provider.shutdown()
 

@@ -26,7 +26,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequested(BaseException):
-    """Ctrl-C, or a polite kill."""
+    """Ctrl-C, SIGTERM or SIGHUP."""
 
 
 def ask(url: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
@@ -117,9 +117,9 @@ def wait_until_ready(service: Service, progress: ProgressLine, timeout_s: float)
 def image(url: str, options: argparse.Namespace) -> None:
     """Ask for the image, write it and report."""
     print(f'Prompt    "{options.prompt}"', flush=True)
-    wishes = {"size": options.size, "num_inference_steps": options.steps, "seed": options.seed}
+    fields = {"size": options.size, "num_inference_steps": options.steps, "seed": options.seed}
     body = {"prompt": options.prompt, "response_format": "b64_json"}
-    reply = ask(url, body | {name: wish for name, wish in wishes.items() if wish is not None}, options.timeout)
+    reply = ask(url, body | {name: value for name, value in fields.items() if value is not None}, options.timeout)
     image = reply["data"][0]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_bytes(base64.b64decode(image["b64_json"]))
@@ -161,7 +161,7 @@ def run(options: argparse.Namespace) -> int:
     if others := other_ray_processes():
         print(
             f"Note: Ray already runs here (process {', '.join(map(str, others))}); the demo starts a Ray of its own "
-            "beside it, and both share this machine's cores. `ray stop` ends Ray processes that nobody needs.",
+            "beside it, and both share this machine's cores. `ray stop` ends Ray processes that are left over.",
             flush=True,
         )
     print(f"Starting  serve run {_short(options.config)} (log: {_short(options.log)})", flush=True)
@@ -187,7 +187,7 @@ def run(options: argparse.Namespace) -> int:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="demo", description=__doc__.partition("\n")[0])
-    parser.add_argument("--prompt", default="a red circle on a blue background", help="what to paint (%(default)s)")
+    parser.add_argument("--prompt", default="a red circle on a blue background", help="what to draw (%(default)s)")
     parser.add_argument("--size", metavar="WxH", help="pixels, for example 160x96 (the server's default)")
     parser.add_argument("--steps", type=int, help="denoising steps (the server's default)")
     parser.add_argument("--seed", type=int, default=7, help="the same seed gives the same image (%(default)s)")

@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
 # preStop of a worker pod that is to be deleted: leave_cluster.sh SECONDS
-# Kubernetes would end Ray's processes with whatever they are doing. Ray is told first, so that Serve starts this node's
-# replicas elsewhere, sends no new request here, and lets the running ones finish; then the pod may go.
+# Kubernetes would kill Ray's processes at work. This drains the node first: Serve starts its replicas elsewhere, sends no
+# new request here, and lets the running ones finish; then the pod may go.
 set -u
 seconds="$1"
 deadline=$((SECONDS + seconds))
 
-# The node that is drained is the one that this runs on. Without a head (the whole service is deleted) there is nobody
-# to tell and nothing to wait for.
+# Drains the node that this runs on. Without a head (the whole service is being deleted) there is nothing to wait for.
 ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION --reason-message "the pod is deleted" \
     --deadline-remaining-seconds "$seconds" || exit 0
 

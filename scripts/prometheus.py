@@ -1,4 +1,4 @@
-"""A Prometheus as a child process with the rules of k8s/, and questions to it."""
+"""Prometheus as a child process with the rules of k8s/, and queries to it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PATIENCE_S = 30.0
 
 
 class PrometheusError(Exception):
-    """What went wrong, for the person who started it."""
+    """An error to show to the user."""
 
 
 def config_for(target: str, *, ray_target: str | None = None, interval_s: float | None = None) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def config_for(target: str, *, ray_target: str | None = None, interval_s: float 
 
 
 class Prometheus:
-    """One process that scrapes and evaluates; as a context manager it ends with the block."""
+    """One Prometheus process; a context manager that stops it at the end of the block."""
 
     def __init__(self, config: dict[str, Any], folder: Path, port: int | None = None) -> None:
         """``folder`` takes the config, the data and the log; without ``port`` a free one is taken."""
@@ -88,7 +88,7 @@ class Prometheus:
         self._stop()
 
     def wait(self) -> None:
-        """Return when it ends by itself."""
+        """Block until the process ends."""
         assert self._child is not None
         self._child.wait()
 
@@ -115,14 +115,14 @@ class Prometheus:
 
 
 def ask(url: str, path: str, **parameters: str | float) -> Any:
-    """The ``data`` of Prometheus' answer.
+    """Query Prometheus and return the ``data`` of its answer.
 
     Raises:
-        PrometheusError: it refused the question, for example an expression that does not parse.
+        PrometheusError: the query was refused, for example because it does not parse.
     """
-    question = f"{url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
+    query = f"{url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
     try:
-        with open_url(question, 30) as response:
+        with open_url(query, 30) as response:
             return json.load(response)["data"]
     except urllib.error.HTTPError as error:
         raise PrometheusError(f"{parameters}: {error.read().decode(errors='replace')[:500]}") from None

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 _AUTOSCALING = """\
-      # Between num_replicas and max_replicas, as the load asks; each group wants a pod, and the pod its two GPUs.
+      # Between num_replicas and max_replicas, by load; each group needs a pod with two GPUs.
       autoscaling:
         max_replicas: 4
         target_ongoing_requests: 4  # as many as share a forward pass
@@ -21,7 +21,7 @@ _AUTOSCALING = """\
 
 
 def multi_node_config(flux: str) -> str:
-    """deployments/flux.yaml with as many groups as the load asks for.
+    """deployments/flux.yaml with autoscaled groups.
 
     Raises:
         ValueError: the text has no line that sets ``num_replicas``, or more than one.

@@ -1,4 +1,4 @@
-"""``serve run`` as a child process with a Ray of its own: started, watched, asked how it gets on, and stopped whole."""
+"""``serve run`` as a child process with its own Ray: start it, watch it, and stop all of its processes."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 _STARTING = "starting Ray"
-PATIENCE_S = 5.0  # for processes that should end by themselves, and for those that were told to
+PATIENCE_S = 5.0  # for processes to end, by themselves and after SIGTERM
 _DASHBOARD = re.compile(r"View the dashboard at (?:\x1b\[[0-9;]*m)*(https?://)?([\w.-]+:\d+)")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class DemoError(Exception):
-    """What went wrong, for the person who started the demo."""
+    """An error to show to the user of the demo."""
 
 
 def open_url(request: urllib.request.Request | str, timeout_s: float) -> Any:
     """The open response."""
-    # The service is reached directly: a proxy from the environment would not know this machine's loopback.
+    # Without the environment's proxy, which would not reach this machine's loopback.
     return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout_s)
 
 
@@ -42,7 +42,7 @@ def address(config: dict[str, Any]) -> tuple[str, int]:
 
 
 def check_port(host: str, port: int) -> None:
-    """Refuse to start where another service listens: the demo would talk to that one."""
+    """Raise if another service listens there: the demo would talk to that one."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -70,14 +70,14 @@ def _processes() -> Iterator[tuple[int, str, int]]:
 
 
 def reason(message: str) -> str:
-    """The innermost error in a message that may be a traceback, or several of them one in another."""
+    """The innermost error in a message that may contain nested tracebacks."""
     lines = _COLOURS.sub("", message).strip().splitlines()
     errors = [index for index, line in enumerate(lines) if re.match(r"[\w.]+: ", line)]
     return "\n".join(lines[errors[-1] :] if errors else lines)
 
 
 class Service:
-    """``serve run`` in a session of its own, with a Ray of its own."""
+    """``serve run`` in its own session, with its own Ray."""
 
     def __init__(self, command: list[str], url: str, log: Path) -> None:
         self.url = url
@@ -100,20 +100,20 @@ class Service:
                 | {
                     "PYTHONPATH": os.pathsep.join(paths),
                     "RAY_USAGE_STATS_ENABLED": "0",
-                    # Only whoever knows the token may ask the dashboard or submit code to this Ray.
+                    # The dashboard and job submission of this Ray need the token.
                     "RAY_AUTH_MODE": "token",
                     "RAY_AUTH_TOKEN": self._token,
                 },
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                # Ctrl-C must reach the demo only, which then stops the rest in order.
+                # Ctrl-C must reach only the demo, which then stops the service in order.
                 start_new_session=True,
             )
         threading.Thread(target=self._poll_applications, daemon=True).start()
 
     def check(self) -> None:
-        """Raise if the service cannot become or stay ready; ``serve run`` itself goes on after a failed deployment."""
+        """Raise if the service failed; ``serve run`` itself keeps running after a failed deployment."""
         code = self._child.poll() if self._child else None
         if code is not None:
             raise DemoError(f"`serve run` ended with exit code {code}. The end of {self.log}:\n{self.log_tail()}")
@@ -128,11 +128,11 @@ class Service:
                     },
                 }
                 lines = [f"  {prefix}{reason(message)}" for message, prefix in reasons.items()]
-                lines.append(f"{self.log} has the whole story.")
+                lines.append(f"{self.log} has the full log.")
                 raise DemoError(f"application {name!r} is {application['status']}:\n" + "\n".join(lines))
 
     def progress(self) -> str:
-        """What is up and what is still starting, in one line."""
+        """One line on which deployments are up and which are starting."""
         parts = []
         for application in self._applications.values():
             for name, details in application["deployments"].items():
@@ -144,7 +144,7 @@ class Service:
         return ", ".join(parts) or _STARTING
 
     def ready(self) -> bool:
-        """Whether images can be made right now: the service says so, and Serve waits for no part of it."""
+        """Whether the service is healthy and all of its deployments are running."""
         if any(application["status"] != "RUNNING" for application in self._applications.values()):
             return False
         try:
@@ -154,7 +154,7 @@ class Service:
             return False
 
     def watch(self) -> None:
-        """Return never, raise when the service is gone."""
+        """Block until the service fails, and raise then."""
         while True:
             self.check()
             time.sleep(1)
@@ -164,7 +164,7 @@ class Service:
         return "\n".join(_COLOURS.sub("", self.log.read_text(errors="replace")).splitlines()[-lines:])
 
     def stop(self) -> None:
-        """Stop Serve politely, then whatever is left of its session; return when nothing is."""
+        """Stop Serve with SIGINT, then kill what is left of its session; return when all processes have ended."""
         self._stopping.set()
         if self._child is None:
             return
@@ -190,21 +190,21 @@ class Service:
         return True
 
     def processes(self) -> list[int]:
-        """Every process of the service: Ray's daemons and workers stay in the session of the one that started them."""
+        """Every process of the service: Ray's daemons and workers stay in the session of their parent."""
         if self._child is None:
             return []
         self._child.poll()
         return [pid for pid, _, session in _processes() if session == self._child.pid]
 
     def _poll_applications(self) -> None:
-        """Keep asking Ray's dashboard how the deployment goes; a thread, since it answers slowly while all starts."""
+        """Poll the deployment's state from Ray's dashboard; in a thread, as it answers slowly during the start."""
         while not self._stopping.wait(1):
-            # The dashboard comes up after the service's log says so, and goes away first at the end.
+            # The dashboard is up only after the service's log says so, and stops first.
             with contextlib.suppress(OSError, ValueError):
                 self._applications = self._ask_dashboard()
 
     def _ask_dashboard(self) -> dict[str, Any]:
-        """What `serve status` shows, by application; nothing while Ray starts."""
+        """The content of `serve status`, by application; empty while Ray starts."""
         found = _DASHBOARD.search(self.log.read_text(errors="replace"))
         if found is None:
             return {}

@@ -1,1 +1,1 @@
-"""The models beside the transformer: the text encoders and the VAE."""
+"""The models beside the transformer: text encoders and VAE."""

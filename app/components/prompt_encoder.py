@@ -1,4 +1,4 @@
-"""The prompt encoder: a checkpoint's text encoders as its diffusers pipeline runs them; the last results are kept."""
+"""The prompt encoder: a checkpoint's text encoders, run as in its diffusers pipeline, with an LRU cache of results."""
 
 import asyncio
 from collections import OrderedDict
@@ -27,15 +27,15 @@ class TextEncoders:
     def __init__(
         self, model: Path, max_sequence_length: int, dtype: torch.dtype, device: torch.device | str, *, offload: bool
     ) -> None:
-        """Load them from the folder ``model``; with ``offload`` they are on ``device`` only while they work."""
-        # The pipeline class that the checkpoint names knows its encoders; nothing else of it is loaded.
+        """Load them from the folder ``model``; with ``offload`` they are on ``device`` only while encoding."""
+        # The checkpoint's pipeline class knows its encoders; its other parts are not loaded.
         self._pipeline = DiffusionPipeline.from_pretrained(
             model,
             transformer=None,
             vae=None,
             dtype=dtype,
             use_safetensors=True,
-            low_cpu_mem_usage=False,  # the weights are mapped all the same; True asks for another package
+            low_cpu_mem_usage=False,  # True needs another package, and weights are memory-mapped anyway
         )
         self._modules = [part for part in self._pipeline.components.values() if isinstance(part, nn.Module)]
         self._max_sequence_length = max_sequence_length
@@ -88,11 +88,11 @@ class PromptEncoder:
             under_way = asyncio.get_running_loop().run_in_executor(self._thread, self._encoders.encode, prompt)
             self._under_way[prompt] = under_way
             under_way.add_done_callback(lambda done: self._keep(prompt, done))
-        # One client's disconnect must not take the result from another who waits for the same prompt.
+        # Shielded: other requests may await the same encoding when this one is cancelled.
         return await asyncio.shield(under_way)
 
     async def ping(self) -> None:
-        """Answer when it is up."""
+        """Return once it is up."""
 
     async def metric_families(self) -> list[Metric]:
         """The encoder's metrics, for the service's ``/metrics``."""
@@ -109,21 +109,21 @@ class PromptEncoder:
 
 @contextmanager
 def temporarily_on(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Have the ``modules`` on ``device`` for a while. Their own tensors stay where they are and need no way back."""
-    at_home = [
+    """Temporarily point the ``modules`` at copies on ``device``; the originals are kept, so nothing is copied back."""
+    originals = [
         (part, name, tensor)
         for module in modules
         for part in module.modules()
         for name, tensor in chain(part.named_parameters(recurse=False), part.named_buffers(recurse=False))
     ]
-    away: dict[torch.Tensor, torch.Tensor] = {}  # tied weights travel once
+    copies: dict[torch.Tensor, torch.Tensor] = {}  # tied weights are copied once
     try:
-        for part, name, tensor in at_home:
-            if tensor not in away:
+        for part, name, tensor in originals:
+            if tensor not in copies:
                 moved = tensor.detach().to(device, non_blocking=True)
-                away[tensor] = nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
-            setattr(part, name, away[tensor])
+                copies[tensor] = nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
+            setattr(part, name, copies[tensor])
         yield
     finally:
-        for part, name, tensor in at_home:
+        for part, name, tensor in originals:
             setattr(part, name, tensor)

@@ -1,4 +1,4 @@
-"""Source images of edits: brought to the size that the model takes them in, then through the VAE into tokens."""
+"""Source images of edits: resized as the model expects, then encoded by the VAE into tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REFERENCE_PIXELS = 1024 * 1024
 
 
 class SourceEncoder:
-    """Encodes images with a VAE that somebody else holds; the caller sees to threads and devices."""
+    """Encodes images with a given VAE; threads and devices are the caller's business."""
 
     def __init__(self, vae: Any, family: Family, max_pixels: int = REFERENCE_PIXELS) -> None:
         """``max_pixels`` bounds a reference image, and with it the tokens that every step reads."""
@@ -32,12 +32,12 @@ class SourceEncoder:
     def encode(self, pixels: np.ndarray, width: int, height: int) -> SourceImage:
         """The tokens of one source image, on the CPU.
 
-        The VAE's posterior is taken at its mode, not sampled: a seed then decides the noise alone, and the ``n``
-        images of a request share one source.
+        The mode of the VAE's posterior is taken, not a sample: so the seed decides the noise only, and the ``n`` images
+        of a request share one source.
 
         Args:
             pixels: (height, width, 3), uint8, of any size.
-            width, height: pixels of the image that is asked for, which ``strength`` starts from.
+            width, height: pixels of the image to make, the size of a source for ``strength``.
         """
         image = Image.fromarray(pixels)
         if self._family.edits is Edits.STRENGTH:

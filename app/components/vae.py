@@ -1,4 +1,4 @@
-"""The VAE at work: finished latents into image files, and images to edit into latents."""
+"""The VAE: decodes latents into image files, and encodes source images into latents."""
 
 import asyncio
 import io
@@ -22,7 +22,7 @@ PNG_LEVEL = 1
 
 
 class ImageDecoder:
-    """Works on one image at a time, off the event loop; finished ones before previews."""
+    """Decodes and encodes one image at a time, off the event loop; finished images go before previews."""
 
     def __init__(self, settings: Settings) -> None:
         configure_logging(settings)
@@ -37,7 +37,7 @@ class ImageDecoder:
                 use_safetensors=True,
                 low_cpu_mem_usage=False,
             )
-            .to(self._device, memory_format=torch.channels_last)  # what its convolutions are fastest in
+            .to(self._device, memory_format=torch.channels_last)  # fastest for its convolutions
             .eval()
         )
         if settings.vae.tiling:
@@ -45,14 +45,14 @@ class ImageDecoder:
         self._sources = SourceEncoder(self._vae, self._family, settings.sampling.max_pixels)
         self._processor = VaeImageProcessor(vae_scale_factor=TOKEN_PIXELS)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
-        self._finished = 0  # images, not previews, that are in the thread or wait for it
+        self._finished = 0  # finished images (no previews) that are in the thread or wait for it
         self._changed = asyncio.Condition()
         self._one_preview = asyncio.Lock()
 
     async def decode(
         self, latents: torch.Tensor, width: int, height: int, output_format: str, compression: int
     ) -> bytes:
-        """Make an image file.
+        """Decode latents into an image file.
 
         Args:
             latents: (image_tokens, channels), packed.
@@ -71,7 +71,7 @@ class ImageDecoder:
     async def preview(
         self, latents: torch.Tensor, width: int, height: int, output_format: str, compression: int
     ) -> bytes:
-        """As `decode`, when nothing finished waits: a finished image is held up by one preview at most."""
+        """Like `decode`, but only while no finished image waits: previews delay one by at most a single decode."""
         async with self._one_preview:
             async with self._changed:
                 await self._changed.wait_for(lambda: self._finished == 0)
@@ -84,16 +84,16 @@ class ImageDecoder:
         return await run(self._thread, self._decode, latents, Geometry.of(width, height), output_format, compression)
 
     async def encode(self, pixels: np.ndarray, width: int, height: int) -> SourceImage:
-        """An image to edit as tokens; see `SourceEncoder.encode`."""
+        """Encode a source image into tokens; see `SourceEncoder.encode`."""
         run = asyncio.get_running_loop().run_in_executor
         return await run(self._thread, self._sources.encode, pixels, width, height)
 
     async def family(self) -> Family:
-        """What kind of model this is, as its files say."""
+        """The model's family, from its files."""
         return self._family
 
     async def ping(self) -> None:
-        """Answer when it is up."""
+        """Return once it is up."""
 
     @torch.inference_mode()
     def _decode(self, latents: torch.Tensor, geometry: Geometry, output_format: str, compression: int) -> bytes:

@@ -1,1 +1,1 @@
-"""One rank's work on tensors: load a shard, run one step plan. Knows neither Ray nor the web."""
+"""One rank's work on tensors: load a shard, run step plans. Imports neither Ray nor the web."""

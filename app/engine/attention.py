@@ -1,8 +1,8 @@
-"""FLUX.1's attention with its positions applied as complex rotations.
+"""FLUX.1's attention with rotary embeddings applied as complex products.
 
-A rotary embedding turns each pair of a head's channels by an angle. Written with real numbers, as diffusers does it,
-that is seven passes over all queries and keys, with a copy of each that has its pairs swapped; as a product of complex
-numbers, of which the pairs are a view, it is one. A sum of two products may be rounded once where it was rounded twice.
+A rotary embedding turns each pair of a head's channels by an angle. With real numbers, as in diffusers, that takes
+seven passes over all queries and keys and a copy of each with swapped pairs; with complex numbers, as which the pairs
+can be viewed, it takes one. Results differ in rounding: a sum of two products may be rounded once instead of twice.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 
 
 class RotatingAttnProcessor(FluxAttnProcessor):
-    """As its base, but takes `rotations` for ``image_rotary_emb``."""
+    """Like its base class, but ``image_rotary_emb`` are `rotations`."""
 
     def __call__(
         self,
@@ -26,7 +26,7 @@ class RotatingAttnProcessor(FluxAttnProcessor):
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Attend within image tokens, or jointly with text tokens; both (rows, tokens, dim), and so is what returns."""
+        """Attend within image tokens, or jointly with text tokens; inputs and outputs are (rows, tokens, dim)."""
         assert image_rotary_emb is not None, "the engine gives every block the positions"
         query, key, value = (_heads(attn, project(hidden_states)) for project in (attn.to_q, attn.to_k, attn.to_v))
         query, key = attn.norm_q(query), attn.norm_k(key)
@@ -47,23 +47,23 @@ class RotatingAttnProcessor(FluxAttnProcessor):
         if encoder_hidden_states is None:
             return attended
         text, image = attended.tensor_split([encoder_hidden_states.shape[1]], dim=1)
-        # The second module of to_out is a dropout, which has nothing to do here.
+        # The second module of to_out is a dropout, inactive in inference.
         return attn.to_out[0](image.contiguous()), attn.to_add_out(text.contiguous())
 
 
 def use_rotations(transformer: nn.Module) -> None:
-    """Have every attention of FLUX.1 in ``transformer`` take `rotations`; other models' keep diffusers' form."""
+    """Make every FLUX.1 attention in ``transformer`` take `rotations`; those of other models are left as they are."""
     for attention in _attentions(transformer):
         attention.set_processor(RotatingAttnProcessor())
 
 
 def uses_rotations(transformer: nn.Module) -> bool:
-    """Whether the attentions in ``transformer`` take `rotations`, and not what diffusers' embedding gives."""
+    """Whether the attentions in ``transformer`` take `rotations` instead of the output of diffusers' embedding."""
     return any(isinstance(attention.processor, RotatingAttnProcessor) for attention in _attentions(transformer))
 
 
 def rotations(cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """Positions as (tokens, 1, head_dim / 2) complex64, from what diffusers' embedding gives: both (tokens, head_dim).
+    """Positions as (tokens, 1, head_dim / 2) complex64, from diffusers' embedding: both (tokens, head_dim).
 
     The two channels of a pair have the same angle.
     """
@@ -71,7 +71,7 @@ def rotations(cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
 
 
 def rotate(heads: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    """Turn (rows, tokens, heads, head_dim) by `rotations`; computed in float32, whatever the precision is."""
+    """Turn (rows, tokens, heads, head_dim) by `rotations`; always computed in float32."""
     pairs = torch.view_as_complex(heads.float().unflatten(-1, (-1, 2)))
     turned: torch.Tensor = torch.view_as_real(pairs * turns).flatten(-2).to(heads.dtype)
     return turned

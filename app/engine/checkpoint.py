@@ -1,7 +1,7 @@
-"""Check a whole checkpoint before anything starts: every part's files, classes, tensor names and shapes, and the split.
+"""Check a whole checkpoint at start-up: every part's files, classes, tensor names and shapes, and the split over ranks.
 
-Only configurations and the headers of the weight files are read, so that it takes seconds and no memory, and what is
-wrong is one message at start-up instead of a rank, an encoder or a decoder that dies later.
+Only configurations and the headers of the weight files are read, which takes seconds and no memory. A fault is one
+message at start-up instead of a rank, an encoder or a decoder that fails later.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from app.engine.parallel import shard_specs
 
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
-"""What a tokenizer can be read from: any of these sets of files."""
+"""Any of these sets of files makes a tokenizer."""
 
 
 @dataclass(frozen=True)
 class PipelineParts:
-    """What a pipeline's folder must hold: component folders with their classes, and its tokenizers' folders."""
+    """The parts of a pipeline's folder: component folders with their classes, and tokenizer folders."""
 
     classes: Mapping[str, str]
     tokenizers: tuple[str, ...]
@@ -53,11 +53,11 @@ _KLEIN = PipelineParts(
     },
     tokenizers=("tokenizer",),
 )
-_LAYOUTS = {"FluxPipeline": _FLUX1, "FluxKontextPipeline": _FLUX1, "Flux2KleinPipeline": _KLEIN}
+_PARTS = {"FluxPipeline": _FLUX1, "FluxKontextPipeline": _FLUX1, "Flux2KleinPipeline": _KLEIN}
 
 
 def check_checkpoint(model: Path, tensor_parallel_size: int) -> None:
-    """Raise what would make serving ``model`` fail, as far as its files' headers tell.
+    """Check that ``model`` can be served, as far as its files' headers show.
 
     Args:
         model: a folder in diffusers layout.
@@ -67,15 +67,15 @@ def check_checkpoint(model: Path, tensor_parallel_size: int) -> None:
         CheckpointError: a file is missing, truncated or a pickle, or a part is of another class or lacks a tensor.
         ValueError: the ranks can't share the attention heads evenly.
     """
-    family_of(model)  # an unknown pipeline is one of its errors
+    family_of(model)  # raises for an unknown pipeline
     index = read_json(model / "model_index.json")
-    layout = _LAYOUTS[index["_class_name"]]
-    for name, expected in layout.classes.items():
+    parts = _PARTS[index["_class_name"]]
+    for name, expected in parts.classes.items():
         _check_class(model, index, name, expected)
     shard_specs(meta_transformer(model / "transformer"), tensor_parallel_size)
-    for name, expected in layout.classes.items():
+    for name, expected in parts.classes.items():
         _check_weights(model / name, expected)
-    for name in layout.tokenizers:
+    for name in parts.tokenizers:
         _check_tokenizer(model / name)
     scheduler = read_json(model / "scheduler" / "scheduler_config.json").get("_class_name")
     if scheduler != SCHEDULER:
@@ -131,9 +131,9 @@ def _buffers(part: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _check_encoder(folder: Path, part: nn.Module, files: list[SafetensorsFile]) -> None:
-    """Text encoders may hold more than their class takes, and transformers fills in what they lack with noise.
+    """Check a text encoder: extra tensors are allowed, missing ones are not (transformers would fill them with noise).
 
-    Some names have lost their first word since the weights were published (``text_model.embeddings...``).
+    Some published weights have a prefix that today's classes don't use (``text_model.embeddings...``).
     """
     stored = {name: tensor.shape for file in files for name, tensor in file.tensors.items()}
     stored |= {name.partition(".")[2]: shape for name, shape in stored.items() if name.startswith("text_model.")}

@@ -1,7 +1,8 @@
-"""The files of a checkpoint: JSON, and slices of the tensors in a safetensors file, which is not mapped into memory.
+"""The files of a checkpoint: JSON, and slices of the tensors in a safetensors file, read without a memory map.
 
-A mapped file's pages count as this process's memory once they are touched, and a row-sharded matrix touches all of
-them: a rank would hold its shard and the whole file. Plain reads leave the file in the page cache, which ranks share.
+safetensors' own ``safe_open`` maps the file, and a mapped page counts as the process's memory once it is touched: for
+half of the columns of each matrix it adds three times their size to the peak, plain reads once (docs/adr/0009). The
+page cache, which ranks share, serves both.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor stands in its file: ``offset`` in bytes from the file's begin."""
+    """A tensor in its file: ``offset`` is in bytes from the start of the file."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -65,7 +66,7 @@ class SafetensorsFile:
     """An open safetensors file; a context manager.
 
     Attributes:
-        tensors: what it holds, by name, in the order of the data.
+        tensors: its tensors by name, in the order of the data.
     """
 
     def __init__(self, path: Path) -> None:
@@ -109,7 +110,7 @@ class SafetensorsFile:
         return out
 
     def _read_columns(self, stored: StoredTensor, ranges: Sequence[tuple[int, int]], out: torch.Tensor) -> None:
-        """A matrix's columns lie scattered: whole rows pass through a small buffer."""
+        """Columns are scattered in the file, so whole rows are read through a small buffer."""
         rows, columns = stored.shape
         row_bytes = columns * stored.dtype.itemsize
         count = max(BUFFER_BYTES // row_bytes, 1)
@@ -139,7 +140,7 @@ class SafetensorsFile:
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
     try:
-        # The library judges the file, its length included; only where the data lies it doesn't tell.
+        # safe_open validates the file but does not expose offsets, so the header is parsed again.
         with safe_open(path, framework="pt"):
             pass
         with path.open("rb") as file:

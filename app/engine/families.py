@@ -1,7 +1,7 @@
-"""The models that the engine serves, one table: what each takes, how it is sampled, and what it can do with an image.
+"""One table of the served model families: their inputs, sampling defaults, and use of source images.
 
-What a checkpoint itself says (head counts, guidance embedding, the scheduler's settings) is read from the checkpoint;
-here stands what only the model's pipeline class knows.
+Whatever a checkpoint says about itself (head counts, guidance embedding, the scheduler's settings) is read from the
+checkpoint; this table has what only the model's pipeline class in diffusers knows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from app.engine.checkpoint_files import CheckpointError, read_json
 from app.engine.layouts import Flux1Layout, Flux2Layout, Layout
 
 FEW_STEPS = 8
-"""Up to so many steps a model is distilled so far that hardly any two of its steps are alike."""
+"""Models distilled to this many steps or fewer have no steps similar enough to reuse."""
 
 
 class Edits(Enum):
@@ -22,27 +22,26 @@ class Edits(Enum):
 
     NONE = "none"
     STRENGTH = "strength"
-    """It starts from the image with noise on top (image-to-image)."""
+    """Sampling starts from the image with noise on top (image-to-image)."""
     REFERENCES = "references"
-    """It sees the image as further tokens beside the one that it paints."""
+    """The image is further tokens beside those of the new image."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of model.
+    """A model family.
 
     Attributes:
         name: for messages.
         layout: tokens, noise, position ids and the way to and from the VAE.
-        steps, guidance_scale, text_tokens: what a request gets when nothing else is said; ``guidance_scale`` is None
-            where the model has no guidance embedding.
+        steps, guidance_scale, text_tokens: defaults; ``guidance_scale`` is None where the model has no guidance
+            embedding.
         true_cfg: whether a negative prompt has an effect.
-        true_cfg_scale: strength of true CFG when nothing else is said; 1, no true CFG, for models distilled with
-            guidance.
+        true_cfg_scale: default strength of true CFG; 1 (none) for guidance-distilled models.
         edits: what the model does with source images.
         max_sources: how many of them it takes at once.
-        trained_sizes: (width, height) pairs of reference images that the model was trained with; where there are
-            some, a reference is resized to the one nearest in shape.
+        trained_sizes: (width, height) of reference images in training; a reference is resized to the one nearest in
+            shape. Empty when any size will do.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Linears in 8-bit floating point: weights are stored with a scale per output, activations get one per token.
+"""Linears in 8-bit floating point: weights have a scale per output, activations one per token.
 
 Both operands of the product are float8 (e4m3), which GPUs from compute capability 8.9 multiply at twice the rate of
 bfloat16, and the weights take half of its memory. Products are summed in float32.
@@ -60,7 +60,7 @@ def quantize(module: nn.Linear) -> None:
     """Store the weight of ``module`` in float8, in place; a row-sharded linear keeps its class and its all-reduce.
 
     Raises:
-        ValueError: a side is no multiple of 16, or the GPU has no float8.
+        ValueError: a side is not a multiple of 16, or the GPU has no float8.
     """
     device = module.weight.device
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:

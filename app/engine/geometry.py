@@ -1,4 +1,4 @@
-"""How many tokens an image has."""
+"""The number of tokens of an image."""
 
 from __future__ import annotations
 

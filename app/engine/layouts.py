@@ -1,7 +1,7 @@
-"""How each generation of FLUX lays images out as tokens: noise, position ids, and the way to and from its VAE.
+"""How FLUX.1 and FLUX.2 represent images as tokens: noise, position ids, conversion to and from VAE latents.
 
-Both pack two by two latents into one token. They differ in the shape that noise is drawn in, in the axes of their
-position ids, in what brings latents to unit variance, and in how the noise schedule follows the number of tokens.
+Both pack two by two latents into one token. They differ in the shape in which noise is drawn, the axes of position ids,
+the normalisation of latents, and the shift of the noise schedule with the number of tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ REFERENCE_INTERVAL = 10
 
 
 class Layout(Protocol):
-    """What the engine, the decoder and the source encoder need to know about tokens."""
+    """The operations on tokens that the engine, the VAE and the source encoder need."""
 
     def noise(
         self, seed: int, geometry: Geometry, channels: int, device: torch.device, dtype: torch.dtype
@@ -91,7 +91,7 @@ class Flux2Layout:
         return torch.cat([text, *images])
 
     def shift(self, scheduler: Any, image_tokens: int, steps: int) -> float:
-        """See `Layout.shift`; a line in the tokens for 10 steps and one for 200, linear in the steps beside.
+        """See `Layout.shift`; linear in the tokens at 10 and at 200 steps, and linear in the steps.
 
         Above 4300 tokens the second line holds for all. The numbers are FLUX.2's published fit.
         """
@@ -138,7 +138,7 @@ def _draw(seed: int, shape: tuple[int, ...], device: torch.device, dtype: torch.
 
 
 def _grid(geometry: Geometry, axes: int, image: int) -> torch.Tensor:
-    """Ids of an image's tokens, (image_tokens, axes): ``image``, row and column, zeros behind."""
+    """Ids of an image's tokens, (image_tokens, axes): ``image``, row and column, then zeros."""
     ids = torch.zeros(geometry.rows, geometry.columns, axes)
     ids[..., 0] = image
     ids[..., 1] = torch.arange(geometry.rows)[:, None]

@@ -1,6 +1,6 @@
 """Load one rank's shard of a diffusers transformer straight from its safetensors files.
 
-The model is built on the meta device and every parameter is read as the slice that this rank keeps, so the peak memory
+The model is built on the meta device and every parameter is read as the slice that this rank keeps, so peak memory
 is the shard, not the model.
 """
 
@@ -28,12 +28,12 @@ from app.engine.parallel import (
 
 SUPPORTED_TRANSFORMERS = ("FluxTransformer2DModel", "Flux2Transformer2DModel")
 WEIGHTS = "diffusion_pytorch_model"
-"""What the names of diffusers' weight files begin with."""
+"""Prefix of diffusers' weight files."""
 ENCODER_WEIGHTS = "model"
-"""What the names of transformers' weight files begin with."""
+"""Prefix of transformers' weight files."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
-Shape = tuple[int, ...]
+TensorShape = tuple[int, ...]
 
 
 def load_transformer(
@@ -51,7 +51,7 @@ def load_transformer(
         group: this rank's place; each rank reads only its slices.
         device: where the parameters go.
         dtype: floating-point type of all parameters but those that ``quantization`` stores.
-        quantization: ``fp8`` for the weights that tensor parallelism splits, each as soon as it is there.
+        quantization: ``fp8`` for the weights that tensor parallelism splits, each as soon as it is read.
         modulation_on_host: leave the modulation's weights in (pinned) host memory.
 
     Raises:
@@ -112,16 +112,16 @@ def weight_files(folder: Path, stem: str = WEIGHTS) -> list[Path]:
     return files
 
 
-def shapes(model: nn.Module) -> dict[str, Shape]:
+def shapes(model: nn.Module) -> dict[str, TensorShape]:
     """The shape of every parameter, by name; tied parameters once."""
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def check_tensors(folder: Path, expected: Mapping[str, Shape], files: list[SafetensorsFile]) -> None:
-    """Compare what the ``files`` in ``folder`` hold with ``expected``, from their headers alone.
+def check_tensors(folder: Path, expected: Mapping[str, TensorShape], files: list[SafetensorsFile]) -> None:
+    """Compare the tensors of ``files`` in ``folder`` with ``expected``, from their headers alone.
 
     Raises:
-        CheckpointError: a tensor is missing, unknown, twice there or of another shape.
+        CheckpointError: a tensor is missing, unknown, duplicated or of another shape.
     """
     left = dict(expected)
     for file in files:

@@ -1,4 +1,4 @@
-"""What a rank keeps between steps for each row: latents, conditioning and the residuals of its CFG branches."""
+"""State of the rows on a rank between steps: latents, conditioning and residuals of the CFG branches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Branch:
     """One CFG branch of a row.
 
     Attributes:
-        context: (text_tokens, inner_dim), the embedded prompt; it is the same at every step, so it is embedded once.
+        context: (text_tokens, inner_dim), the embedded prompt, the same at every step.
         modulation: by step that computes, (columns,), what scales, shifts and gates the blocks' streams there; known
             when the row is admitted, since it depends on noise level, guidance and pooled prompt only.
         output_modulation: (steps to run, 2 inner_dim), what scales and shifts the blocks' output at every step.

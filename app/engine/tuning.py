@@ -45,7 +45,7 @@ class Tuning:
 
 
 def check_attention(backend: AttentionBackend, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse what could only fail at the first image.
+    """Refuse a backend that would fail at the first image.
 
     Raises:
         TuningError: ``backend`` has no kernels for this device or precision.
@@ -59,7 +59,7 @@ def check_attention(backend: AttentionBackend, device: torch.device, dtype: torc
 
 
 def tune(transformer: Any, tuning: Tuning, device: torch.device, dtype: torch.dtype) -> None:
-    """Apply attention kernels and compilation to a loaded shard, in place; its weights were quantized as they came.
+    """Apply attention kernels and compilation to a loaded shard, in place; the loader has quantized its weights.
 
     Raises:
         TuningError: this machine cannot run it.

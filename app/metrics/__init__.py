@@ -1,6 +1,6 @@
-"""The metric catalogue, its writers, and how several sources become one exposition.
+"""The metric catalogue, its writers, and the merging of several sources into one exposition.
 
-Each owner has a registry of its own; nothing is registered globally, so that a test or a process may hold several.
+Each owner has its own registry; nothing is registered globally, so a test or a process may hold several.
 """
 
 from app.metrics.api import ApiMetrics

@@ -1,4 +1,4 @@
-"""What the HTTP side counts."""
+"""The metrics of the HTTP side."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from app.metrics.instruments import Instruments, exemplar
 
 
 class ApiMetrics:
-    """What the HTTP side counts, labelled with the model that it serves."""
+    """Writes the HTTP side's metrics, labelled with the model."""
 
     def __init__(self, registry: CollectorRegistry, model: str) -> None:
         self._made = Instruments(registry, "api", {"model": model})

@@ -10,12 +10,12 @@ from typing import Literal
 Kind = Literal["counter", "gauge", "histogram"]
 Owner = Literal["api", "encoder", "coordinator"]
 
-# From the small model's tenths of a second on a CPU to a queue of FLUX.1-dev pictures.
+# From the small model's tenths of a second on a CPU to a queue of FLUX.1-dev images.
 LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 150.0, 300.0, 600.0)
 STEP = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 GAP = (0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 RATIO = tuple(tenth / 10 for tenth in range(11))
-# The shipped thresholds are 0.05 to 0.24 for one run of reused steps, and a picture adds up several runs.
+# The shipped thresholds are 0.05 to 0.24 for one run of reused steps, and an image adds up several runs.
 ERROR = (0.0, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 TOKENS = (96, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
@@ -25,7 +25,7 @@ ERROR_CODES = (
     "busy", "client_left", "deadline_impossible", "deadline_passed", "generation_failed", "internal_error",
     "invalid_value", "model_not_found", "request_cancelled", "unavailable",
 )  # fmt: skip
-"""Those that exist from the start; the API's other codes of invalid requests join when they first occur."""
+"""Codes whose series exist from the start; the other codes of invalid requests appear when they first occur."""
 PHASES = ("queue", "encode", "denoise", "decode", "total")
 DECISIONS = ("computed", "reused")
 BRANCHES = ("cond", "uncond")
@@ -99,7 +99,7 @@ CATALOGUE: tuple[Spec, ...] = (
     ),
     _counter(
         "api", "flux_request_errors", "requests",
-        "Image requests that ended without all their pictures, by the `code` in the reply; client_left has none.",
+        "Image requests that ended without all their images, by the `code` in the reply; client_left has none.",
         code=ERROR_CODES,
     ),
     _histogram(
@@ -108,7 +108,7 @@ CATALOGUE: tuple[Spec, ...] = (
     ),
     _histogram(
         "api", "flux_phase_duration_seconds", "seconds", LATENCY,
-        "Time of one picture in each phase; total is from the request's arrival to the finished file.",
+        "Time of one image in each phase; total is from the request's arrival to the finished file.",
         exemplars=True, phase=PHASES,
     ),
     _gauge(
@@ -129,16 +129,16 @@ CATALOGUE: tuple[Spec, ...] = (
     ),
     _counter(
         "coordinator", "flux_schedule_steps", "steps",
-        "Steps of finished pictures (conditional branch) by tenth of their schedule, 0 is the first, and decision.",
+        "Steps of finished images (conditional branch) by tenth of their schedule, 0 is the first, and decision.",
         decile=DECILES, decision=DECISIONS,
     ),
     _histogram(
         "coordinator", "flux_request_skip_ratio", "share", RATIO,
-        "Share of a picture's steps that reused a residual, 0 to 1.", exemplars=True,
+        "Share of an image's steps that reused a residual, 0 to 1.", exemplars=True,
     ),
     _histogram(
         "coordinator", "flux_request_predicted_error", "error", ERROR,
-        "Error that the profile predicts for a picture's reused steps, as the picture's reply reports it.",
+        "Error that the profile predicts for an image's reused steps, as the image's reply reports it.",
         exemplars=True,
     ),
     # Time of the ranks.
@@ -182,28 +182,28 @@ CATALOGUE: tuple[Spec, ...] = (
     _gauge(
         "coordinator", "flux_residual_bytes", "bytes", "Memory that kept residuals take on one rank, the largest."
     ),
-    # Pictures.
-    _gauge("coordinator", "flux_running_pictures", "pictures", "Pictures being denoised now."),
-    _gauge("coordinator", "flux_waiting_pictures", "pictures", "Pictures waiting for room in the batch."),
-    _gauge("coordinator", "flux_waiting_pictures_limit", "pictures", "Waiting pictures at which new ones are refused."),
-    _counter("coordinator", "flux_pictures_admitted", "pictures", "Pictures that joined the batch."),
-    _counter("coordinator", "flux_pictures_finished", "pictures", "Pictures that took their last step."),
+    # Images.
+    _gauge("coordinator", "flux_running_pictures", "images", "Images being denoised now."),
+    _gauge("coordinator", "flux_waiting_pictures", "images", "Images waiting for room in the batch."),
+    _gauge("coordinator", "flux_waiting_pictures_limit", "images", "Waiting images at which new ones are refused."),
+    _counter("coordinator", "flux_pictures_admitted", "images", "Images that joined the batch."),
+    _counter("coordinator", "flux_pictures_finished", "images", "Images that took their last step."),
     _counter(
-        "coordinator", "flux_pictures_refused", "pictures",
-        "Pictures turned away at their arrival: the queue was full, or no allowed schedule meets the deadline.",
+        "coordinator", "flux_pictures_refused", "images",
+        "Images rejected at their arrival: the queue was full, or no allowed schedule meets the deadline.",
         reason=("queue_full", "deadline_impossible"),
     ),
     _counter(
-        "coordinator", "flux_pictures_cancelled", "pictures",
-        "Pictures that ended, waiting or running, because their client left or somebody cancelled the request.",
+        "coordinator", "flux_pictures_cancelled", "images",
+        "Images that ended, waiting or running, because their client left or the request was cancelled.",
     ),
     _counter(
-        "coordinator", "flux_deadline_misses", "pictures",
-        "Pictures that were taken and whose deadline passed before their last step.",
+        "coordinator", "flux_deadline_misses", "images",
+        "Admitted or queued images whose deadline passed before their last step.",
     ),
     _counter(
-        "coordinator", "flux_downgrades", "pictures",
-        "Admitted pictures with fewer computed steps than they asked for, taken by their deadline or by the load.",
+        "coordinator", "flux_downgrades", "images",
+        "Admitted images with fewer computed steps than they asked for, taken by their deadline or by the load.",
         reason=("deadline", "load"),
     ),
     # The group.

@@ -1,4 +1,4 @@
-"""What one coordinator counts."""
+"""The metrics of one coordinator."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from app.metrics.instruments import Instruments, exemplar
 
 
 class _CountersCollector:
-    """Exports the coordinator's own sums as they are at each scrape; prometheus_client's way for foreign totals."""
+    """Exports the coordinator's counters at each scrape; prometheus_client's way for totals kept elsewhere."""
 
     def __init__(self, counters: CoordinatorCounters, labels: Mapping[str, str]) -> None:
         self._counters = counters
@@ -30,7 +30,7 @@ class _CountersCollector:
 
 
 def _series(sums: CoordinatorCounters) -> dict[str, dict[tuple[str, ...], float]]:
-    """By metric and its own labels' values."""
+    """Totals by metric and by the values of its own labels."""
     return {
         "flux_pictures_admitted": {(): sums.admitted},
         "flux_pictures_finished": {(): sums.finished},
@@ -47,14 +47,14 @@ def _series(sums: CoordinatorCounters) -> dict[str, dict[tuple[str, ...], float]
 
 
 class CoordinatorMetrics:
-    """What one coordinator counts, labelled with its model and replica."""
+    """Writes one coordinator's metrics, labelled with its model and replica."""
 
     def __init__(self, registry: CollectorRegistry, model: str, replica: str, counters: CoordinatorCounters) -> None:
         """``counters`` are read at each scrape; the other metrics are written by the methods here."""
         labels = {"model": model, "replica": replica}
         registry.register(_CountersCollector(counters, labels))
         made = self._made = Instruments(registry, "coordinator", labels, read_elsewhere=_series(counters))
-        # Those that every step writes are looked up once.
+        # Instruments written at every step are looked up once.
         self._steps = {
             (decision == "computed", branch): made.counter("flux_steps", decision, branch)
             for decision in DECISIONS
@@ -71,12 +71,12 @@ class CoordinatorMetrics:
     def observe_step(
         self, plan: StepPlan, rank_seconds: Sequence[float], *, wait_seconds: float = 0.0, tokens: int = 0
     ) -> None:
-        """Count one finished plan; a plan that steps no row is not a step.
+        """Count one finished plan; one that steps no row is not counted as a step.
 
         Args:
-            rank_seconds: time of each rank, by number.
+            rank_seconds: time of each rank, in order of rank.
             wait_seconds: the longest time that a rank which held rows waited for this plan.
-            tokens: those that went through the block stack.
+            tokens: number that went through the block stack.
         """
         self._checked.inc(len(rank_seconds))
         if not plan.rows:
@@ -126,9 +126,9 @@ class CoordinatorMetrics:
         self._made.gauge("flux_group_up").set(up)
 
     def group_rebuilt(self, times: int = 1) -> None:
-        """Count rebuilds; a fresh coordinator is told of those before it."""
+        """Count group rebuilds; a new coordinator starts with those before it."""
         self._made.counter("flux_group_rebuilds").inc(times)
 
     def digest_mismatch(self, times: int = 1) -> None:
-        """Count ranks that disagreed with the coordinator's history; a fresh coordinator is told of those before it."""
+        """Count ranks whose history differed from the coordinator's; a new coordinator starts with those before it."""
         self._made.counter("flux_digest_mismatches").inc(times)

@@ -1,4 +1,4 @@
-"""What the prompt encoder counts."""
+"""The metrics of the prompt encoder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from app.metrics.instruments import Instruments
 
 
 class EncoderMetrics:
-    """What the prompt encoder counts, labelled with its model."""
+    """Writes the prompt encoder's metrics, labelled with the model."""
 
     def __init__(self, registry: CollectorRegistry, model: str) -> None:
         self._made = Instruments(registry, "encoder", {"model": model})

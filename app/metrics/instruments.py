@@ -14,7 +14,7 @@ _Instrument = TypeVar("_Instrument", Counter, Gauge, Histogram)
 
 EXEMPLAR = "request_id"
 _EXEMPLAR_CHARS = 128
-"""OpenMetrics allows an exemplar so many characters, names and values together."""
+"""OpenMetrics' limit on an exemplar, names and values together."""
 
 
 class Instruments:
@@ -30,7 +30,7 @@ class Instruments:
         common: Mapping[str, str],
         read_elsewhere: Container[str] = (),
     ) -> None:
-        """``common`` has a value for each of the owner's common labels; another collector has ``read_elsewhere``."""
+        """``common`` has the values of the owner's common labels; ``read_elsewhere`` are another collector's."""
         self._common = tuple(common[name] for name in COMMON[owner])
         specs = [spec for spec in CATALOGUE if spec.owner == owner and spec.name not in read_elsewhere]
         self._made = {spec.name: _make(spec, registry) for spec in specs}
