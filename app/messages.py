@@ -44,7 +44,9 @@ class MagCacheOptions:
     """One request's MagCache settings; ``None`` takes the profile's or the server's value.
 
     ``computed_steps`` asks for the best plan with that many computed steps; the threshold is then ignored.
+    ``computed_share`` asks for that share of the steps, or for the fewest that the other settings allow if more.
     ``min_computed_steps`` is the fewest that a deadline or load may lower the computed steps to.
+    ``client_chose``: the request names its schedule itself, which is lowered only as far as it allows.
     """
 
     enabled: bool = True
@@ -53,6 +55,8 @@ class MagCacheOptions:
     mag_retention_ratio: float | None = None
     computed_steps: int | None = None
     min_computed_steps: int | None = None
+    computed_share: float | None = None
+    client_chose: bool = False
 
 
 def first_step(steps: int, strength: float | None) -> int:

@@ -89,6 +89,7 @@ RULES = (
         allowed=(
             "app.components",
             "app.engine",
+            "app.errors",
             "app.logs",
             "app.messages",
             "app.metrics",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -81,6 +82,17 @@ class GeneratedImage:
     decode_seconds: float
     total_seconds: float
     source_tokens: int = 0
+
+    @cached_property
+    def phases(self) -> dict[str, float]:
+        """Seconds by phase, as replies, metrics and traces have them."""
+        return {
+            "queue_s": self.report.queue_seconds,
+            "encode_s": self.encode_seconds,
+            "denoise_s": self.report.denoise_seconds,
+            "decode_s": self.decode_seconds,
+            "total_s": self.total_seconds,
+        }
 
 
 StreamItem = Progress | Preview | GeneratedImage

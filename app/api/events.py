@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from app.api.backend import OutputFormat, Preview, StreamItem
-from app.api.replies import ascii_json, image_reply, usage
+from app.api.replies import all_warnings, ascii_json, image_reply, usage
 from app.api.resolve import ResolvedRequest
 from app.api.schemas import ErrorBody, ImageReply, Quality, Usage
 from app.errors import ServiceError
@@ -100,7 +100,7 @@ def event_of(resolved: ResolvedRequest, item: StreamItem, kind: Kind = "image_ge
                 "index": item.seed - job.seed,
                 **image_reply(job, item).model_dump(),
                 "usage": usage(resolved, [item]).model_dump(),
-                "warnings": resolved.warnings,
+                "warnings": all_warnings(resolved, [item]),
                 **common,
             }
         )

@@ -37,17 +37,6 @@ def error_response(error: ServiceError) -> Response:
     return AsciiJSONResponse(error.envelope, status_code=error.status, headers=error.headers)
 
 
-def timings(image: GeneratedImage) -> Timings:
-    """Seconds by phase of one image."""
-    return Timings(
-        queue_s=image.report.queue_seconds,
-        encode_s=image.encode_seconds,
-        denoise_s=image.report.denoise_seconds,
-        decode_s=image.decode_seconds,
-        total_s=image.total_seconds,
-    )
-
-
 def images_response(resolved: ResolvedRequest, images: list[GeneratedImage]) -> Response:
     """The reply in the form that the client asked for."""
     headers = _headers(resolved, images)
@@ -60,9 +49,17 @@ def images_response(resolved: ResolvedRequest, images: list[GeneratedImage]) -> 
         quality=resolved.quality,
         size=resolved.size,
         usage=usage(resolved, images),
-        warnings=list(resolved.warnings),
+        warnings=all_warnings(resolved, images),
     )
     return AsciiJSONResponse(reply.model_dump(), headers=headers)
+
+
+def all_warnings(resolved: ResolvedRequest, images: Sequence[GeneratedImage]) -> list[str]:
+    """What the request asked for without effect, as far as it is known now."""
+    reason = images[0].report.uncached_reason
+    if reason is None or resolved.quality == "auto":
+        return list(resolved.warnings)
+    return [*resolved.warnings, f"quality {resolved.quality!r} is ignored and every step computed: {reason}"]
 
 
 def usage(resolved: ResolvedRequest, images: Sequence[GeneratedImage]) -> Usage:
@@ -93,7 +90,7 @@ def image_reply(job: ImagesJob, image: GeneratedImage) -> ImageReply:
             lowered_by=report.lowered_by,  # type: ignore[arg-type]  # the scheduler's two words
             uncached_reason=report.uncached_reason,
         ),
-        timings=timings(image),
+        timings=Timings(**image.phases),
         eta_s=report.eta_seconds,
         queue_position=report.queue_position,
     )
@@ -107,7 +104,7 @@ def _finite(error: float) -> float | None:
 def _headers(resolved: ResolvedRequest, images: list[GeneratedImage]) -> dict[str, str]:
     """What the JSON says of the images; with several of them a value for each, in their order."""
     reports = [image.report for image in images]
-    slowest = max((timings(image).model_dump() for image in images), key=lambda phases: phases["total_s"])
+    slowest = max((image.phases for image in images), key=lambda phases: phases["total_s"])
     values: dict[str, list[str | None]] = {
         "X-Seed": [str(image.seed) for image in images],
         "X-Eta-Seconds": [f"{report.eta_seconds:.3f}" for report in reports],
@@ -131,6 +128,6 @@ def _headers(resolved: ResolvedRequest, images: list[GeneratedImage]) -> dict[st
     for name, of_each in values.items():
         if any(value is not None for value in of_each):
             headers[name] = ", ".join("none" if value is None else value for value in of_each)
-    if resolved.warnings:
-        headers["X-Warnings"] = "; ".join(resolved.warnings)
+    if warnings := all_warnings(resolved, images):
+        headers["X-Warnings"] = "; ".join(warnings)
     return headers

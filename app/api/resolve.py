@@ -10,7 +10,7 @@ from http import HTTPStatus
 from typing import get_args
 
 from app.api.backend import ImagesJob, OutputFormat, SourcePixels
-from app.api.cache_options import Shape, cache_options
+from app.api.cache_options import cache_options
 from app.api.guidance import guidance_scale, true_cfg
 from app.api.schemas import MAX_SEED, ImagesRequest, MagCacheBody, Quality
 from app.engine.families import Family
@@ -96,7 +96,7 @@ def resolve_request(
     negative_prompt, true_cfg_scale = true_cfg(request, family, warnings)
     branches = (COND,) if negative_prompt is None else (COND, UNCOND)
     quality = _quality(request)
-    shape = Shape(steps - first_step(steps, strength), width, height, branches)
+    steps_to_run = steps - first_step(steps, strength)
     job = ImagesJob(
         request_id=request_id,
         prompt=request.prompt,
@@ -108,7 +108,7 @@ def resolve_request(
         guidance_scale=guidance_scale(request, family, sampling, warnings),
         true_cfg_scale=true_cfg_scale,
         seed=_seed(request.seed, n),
-        magcache=cache_options(request.magcache or MagCacheBody(), quality, settings, shape, warnings),
+        magcache=cache_options(request.magcache or MagCacheBody(), quality, settings, steps_to_run, warnings),
         output_format=output_format,
         output_compression=100 if request.output_compression is None else request.output_compression,
         priority=request.priority or 0,

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from app.api.backend import Backend, GeneratedImage
 from app.api.events import STREAM_EVENTS, Kind
 from app.api.middleware import EDITS_PATH, IMAGES_PATH
-from app.api.replies import AsciiJSONResponse, images_response, timings
+from app.api.replies import AsciiJSONResponse, images_response
 from app.api.resolve import ResolvedRequest, resolve_request
 from app.api.schemas import CancelReply, ErrorReply, HealthReply, ImagesReply, ImagesRequest, ModelCard, ModelList
 from app.api.streaming import stream_response
@@ -43,7 +43,7 @@ class Service:
 
     def observe(self, image: GeneratedImage, request_id: str) -> None:
         """Count and trace one finished image."""
-        phases, report = timings(image).model_dump(), image.report
+        phases, report = image.phases, image.report
         self.metrics.observe_phases(**phases, request_id=request_id)
         attributes: Attributes = {
             "flux.request_id": request_id,

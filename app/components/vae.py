@@ -12,6 +12,7 @@ from diffusers.image_processor import VaeImageProcessor
 from app.components.source_encoder import SourceEncoder
 from app.engine.families import Family, family_of
 from app.engine.geometry import TOKEN_PIXELS, Geometry
+from app.errors import GenerationError
 from app.logs import configure_logging
 from app.messages import SourceImage
 from app.model_files import model_folder
@@ -59,6 +60,9 @@ class ImageDecoder:
             width, height: pixels.
             output_format: png, jpeg or webp.
             compression: quality of jpeg and webp, 0 to 100.
+
+        Raises:
+            GenerationError: the latents are not finite; a black image would hide it.
         """
         self._finished += 1
         try:
@@ -97,6 +101,11 @@ class ImageDecoder:
 
     @torch.inference_mode()
     def _decode(self, latents: torch.Tensor, geometry: Geometry, output_format: str, compression: int) -> bytes:
+        if not torch.isfinite(latents).all():
+            raise GenerationError(
+                "the model made latents that are not finite, so there is no image: try another seed or a lower "
+                "guidance_scale or true_cfg_scale; if every request ends so, the weights are damaged"
+            )
         scaled = self._family.layout.to_vae(self._vae, latents[None].to(self._device, self._vae.dtype), geometry)
         pixels = self._vae.decode(scaled, return_dict=False)[0]
         (image,) = self._processor.postprocess(pixels, output_type="pil")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from app.control.schedule import BranchSchedule, SchedulePlanner
-from app.messages import DenoiseJob, MagCacheOptions
+from app.messages import DenoiseJob
 from app.settings import MagCacheSettings
 
 Reason = Literal["deadline", "load"]
@@ -77,7 +77,7 @@ class ScheduleSelector:
     def _floor(self, job: DenoiseJob) -> int:
         """The fewest computed steps that ``job`` may be lowered to; all of its steps where it may not be."""
         options = job.magcache
-        if options.min_computed_steps is None and self._is_clients_choice(options):
+        if options.min_computed_steps is None and (options.client_chose or not options.enabled):
             return job.steps_to_run
         fewest = self._planner.fewest(job, options)
         if fewest is None:
@@ -85,11 +85,6 @@ class ScheduleSelector:
         share = math.ceil(self._server.min_computed_share * job.steps_to_run - 1e-9)
         return max(fewest, share, options.min_computed_steps or 1)
 
-    def _is_clients_choice(self, options: MagCacheOptions) -> bool:
-        """Whether the client chose the schedule; it is then lowered only as far as the client allows."""
-        threshold = options.mag_threshold not in (None, self._server.mag_threshold)
-        return not options.enabled or threshold or options.computed_steps is not None
-
     def _with(self, job: DenoiseJob, computed: int) -> dict[str, BranchSchedule]:
-        options = replace(job.magcache, enabled=True, mag_threshold=None, computed_steps=computed)
+        options = replace(job.magcache, enabled=True, mag_threshold=None, computed_steps=computed, computed_share=None)
         return self._planner.schedules(job, options)

@@ -1,14 +1,16 @@
 """A request's whole MagCache schedule, known at admission: per CFG branch, what each step does."""
 
+import math
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Protocol
 
 import torch
 
 from app.engine.geometry import Geometry
+from app.errors import InvalidRequestError
 from app.messages import BranchStep, DenoiseJob, MagCacheOptions
 from app.settings import Settings
 from magcache_core import (
@@ -126,10 +128,28 @@ class SchedulePlanner:
 
         Raises:
             magcache_core.ConfigError: ``computed_steps`` cannot be met with the other settings.
+            InvalidRequestError: ``min_computed_steps`` is more than ``computed_share`` computes.
         """
-        followed = job.magcache if options is None else options
+        followed = self._with_budget(job, job.magcache if options is None else options)
         key = followed, job.num_inference_steps, job.first_step, job.width, job.height
         return {branch: self._plan(*key, branch) for branch in job.branches}
+
+    def _with_budget(self, job: DenoiseJob, options: MagCacheOptions) -> MagCacheOptions:
+        """``options`` with the number of computed steps that their share stands for; none without a profile."""
+        if options.computed_share is None:
+            return options
+        fewest = self.fewest(job, options)
+        if fewest is None:
+            return replace(options, computed_share=None)
+        # A share such as 0.1 of 30 steps must not become 4 by rounding in binary.
+        budget = max(math.ceil(options.computed_share * job.steps_to_run - 1e-9), fewest)
+        if (options.min_computed_steps or 0) > budget:
+            raise InvalidRequestError(
+                f"magcache.min_computed_steps is {options.min_computed_steps}, above the {budget} steps that the "
+                "request's quality computes",
+                param="magcache.min_computed_steps",
+            )
+        return replace(options, computed_steps=budget, computed_share=None)
 
     def fewest(self, job: DenoiseJob, options: MagCacheOptions) -> int | None:
         """The fewest computed steps that a plan for ``job`` can have; None where there is no profile to plan with."""

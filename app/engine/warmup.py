@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from app.engine.checkpoint_files import CheckpointError
 from app.engine.engine import Engine
 from app.messages import (
     COND,
@@ -34,6 +35,9 @@ def warm_up(engine: Engine, job: DenoiseJob, text_tokens: int, max_rows: int) ->
     """Run steps of images like ``job``, without true CFG: one row alone and, with ``max_rows`` above 1, two at once.
 
     All ranks of a group do this at the same time. The engine is left in its initial state.
+
+    Raises:
+        CheckpointError: what a step gives is not finite.
     """
     rows = tuple(replace(job, row_id=f"warmup/{number}") for number in range(min(max_rows, 2)))
     blank = [_blank(engine, text_tokens)] * len(rows)
@@ -43,6 +47,11 @@ def warm_up(engine: Engine, job: DenoiseJob, text_tokens: int, max_rows: int) ->
         engine.restart()
         engine.execute(admission, blank)
         seconds.append([engine.execute(plan).seconds for plan in steps])
+    if not all(torch.isfinite(row.latents).all() for row in engine.rows.values()):
+        raise CheckpointError(
+            "a step of a blank prompt gives values that are not finite: the weights are damaged (download "
+            f"them again), or dtype {str(engine.dtype).removeprefix('torch.')} is too small for them"
+        )
     engine.restart()
     fastest = map(min, zip(*seconds[1:], strict=True))
     return tuple(

@@ -83,7 +83,7 @@ async def test_everything_that_a_request_may_say(client: httpx.AsyncClient, back
     assert (job.n, job.width, job.height, job.num_inference_steps) == (2, 192, 64, 8)
     assert (job.guidance_scale, job.true_cfg_scale, job.negative_prompt) == (2.0, 3.0, "blue")
     assert (job.seed, job.output_format, job.output_compression) == (2**63 - 2, "webp", 80)
-    assert job.magcache == MagCacheOptions(True, 0.1, 2, 0.25, min_computed_steps=3)
+    assert job.magcache == MagCacheOptions(True, 0.1, 2, 0.25, min_computed_steps=3, client_chose=True)
     assert (job.priority, job.deadline_s, job.partial_images) == (-3, 60.0, 0)
 
     reply = response.json()
@@ -184,36 +184,31 @@ async def test_a_request_overrides_the_servers_magcache(backend: FakeBackend) ->
     assert [job.magcache for job in backend.jobs] == [
         MagCacheOptions(False, 0.2, 4, None),
         MagCacheOptions(True, 0.2, 4, None),
-        MagCacheOptions(True, 0.0, 4, 1.0),
-        MagCacheOptions(True, None, 4, None, computed_steps=9),
+        MagCacheOptions(True, 0.0, 4, 1.0, client_chose=True),
+        MagCacheOptions(True, None, 4, None, computed_steps=9, client_chose=True),
     ]
 
 
 @pytest.mark.parametrize(
-    ("fields", "computed", "said"),
+    ("fields", "share", "said"),
     [
-        ({"quality": "low"}, 7, "low"),
-        ({"quality": "medium"}, 12, "medium"),
-        ({"quality": "high"}, 19, "high"),
-        ({"quality": "hd"}, 19, "high"),
+        ({"quality": "low"}, 0.25, "low"),
+        ({"quality": "medium"}, 0.4, "medium"),
+        ({"quality": "high"}, 0.65, "high"),
+        ({"quality": "hd"}, 0.65, "high"),
         ({"quality": "standard"}, None, "auto"),
         ({"quality": "auto"}, None, "auto"),
         ({}, None, "auto"),
-        ({"quality": "low", "num_inference_steps": 1}, 1, "low"),
-        ({"quality": "low", "num_inference_steps": 100}, 25, "low"),
-        # Not the share, but the fewest that the request's other settings allow.
-        ({"quality": "low", "magcache": {"mag_max_skip_steps": 1}}, 14, "low"),
-        ({"quality": "low", "magcache": {"mag_retention_ratio": 0.5}}, 15, "low"),
-        ({"quality": "low", "magcache": {"min_computed_steps": 5}}, 7, "low"),
     ],
 )
 async def test_quality_is_a_share_of_computed_steps(
-    client: httpx.AsyncClient, backend: FakeBackend, fields: dict[str, Any], computed: int | None, said: str
+    client: httpx.AsyncClient, backend: FakeBackend, fields: dict[str, Any], share: float | None, said: str
 ) -> None:
     response = await client.post(URL, json={**PROMPT, **fields})
     assert response.status_code == 200, response.text
-    assert backend.jobs[0].magcache.computed_steps == computed
-    assert backend.jobs[0].magcache.enabled
+    options = backend.jobs[0].magcache
+    assert (options.enabled, options.computed_share, options.computed_steps) == (True, share, None)
+    assert options.client_chose == (share is not None)
     assert response.json()["quality"] == said
 
 
@@ -224,16 +219,38 @@ async def test_a_quality_asks_for_reuse_where_the_server_has_none_by_default(bac
         for fields in ({"quality": "low"}, {"quality": "auto"}):
             assert (await client.post(URL, json={**PROMPT, **fields})).status_code == 200
     low, auto = (job.magcache for job in backend.jobs)
-    assert (low.enabled, low.computed_steps, low.mag_threshold) == (True, 7, None)
-    assert (auto.enabled, auto.computed_steps) == (False, None)
+    assert (low.enabled, low.computed_share, low.mag_threshold) == (True, 0.25, None)
+    assert (auto.enabled, auto.computed_share, auto.mag_threshold) == (False, None, 0.2)
 
 
-async def test_a_quality_without_a_profile_is_refused(backend: FakeBackend) -> None:
-    app = create_app(Settings(model="acme/other"), lambda: backend)
+@pytest.mark.parametrize(
+    ("magcache", "chose"),
+    [
+        ({}, False),
+        ({"mag_max_skip_steps": 3}, False),
+        ({"min_computed_steps": 3}, False),
+        ({"mag_threshold": 0.2}, True),  # also where it is the server's own
+        ({"computed_steps": 9}, True),
+    ],
+)
+async def test_what_the_client_chose_is_said_and_not_guessed(
+    backend: FakeBackend, magcache: dict[str, Any], chose: bool
+) -> None:
+    app = create_app(Settings(magcache=MagCacheSettings(mag_threshold=0.2)), lambda: backend)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client:
-        response = await client.post(URL, json={**PROMPT, "quality": "low"})
-    assert response.status_code == 400
-    assert response.json()["error"]["param"] == "quality"
+        assert (await client.post(URL, json={**PROMPT, "magcache": magcache})).status_code == 200
+    assert backend.jobs[0].magcache.client_chose is chose
+
+
+async def test_a_quality_without_a_profile_computes_every_step_and_says_so(
+    client: httpx.AsyncClient, backend: FakeBackend
+) -> None:
+    backend.uncached_reason = "there is no profile"
+    response = await client.post(URL, json={**PROMPT, "quality": "low"})
+    expected = "quality 'low' is ignored and every step computed: there is no profile"
+    assert (response.status_code, response.json()["warnings"]) == (200, [expected])
+    assert response.headers["x-warnings"] == expected
+    assert (await client.post(URL, json=PROMPT)).json()["warnings"] == []
 
 
 async def test_what_lowered_a_schedule_is_said(client: httpx.AsyncClient, backend: FakeBackend) -> None:

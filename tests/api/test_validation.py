@@ -86,7 +86,6 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
         "magcache.min_computed_steps",
         "above the 9 steps that magcache.computed_steps computes",
     ),
-    ({"quality": "low", "magcache": {"min_computed_steps": 8}}, "magcache.min_computed_steps", "that quality 'low'"),
     ({"quality": "high", "magcache": {"computed_steps": 9}}, "quality", "magcache.computed_steps both decide"),
     ({"quality": "hd", "magcache": {"mag_threshold": 0.1}}, "quality", "magcache.mag_threshold both decide"),
     ({"quality": "low", "magcache": {"enabled": False}}, "quality", "magcache.enabled false computes all"),

@@ -6,10 +6,12 @@ import asyncio
 import io
 import threading
 
+import pytest
 import torch
 from PIL import Image
 
 from app.components.vae import ImageDecoder
+from app.errors import GenerationError
 from app.settings import Settings
 
 FORM = (128, 96, "png", 100)
@@ -39,3 +41,12 @@ async def test_finished_images_go_before_previews_and_previews_in_their_order() 
     assert Image.open(io.BytesIO(tasks[0].result())).size == (128, 96)
     # A preview of the finished latents is the finished image.
     assert tasks[1].result() == tasks[0].result()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+async def test_latents_that_are_not_finite_are_an_error_and_no_black_image(value: float) -> None:
+    latents = torch.zeros(8 * 6, 64)
+    latents[3, 5] = value
+    with pytest.raises(GenerationError, match="not finite") as caught:
+        await ImageDecoder(Settings()).decode(latents, *FORM)
+    assert (caught.value.status, caught.value.code) == (500, "generation_failed")

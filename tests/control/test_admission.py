@@ -168,10 +168,12 @@ def test_an_impossible_deadline_is_refused_at_once_with_the_soonest_time() -> No
         (DEFAULT, FLOOR),
         (MagCacheOptions(min_computed_steps=9), 9),
         (MagCacheOptions(min_computed_steps=2), FLOOR),  # the server's floor holds
-        (MagCacheOptions(computed_steps=12), 12),
-        (MagCacheOptions(computed_steps=12, min_computed_steps=8), 8),
-        (MagCacheOptions(mag_threshold=0.05), None),
-        (MagCacheOptions(mag_threshold=0.05, min_computed_steps=10), 10),
+        (MagCacheOptions(computed_steps=12, client_chose=True), 12),
+        (MagCacheOptions(computed_steps=12, min_computed_steps=8, client_chose=True), 8),
+        (MagCacheOptions(computed_share=0.4, client_chose=True), 12),
+        (MagCacheOptions(mag_threshold=0.05), FLOOR),  # the server's own
+        (MagCacheOptions(mag_threshold=0.05, client_chose=True), None),
+        (MagCacheOptions(mag_threshold=0.05, min_computed_steps=10, client_chose=True), 10),
         (MagCacheOptions(enabled=False), 28),
         (MagCacheOptions(enabled=False, min_computed_steps=20), 20),
     ],
@@ -228,8 +230,8 @@ def test_a_full_queue_says_when_there_is_room() -> None:
 def test_load_lowers_quality_before_anybody_is_refused() -> None:
     elastic = ElasticSettings(enabled=True, start_wait_s=0.5, full_wait_s=3.0)
     ranks = calibrated(with_(elastic=elastic, max_batch_rows=2, max_waiting_pictures=40))
-    explicit = MagCacheOptions(computed_steps=14)
-    allowed = MagCacheOptions(computed_steps=14, min_computed_steps=12)
+    explicit = MagCacheOptions(computed_steps=14, client_chose=True)
+    allowed = MagCacheOptions(computed_steps=14, min_computed_steps=12, client_chose=True)
     for number in range(41):
         options = explicit if number == 20 else allowed if number == 30 else DEFAULT
         ranks.submit(image(str(number), magcache=options))

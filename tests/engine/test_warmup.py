@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from app.engine.checkpoint_files import CheckpointError
 from app.engine.engine import Engine
 from app.engine.warmup import warm_up
 from app.messages import Conditioning
@@ -54,3 +55,10 @@ def test_what_is_measured_is_a_step_and_no_first_one(model: TinyModel, monkeypat
     times = warm_up(engine, job("a/0", size=(64, 64)), text_tokens=12, max_rows=2)
     assert ran == [(1, True), (1, False), (2, True), (2, False)] * 3
     assert [one.seconds for one in times] == [1.0, 0.5, 1.0, 0.25]
+
+
+def test_weights_that_are_not_finite_are_refused(model: TinyModel) -> None:
+    engine = Engine(model.folder)
+    next(engine.transformer.x_embedder.parameters())[0, 0] = float("nan")
+    with pytest.raises(CheckpointError, match="not finite: the weights are damaged"):
+        warm_up(engine, job("a/0", size=(64, 64), steps=3), text_tokens=12, max_rows=2)
