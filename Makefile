@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: setup ## Serve flux-tiny, ask for a picture, write out/demo.png, keep serving (ONCE=1: then stop)
+demo: setup ## Serve flux-tiny, ask for an image, write out/demo.png, keep serving (ONCE=1: then stop)
 	@$(BIN)/python -m scripts.demo $(if $(ONCE),--once) $(ARGS)
 
 serve: setup ## Serve deployments/flux-tiny.yaml (another: CONFIG=deployments/flux.yaml)
