@@ -1,4 +1,4 @@
-"""Errors as the service raises them and as OpenAI's envelope carries them to the client."""
+"""The service's errors, and their form in OpenAI's envelope."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ErrorType = Literal["invalid_request_error", "rate_limit_error", "server_error"]
 
 
 class ServiceError(Exception):
-    """An error that the client is meant to read.
+    """An error that is reported to the client.
 
     Attributes:
         message: what was wrong and how to put it right.
@@ -35,7 +35,7 @@ class ServiceError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers that the reply carries because of this error."""
+        """Headers of the error's reply."""
         return {}
 
     @property
@@ -85,7 +85,7 @@ class ModelNotFoundError(ServiceError):
 
 
 class RetryLaterError(ServiceError):
-    """It is worth asking again after ``retry_after_s`` seconds."""
+    """The client may retry after ``retry_after_s`` seconds."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
@@ -97,7 +97,7 @@ class RetryLaterError(ServiceError):
 
 
 class BusyError(RetryLaterError):
-    """The queue is full: 429, with the seconds after which it is worth asking again."""
+    """The queue is full: 429, with the seconds after which to retry."""
 
     status: int = HTTPStatus.TOO_MANY_REQUESTS
     type: ErrorType = "rate_limit_error"
@@ -124,7 +124,7 @@ class DeadlineImpossibleError(ServiceError):
 
 
 class FinalError(ServiceError):
-    """OpenAI's clients would ask again by themselves after this status, and the header keeps them from it."""
+    """OpenAI clients retry on this status; ``X-Should-Retry: false`` stops them."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -139,7 +139,7 @@ class DeadlinePassedError(FinalError):
 
 
 class RequestCancelledError(FinalError):
-    """Somebody ended the request with ``DELETE /v1/requests/{id}``: 409."""
+    """The request was cancelled with ``DELETE /v1/requests/{id}``: 409."""
 
     status: int = HTTPStatus.CONFLICT
     type: ErrorType = "invalid_request_error"

@@ -41,7 +41,7 @@ class TextFormatter(logging.Formatter):
 class JsonFormatter(logging.Formatter):
     """One JSON object a line: time (UTC), level, logger, message, and request_id and exception if there are any.
 
-    python-json-logger would need as much code: it writes the time last and in microseconds, and a null request_id.
+    python-json-logger needs as much code for these lines: its time comes last, in microseconds, its request_id is null.
     """
 
     def format(self, record: logging.LogRecord) -> str:

@@ -103,7 +103,7 @@ class SamplingSettings(Section):
 
 
 class MagCacheSettings(Section):
-    """The server's MagCache policy; a request may override each of the last three and `enabled`."""
+    """The server's MagCache policy; a request may override `enabled` and every `mag_` value."""
 
     enabled: bool = Field(
         default=True, description="Reuse residuals by default; `false` computes every step unless asked."

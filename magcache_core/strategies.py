@@ -13,8 +13,8 @@ import torch
 from magcache_core.profiles import load_profile
 
 Rotary = tuple[torch.Tensor, torch.Tensor] | torch.Tensor
-"""Positions as the blocks take them: diffusers' cosines and sines, or what an attention processor wants instead."""
-"""Cosines and sines, each (text_tokens + image_tokens, head_dim)."""
+"""Positions for the blocks: diffusers' cosines and sines, each (text_tokens + image_tokens, head_dim), or the form that
+a custom attention processor takes."""
 
 
 class ResidualError(RuntimeError):
