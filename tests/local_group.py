@@ -22,7 +22,7 @@ from app.settings import MagCacheSettings, Settings
 MODEL = Path(__file__).resolve().parents[1] / "models/flux-tiny"
 CACHE_OFF = MagCacheOptions(enabled=False)
 TEXT_TOKENS = 32
-REHEARSED = (StepTime(1, True, 0.01), StepTime(1, False, 0.001))
+MEASURED = (StepTime(1, True, 0.01), StepTime(1, False, 0.001))
 
 
 def job(row_id: str, *, size: tuple[int, int] = (128, 128), steps: int = 28, seed: int = 7, **options) -> DenoiseJob:
@@ -31,6 +31,18 @@ def job(row_id: str, *, size: tuple[int, int] = (128, 128), steps: int = 28, see
     request_id = row_id.partition("/")[0]
     values = {"guidance_scale": 3.5, "true_cfg_scale": 1.0, "magcache": CACHE_OFF, **options}
     return DenoiseJob(row_id, width, height, steps, seed=seed, request_id=request_id, **values)
+
+
+def random_conditioning(asked: DenoiseJob | None = None, seed: int = 0) -> Conditioning:
+    """Random embeddings in flux-tiny's sizes, one for each CFG branch of ``asked``."""
+    generator = torch.Generator().manual_seed(seed)
+    branches = ("cond",) if asked is None else asked.branches
+    return Conditioning(
+        *(
+            PromptEmbeddings(torch.randn(TEXT_TOKENS, 128, generator=generator), torch.randn(128, generator=generator))
+            for _ in branches
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,7 @@ def form(
     """
     now = [0.0]
     admission = AdmissionController(
-        settings, SchedulePlanner(settings, FlowMatchSampler(MODEL)), REHEARSED, lambda: now[0]
+        settings, SchedulePlanner(settings, FlowMatchSampler(MODEL)), MEASURED, lambda: now[0]
     )
     scheduler = admission.scheduler
     coming = sorted(zip_longest(arrivals, jobs, fillvalue=0), key=lambda pair: pair[0])

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 from ray import serve
-from ray.serve.schema import ServeDeploySchema
 
 import app.main
 from app.settings import Settings
 from tests.local_group import MODEL
 
 SECONDS_WATCHED = 4.0
-"""Longer than the controller's loop and a replica's backoff: whoever would start anew had the time for it."""
+"""Longer than the controller's loop and a replica's backoff: what would be started anew had the time for it."""
 
 
 @pytest.fixture
@@ -26,7 +25,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def name(service: str) -> Iterator[str]:
-    """An application beside the one that serves: whoever starts Serve first decides on which port it answers."""
+    """An application beside the one that serves: the first one to start Serve decides on which port it answers."""
     yield "broken"
     serve.delete("broken")
 
@@ -69,20 +68,10 @@ def _stays_failed(name: str) -> None:
         time.sleep(0.1)
 
 
-def test_it_is_found_when_the_application_is_built(name: str, model: Path) -> None:
-    """As `serve deploy` does it: the controller runs the builder in a task of its own."""
-    _truncate(model)
-    application = {"name": name, "route_prefix": "/broken", "import_path": "app.main:build"}
-    config = {"applications": [{**application, "args": _small(model)}]}
-    # `serve deploy` goes through the dashboard, which the tests' cluster does without, to this call.
-    serve.context._get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
-    assert "transformer/diffusion_pytorch_model.safetensors cannot be read" in _failure(name)
-    _stays_failed(name)
-
-
 @pytest.mark.parametrize(
     ("damage", "settings", "message"),
     [
+        (_truncate, {}, "transformer/diffusion_pytorch_model.safetensors cannot be read"),
         (_remove_the_vae, {}, "vae/diffusion_pytorch_model.safetensors is missing"),
         (_keep, {"tensor_parallel_size": 4}, "tensor_parallel_size 4 does not divide the 6 attention heads"),
     ],

@@ -18,8 +18,8 @@ from diffusers import FluxImg2ImgPipeline, FluxPipeline
 from PIL import Image
 from ray import serve
 
-from app.components.source_encoder import SourceEncoder, nearest_trained_size
-from app.engine.families import FLUX_DEV, FLUX_KONTEXT
+from app.components.source_encoder import SourceEncoder
+from app.engine.families import FLUX_DEV
 from app.engine.geometry import Geometry
 from app.engine.layouts import unpack
 from app.main import build
@@ -115,28 +115,6 @@ def test_flux_reuses_in_what_is_left_of_the_schedule(http: httpx.Client) -> None
     assert len(schedule) == 21
     assert schedule.startswith("C")
     assert "." in schedule
-
-
-def test_kontext_reads_the_image(serving: Serving) -> None:
-    client, folder = serving("flux.1-kontext-dev")
-    image = source(150, 100)
-    reply = client.images.edit(image=encoded(image), prompt=PROMPT, size="128x96", extra_body=OFF)
-    fitted = image.resize(nearest_trained_size(FLUX_KONTEXT.trained_sizes, 150, 100, 65536), Image.Resampling.LANCZOS)
-    expected = load(folder)(
-        image=fitted,
-        prompt=PROMPT,
-        width=128,
-        height=96,
-        max_area=128 * 96,
-        _auto_resize=False,
-        num_inference_steps=4,
-        guidance_scale=3.5,
-        max_sequence_length=TEXT_TOKENS,
-        generator=torch.Generator("cpu").manual_seed(7),
-    ).images[0]
-    assert psnr(pixels(reply), np.asarray(expected) / 255) >= 55
-    assert reply.usage is not None
-    assert reply.usage.input_tokens_details.image_tokens == fitted.width * fitted.height // 256
 
 
 def test_klein_reads_several_images(serving: Serving) -> None:

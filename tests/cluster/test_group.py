@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import ray
-import torch
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from app.cluster.group import RankGroup
@@ -15,57 +17,80 @@ from app.errors import DeadlineImpossibleError, GroupFailedError
 from app.messages import (
     BranchStep,
     Conditioning,
-    PromptEmbeddings,
+    MagCacheOptions,
     RowStep,
     StepPlan,
     chained,
 )
 from app.settings import MagCacheSettings, Settings
-from tests.local_group import MODEL, execute, job, plans
+from tests.local_group import MODEL, execute, job, plans, random_conditioning
+from tests.ranks import relative_error
 
 SETTINGS = Settings(
     tensor_parallel_size=2, cpus_per_rank=0.1, threads_per_rank=1, magcache=MagCacheSettings(profile="flux.1-dev")
 )
 
 
+@pytest.fixture(scope="module")
+def shared(cluster: None) -> Iterator[RankGroup]:
+    """A group for tests that leave it as it was."""
+    with built() as group:
+        yield group
+
+
 @pytest.fixture
-async def group(cluster: None) -> AsyncIterator[RankGroup]:
+def group(cluster: None) -> Iterator[RankGroup]:
+    """A group for a test that breaks it."""
+    with built() as group:
+        yield group
+
+
+@contextmanager
+def built() -> Iterator[RankGroup]:
     bundles = placement_group([{"CPU": 0.1}, {"CPU": 0.1}])
-    built = await RankGroup.build(SETTINGS, bundles, "test", rebuilds=0)
-    yield built
-    built.kill()
+    group = asyncio.run(RankGroup.build(SETTINGS, bundles, f"test-{bundles.id.hex()}", rebuilds=0))
+    yield group
+    group.kill()
     remove_placement_group(bundles)
 
 
 @pytest.fixture
 def conditioning() -> Conditioning:
-    generator = torch.Generator().manual_seed(0)
-    return Conditioning(
-        PromptEmbeddings(torch.randn(32, 128, generator=generator), torch.randn(128, generator=generator))
-    )
+    return random_conditioning()
 
 
-async def test_two_ranks_equal_one_engine(group: RankGroup, conditioning: Conditioning) -> None:
-    asked = job("a/0", steps=6)
-    result = await group.coordinator.denoise.remote(asked, [ray.put(conditioning)])
-    expected = execute(Engine(MODEL), plans([asked]), {"a/0": conditioning})["a/0"]
-    assert (result.latents - expected).norm() / expected.norm() <= 1e-5
-    assert result.report.schedule == "CCCCCC"
-    await group.check(timeout_s=60)
-
-
-async def test_the_very_first_deadline_is_judged_at_once(group: RankGroup, conditioning: Conditioning) -> None:
+# First, since the group has made no image yet.
+async def test_the_very_first_deadline_is_judged_at_once(shared: RankGroup, conditioning: Conditioning) -> None:
     with pytest.raises(DeadlineImpossibleError) as caught:
-        await group.coordinator.denoise.remote(job("a/0", deadline_s=1e-3), [conditioning])
+        await shared.coordinator.denoise.remote(job("a/0", deadline_s=1e-3), [conditioning])
     assert caught.value.soonest_s > 1e-3
-    gauges = await _gauges(group)
+    gauges = await _gauges(shared)
     assert gauges["flux_deadline_misses_total"] == 0
-    # The rehearsal is no traffic.
+    # The warm-up is no traffic.
     assert gauges["flux_pictures_admitted_total"] == gauges["flux_running_pictures"] == 0
 
 
+@pytest.mark.parametrize(
+    ("options", "schedule"),
+    [
+        ({"steps": 6}, "CCCCCC"),
+        ({"steps": 12, "magcache": MagCacheOptions()}, "CCC.C.C.C..C"),
+        ({"steps": 12, "magcache": MagCacheOptions(computed_steps=6), "true_cfg_scale": 2.0}, None),
+    ],
+)
+async def test_two_ranks_equal_one_engine(shared: RankGroup, options: dict[str, Any], schedule: str | None) -> None:
+    asked = job("a/0", **options)
+    tensors = random_conditioning(asked)
+    result = await shared.coordinator.denoise.remote(asked, [ray.put(tensors)])
+    expected = execute(Engine(MODEL), plans([asked]), {"a/0": tensors})["a/0"]
+    assert relative_error(result.latents, expected) <= 1e-5
+    assert result.report.schedule == (schedule or result.report.schedule)
+    assert ("." in result.report.schedule) == ("magcache" in options)
+    await shared.check(timeout_s=60)
+
+
 async def test_a_rank_with_another_history_ends_the_group(group: RankGroup, conditioning: Conditioning) -> None:
-    stray = chained([StepPlan(0, "", drop=("nobody/0",))])
+    stray = chained([StepPlan(0, "", drop=("unknown/0",))])
     await group.ranks[1].execute.remote(stray)
     with pytest.raises(GroupFailedError, match="PlanMismatchError"):
         await group.coordinator.denoise.remote(job("a/0", steps=6), [ray.put(conditioning)])
@@ -83,18 +108,16 @@ async def test_a_checkpoint_that_does_not_load_says_so(cluster: None) -> None:
     remove_placement_group(bundles)
 
 
-async def test_a_call_that_is_cancelled_leaves_no_row(group: RankGroup, conditioning: Conditioning) -> None:
-    """Ray cancels the call itself, not through `cancel`: one image under way, and those that wait behind it."""
+async def test_a_call_that_is_cancelled_leaves_no_row(shared: RankGroup, conditioning: Conditioning) -> None:
+    """Ray cancels the call itself, not through `cancel`: images under way, and those that wait behind them."""
     reference = ray.put(conditioning)
-    calls = [group.coordinator.denoise.remote(job(f"a/{i}", steps=400), [reference]) for i in range(10)]
-    while (await _gauges(group))["flux_running_pictures"] < 8:
-        pass
+    calls = [shared.coordinator.denoise.remote(job(f"a/{i}", steps=400), [reference]) for i in range(10)]
+    await _until(shared, lambda running, waiting: running == 8)
     for call in calls:
         ray.cancel(call)
-    while await _images_known(group):
-        pass
-    await group.check(timeout_s=60)
-    result = await group.coordinator.denoise.remote(job("b/0", steps=2), [reference])
+    await _until(shared, lambda running, waiting: running == waiting == 0)
+    await shared.check(timeout_s=60)
+    result = await shared.coordinator.denoise.remote(job("b/0", steps=2), [reference])
     assert result.report.schedule == "CC"
 
 
@@ -112,6 +135,11 @@ async def _gauges(group: RankGroup) -> dict[str, float]:
     return {sample.name: sample.value for family in families for sample in family.samples}
 
 
-async def _images_known(group: RankGroup) -> float:
-    gauges = await _gauges(group)
-    return gauges["flux_running_pictures"] + gauges["flux_waiting_pictures"]
+async def _until(group: RankGroup, reached: Callable[[float, float], bool]) -> None:
+    """Wait until the numbers of running and waiting images are ``reached``."""
+    async with asyncio.timeout(60):
+        while True:
+            gauges = await _gauges(group)
+            if reached(gauges["flux_running_pictures"], gauges["flux_waiting_pictures"]):
+                return
+            await asyncio.sleep(0.01)

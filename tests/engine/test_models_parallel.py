@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from torch.distributed import FileStore
 
 from app.engine.engine import Engine
 from app.engine.parallel import TensorParallelGroup
@@ -17,6 +14,7 @@ from app.messages import Conditioning, DenoiseJob, StepPlan
 from magcache_core import Plan, apply_mag_cache, choose, decisions, load_profile, remove_mag_cache
 from tests.engine.models import TinyModel, image, plans, run
 from tests.local_group import job, psnr
+from tests.ranks import on_ranks, relative_error
 
 CASES: dict[str, tuple[DenoiseJob, int]] = {
     "flux.1-dev": (job("a/0", size=(64, 80), steps=12, true_cfg_scale=2.0), 0),
@@ -39,22 +37,15 @@ def _cached(asked: DenoiseJob) -> Plan | None:
     return choose(load_profile("flux.1-dev"), asked.num_inference_steps) if asked.num_inference_steps > 8 else None
 
 
-def _run_rank(rank: int, size: int, folder: str, work: dict[str, Work]) -> None:
-    torch.set_num_threads(1)
-    store = FileStore(f"{folder}/store", size)
-    group = TensorParallelGroup.join(rank, size, store, torch.device("cpu"), timeout_seconds=120)
+def _run_all(group: TensorParallelGroup, folder: Path, work: dict[str, Work]) -> dict[str, list[torch.Tensor]]:
     made = {
-        name: [run(Engine(Path(folder) / name, group), formed, tensors) for formed, tensors in parts]
+        name: [run(Engine(folder / name, group), formed, tensors) for formed, tensors in parts]
         for name, parts in work.items()
     }
     for label, (name, tuning) in TUNED.items():
         formed, tensors = work[name][0]
-        made[label] = [run(Engine(Path(folder) / name, group, tuning=tuning), formed, tensors)]
-    if rank == 0:
-        torch.save(made, f"{folder}/made.pt")
-    torch.distributed.barrier()
-    # As in the service, which kills its ranks: gloo's orderly exit may abort when the other one is gone already.
-    os._exit(0)
+        made[label] = [run(Engine(folder / name, group, tuning=tuning), formed, tensors)]
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +70,7 @@ def expected(models: dict[str, TinyModel]) -> dict[str, list[torch.Tensor]]:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_sharded_equals_the_pipelines(
-    size: int, models: dict[str, TinyModel], expected: dict[str, list[torch.Tensor]]
+    size: int, models: dict[str, TinyModel], expected: dict[str, list[torch.Tensor]], tmp_path: Path
 ) -> None:
     work: dict[str, Work] = {}
     for name, (asked, sources) in CASES.items():
@@ -89,16 +80,13 @@ def test_sharded_equals_the_pipelines(
         if plan is not None:
             sigmas = Engine(models[name].folder).sampler.sigmas(asked.num_inference_steps, 20).tolist()
             work[name].append((plans(asked, dict.fromkeys(asked.branches, decisions(plan, sigmas))), tensors))
-    folder = next(iter(models.values())).folder.parent
-    (folder / "store").unlink(missing_ok=True)
-    mp.spawn(_run_rank, args=(size, str(folder), work), nprocs=size)
-    made = torch.load(folder / "made.pt")
+    made = on_ranks(size, tmp_path, _run_all, next(iter(models.values())).folder.parent, work)
     for label, (name, _) in TUNED.items():
         allowed = 0.05 if label == "fp8" else 1e-4
         (ours,), theirs = made.pop(label), expected[name][0]
-        assert (ours - theirs).norm() / theirs.norm() <= allowed, label
+        assert relative_error(ours, theirs) <= allowed, label
     assert made.keys() == expected.keys()
     for name, (asked, _) in CASES.items():
         for ours, theirs in zip(made[name], expected[name], strict=True):
-            assert (ours - theirs).norm() / theirs.norm() <= 1e-4, name
+            assert relative_error(ours, theirs) <= 1e-4, name
             assert psnr(models[name].decode(ours, asked), models[name].decode(theirs, asked)) >= 60, name

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
-from torch.distributed import FileStore
 
 from app.engine.engine import Engine
 from app.engine.geometry import Geometry
 from app.engine.loading import load_transformer
 from app.engine.parallel import TensorParallelGroup, shard_specs
-from app.messages import Conditioning, MagCacheOptions, PromptEmbeddings, StepPlan
-from tests.local_group import MODEL, execute, job, plans
+from app.messages import Conditioning, MagCacheOptions, StepPlan
+from tests.local_group import MODEL, execute, job, plans, random_conditioning
+from tests.ranks import on_ranks, relative_error
 
 CPU = torch.device("cpu")
 
@@ -29,39 +27,21 @@ def _mix() -> tuple[list[StepPlan], dict[str, Conditioning]]:
         job("b/0", steps=12, size=(160, 96), magcache=cached),
         job("c/0", steps=8, true_cfg_scale=2.0, magcache=cached),
     ]
-    generator = torch.Generator().manual_seed(0)
-    conditioning = {}
-    for one in jobs:
-        prompts = [
-            PromptEmbeddings(torch.randn(32, 128, generator=generator), torch.randn(128, generator=generator))
-            for _ in one.branches
-        ]
-        conditioning[one.row_id] = Conditioning(*prompts)
+    conditioning = {one.row_id: random_conditioning(one, seed) for seed, one in enumerate(jobs)}
     return plans(jobs, arrivals=[0, 2, 4]), conditioning
 
 
-def _run_rank(rank: int, size: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = FileStore(f"{folder}/store", size)
-    group = TensorParallelGroup.join(rank, size, store, CPU, timeout_seconds=120)
-    latents = execute(Engine(MODEL, group), *_mix())
-    if rank == 0:
-        torch.save(latents, f"{folder}/latents.pt")
-    torch.distributed.barrier()
-    # Ranks end by being killed, as in the service: in an orderly exit gloo's threads may abort the process when the
-    # other one is gone already, which says nothing about the tensors.
-    os._exit(0)
+def _execute_mix(group: TensorParallelGroup) -> dict[str, torch.Tensor]:
+    return execute(Engine(MODEL, group), *_mix())
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_sharded_equals_whole(size: int, tmp_path: Path) -> None:
-    mp.spawn(_run_rank, args=(size, str(tmp_path)), nprocs=size)
-    sharded = torch.load(tmp_path / "latents.pt")
-    whole = execute(Engine(MODEL), *_mix())
+    sharded = on_ranks(size, tmp_path, _execute_mix)
+    whole = _execute_mix(TensorParallelGroup())
     assert sharded.keys() == whole.keys() == {"a/0", "b/0", "c/0"}
     for row_id, expected in whole.items():
-        relative = (sharded[row_id] - expected).norm() / expected.norm()
-        assert relative <= 1e-5
+        assert relative_error(sharded[row_id], expected) <= 1e-5
 
 
 @pytest.mark.parametrize("size", [2, 3])

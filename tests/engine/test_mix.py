@@ -1,24 +1,22 @@
-"""Random mixes of requests through the real table and the real engine: nobody notices the others."""
+"""Random mixes of requests through the real table and the real engine: no image depends on the others."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from diffusers import FluxPipeline
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.distributed import FileStore
 
 from app.engine.engine import Engine
 from app.engine.parallel import TensorParallelGroup
-from app.messages import Conditioning, DenoiseJob, MagCacheOptions, PromptEmbeddings, StepPlan
+from app.messages import Conditioning, DenoiseJob, MagCacheOptions, StepPlan
 from app.settings import MagCacheSettings, Settings
 from magcache_core import choose, load_profile
-from tests.local_group import MODEL, Formed, decode, embed, execute, form, job, psnr
+from tests.local_group import MODEL, Formed, decode, embed, execute, form, job, psnr, random_conditioning
+from tests.ranks import on_ranks, relative_error
 
 PROFILE = load_profile("flux-tiny")
 CHANNELS = 192
@@ -66,7 +64,7 @@ def expected_bytes(formed: Formed, taken: dict[str, int]) -> int:
 
 
 def execute_and_check(engine: Engine, formed: Formed, conditioning: dict[str, Conditioning]) -> dict[str, torch.Tensor]:
-    """Latents by row id; after each plan the engine holds what the schedules say, and no residual of anybody else."""
+    """Latents by row id; after each plan the engine holds what the schedules say, and no residual of any other row."""
     latents: dict[str, torch.Tensor] = {}
     taken: dict[str, int] = {}
     for plan in formed.plans:
@@ -89,7 +87,7 @@ def execute_and_check(engine: Engine, formed: Formed, conditioning: dict[str, Co
     rows=st.integers(1, 6),
     tokens=st.sampled_from([576, 700, 2304]),
 )
-def test_a_image_does_not_depend_on_its_neighbours(pipeline, conditionings, mix, rows, tokens) -> None:
+def test_an_image_does_not_depend_on_its_neighbours(pipeline, conditionings, mix, rows, tokens) -> None:
     jobs = [job(f"{index}/0", **options) for index, (options, _, _) in enumerate(mix)]
     conditioning = {one.row_id: conditionings[len(one.branches) - 1] for one in jobs}
     leaving = {f"{index}/0": tick for index, (_, _, tick) in enumerate(mix) if tick is not None}
@@ -132,17 +130,17 @@ def test_cancelling_frees_the_rows_residuals_at_the_next_step(conditionings: lis
     settings_ = Settings(magcache=MagCacheSettings(profile="flux.1-dev"))
     formed = form(jobs, settings_, cancellations={"b/0": 3})
     engine = Engine(MODEL)
-    deferred = [
+    held = [
         engine.execute(plan, [conditioning[one.row_id] for one in plan.admit]).residual_bytes
         for plan in formed.plans[:4]
     ]
     assert formed.plans[3].drop == ("b/0",)
     first, second = 64 * CHANNELS * 4, 2 * 60 * CHANNELS * 4
-    assert deferred == [first + second] * 3 + [first]
+    assert held == [first + second] * 3 + [first]
 
 
 def mixed_plans() -> tuple[list[StepPlan], dict[str, Conditioning]]:
-    """A fixed mix: sizes, step counts, CFG, reuse modes, a full batch, somebody who leaves."""
+    """A fixed mix: sizes, step counts, CFG, reuse modes, a full batch, a cancelled image."""
     jobs = [
         job("a/0", steps=10, magcache=MagCacheOptions()),
         job("b/0", steps=12, size=(160, 96), magcache=MagCacheOptions(mag_threshold=0.4)),
@@ -150,36 +148,20 @@ def mixed_plans() -> tuple[list[StepPlan], dict[str, Conditioning]]:
         job("d/0", steps=9, magcache=MagCacheOptions(), priority=1),
         job("e/0", steps=6, size=(64, 64)),
     ]
-    generator = torch.Generator().manual_seed(0)
-    conditioning = {
-        one.row_id: Conditioning(
-            *(
-                PromptEmbeddings(torch.randn(32, 128, generator=generator), torch.randn(128, generator=generator))
-                for _ in one.branches
-            )
-        )
-        for one in jobs
-    }
+    conditioning = {one.row_id: random_conditioning(one, seed) for seed, one in enumerate(jobs)}
     return form(jobs, limits(4, 576), [0, 1, 2, 4, 4], {"b/0": 7}).plans, conditioning
 
 
-def _run_rank(rank: int, size: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = FileStore(f"{folder}/store", size)
-    group = TensorParallelGroup.join(rank, size, store, torch.device("cpu"), timeout_seconds=120)
+def _execute_mix(group: TensorParallelGroup) -> dict[str, torch.Tensor]:
     engine = Engine(MODEL, group)
     latents = execute(engine, *mixed_plans())
     assert not engine.rows
-    if rank == 0:
-        torch.save(latents, f"{folder}/latents.pt")
-    torch.distributed.barrier()
-    os._exit(0)  # as in tests/engine/test_parallel.py
+    return latents
 
 
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    mp.spawn(_run_rank, args=(2, str(tmp_path)), nprocs=2)
-    sharded = torch.load(tmp_path / "latents.pt")
-    whole = execute(Engine(MODEL), *mixed_plans())
+    sharded = on_ranks(2, tmp_path, _execute_mix)
+    whole = _execute_mix(TensorParallelGroup())
     assert sharded.keys() == whole.keys() == {"a/0", "c/0", "d/0", "e/0"}
     for row_id, expected in whole.items():
-        assert (sharded[row_id] - expected).norm() / expected.norm() <= 1e-5
+        assert relative_error(sharded[row_id], expected) <= 1e-5
