@@ -7,10 +7,10 @@ STAMP := $(VENV)/.installed
 CHECKED := $(wildcard app magcache_core models/recipe benchmarks scripts tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test bench lint format manifests metrics dashboards monitoring train clean
+.PHONY: help setup demo serve test test-rest bench lint format manifests metrics dashboards monitoring train clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Make .venv with the pinned dependencies (instant when nothing changed)
 
@@ -28,8 +28,11 @@ demo: setup ## Serve flux-tiny, ask for an image, write out/demo.png, keep servi
 serve: setup ## Serve deployments/flux-tiny.yaml (another: CONFIG=deployments/flux.yaml)
 	@RAY_USAGE_STATS_ENABLED=0 $(BIN)/serve run $(or $(CONFIG),deployments/flux-tiny.yaml)
 
-test: setup ## Run all tests (some of them: ARGS="tests/engine -k tp2")
-	$(BIN)/python -m pytest $(ARGS)
+test: setup ## Run the tests on two cores, about six minutes (some of them: ARGS="tests/engine -k parallel")
+	$(BIN)/python -m pytest $(or $(ARGS),-n 2 --dist loadgroup --durations 10 -m "not nodes and not bench")
+
+test-rest: setup ## What make test leaves out: several Ray nodes on this machine (as root), benchmarks, the recipe
+	$(BIN)/python -m pytest $(or $(ARGS),-n 2 --dist loadgroup --durations 10 -m "nodes or bench")
 
 bench: setup ## Measure serving against diffusers' own into docs/performance.md, 12 minutes (ARGS=--quick: does it run?)
 	$(BIN)/python -m benchmarks.serving $(or $(ARGS),--page docs/performance.md)

@@ -12,6 +12,8 @@ from benchmarks.make_checkpoint import make_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
+pytestmark = pytest.mark.bench
+
 
 def test_it_runs_at_tiny_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)

@@ -62,6 +62,8 @@ def test_the_peer_computes_the_steps_that_the_rule_says() -> None:
         assert len(computed) == marks.count("C")
 
 
+@pytest.mark.bench
+@pytest.mark.timeout(600)
 def test_all_of_it_runs(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")

@@ -22,6 +22,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
+@pytest.mark.bench
 def test_the_quick_recipe_exports_a_pipeline_that_draws(exported: Path) -> None:
     pipe = FluxPipeline.from_pretrained(exported, dtype=torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
@@ -31,9 +32,10 @@ def test_the_quick_recipe_exports_a_pipeline_that_draws(exported: Path) -> None:
     assert image.size == (160, 96)
     assert pipe.transformer.config.guidance_embeds
     assert pipe.scheduler.config.use_dynamic_shifting
-    assert np.asarray(image).dtype == np.uint8
+    assert np.asarray(image).std() > 1, "not one flat colour"
 
 
+@pytest.mark.bench
 def test_the_quick_recipe_prints_its_evaluation(exported: Path) -> None:
     figures = json.loads((exported / "evaluation.json").read_text())
     assert set(figures["128x128"]) >= {"background", "colour_and_half", "shape"}

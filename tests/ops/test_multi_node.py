@@ -27,6 +27,8 @@ from tests.ops.load import PROMPT, Load
 from tests.ops.needs import missing
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.nodes, pytest.mark.timeout(600)]
+
 RAY = str(Path(sys.executable).parent / "ray")
 PATIENCE_S = 240.0
 RUNNING = "RUNNING"
