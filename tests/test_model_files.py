@@ -111,11 +111,16 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
 
 
 def download(endpoint: str, home: Path, model: str = REPO, revision: str | None = None, **environment: str):
-    """Call `model_folder` in a process of its own: huggingface_hub reads its environment once."""
+    """Call `model_folder` with a hub's settings."""
     code = (
         "from app.model_files import model_folder; from app.settings import Settings; "
         f"print(model_folder(Settings(model={model!r}, revision={revision!r})))"
     )
+    return run(code, endpoint, home, **environment)
+
+
+def run(code: str, endpoint: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` in a process of its own: huggingface_hub reads its environment once."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     values = {**kept, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_DEBUG": "1", **environment}
     return subprocess.run(
@@ -138,6 +143,40 @@ def test_a_model_comes_from_the_hub_with_the_token_of_a_mounted_secret(hub: tupl
     # It is there now, and needs no hub any more.
     offline = download("http://127.0.0.1:9", tmp_path / "home", revision="v1", HF_HUB_OFFLINE="1")
     assert (offline.returncode, offline.stdout) == (0, done.stdout), offline.stderr
+
+
+EVERY_PROCESS = f"""
+import huggingface_hub, app.model_files
+from app.cluster.coordinator import Coordinator
+from app.cluster.rank import Rank
+from app.components.prompt_encoder import PromptEncoder
+from app.components.vae import ImageDecoder
+from app.settings import Settings
+
+asked = []
+def snapshot_download(model, *, revision, **options):
+    asked.append(revision)
+    return huggingface_hub.snapshot_download(model, revision=revision, **options)
+app.model_files.snapshot_download = snapshot_download
+
+settings = Settings(model={REPO!r}, revision="v1", threads_per_rank=1)
+app.model_files.fetch_and_check(settings)
+rank = Rank(settings, 0)
+rank.load(None)
+Coordinator(settings, [], [], "replica", rebuilds=0)
+PromptEncoder(settings)
+ImageDecoder(settings)
+print(*asked)
+"""
+
+
+def test_every_process_reads_the_pinned_revision(hub: tuple[str, Path], tmp_path: Path) -> None:
+    """Each names it itself: the cache knows no ``main``, and offline it cannot be asked for."""
+    assert download(hub[0], tmp_path / "home", revision="v1", HF_TOKEN=TOKEN).returncode == 0
+    done = run(EVERY_PROCESS, "http://127.0.0.1:9", tmp_path / "home", HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    # The replica's check, the rank, the coordinator, the encoder, the decoder: the index, then the files of its commit.
+    assert done.stdout.split() == ["v1", COMMIT] * 5
 
 
 @pytest.mark.parametrize(
