@@ -25,6 +25,8 @@ from app.messages import Conditioning, DenoiseJob, DenoiseResult
 from app.metrics import merge_families
 from app.settings import Settings
 
+LOOK_S = 1.0
+"""How long a look at the parts answers for /health."""
 _LEAST_LEFT_S = 1e-3
 _NEWEST_SHARE = 0.2
 
@@ -58,6 +60,8 @@ class ServeBackend:
         self._decoder = decoder
         self._requests = RequestRegistry()
         self._family: Family | None = None
+        self._look: asyncio.Task[HealthReport] | None = None
+        self._looked_s = -float("inf")
         self._decode_s: dict[int, float] = {}  # running mean by pixels, to be kept free before a deadline
 
     async def generate(self, job: ImagesJob) -> list[GeneratedImage]:
@@ -182,15 +186,22 @@ class ServeBackend:
         return self._family
 
     async def health(self) -> HealthReport:
-        """Ready when the encoder, the decoder and at least one coordinator, and so a whole group, answer."""
-        coordinators, encoder, decoder = await asyncio.gather(
-            call_all_coordinators("ping"), _is_up(self._encoder), _is_up(self._decoder)
+        """Ready when the encoder, the decoder and at least one whole group are; looked at once a second at most."""
+        if self._look is None or (self._look.done() and time.monotonic() - self._looked_s > LOOK_S):
+            self._look = asyncio.create_task(self._look_around())
+        return await asyncio.shield(self._look)
+
+    async def _look_around(self) -> HealthReport:
+        groups, encoder, decoder = await asyncio.gather(
+            call_all_coordinators("ready"), _is_up(self._encoder), _is_up(self._decoder)
         )
+        self._looked_s = time.monotonic()
         return HealthReport(
-            ready=bool(coordinators) and encoder and decoder,
+            ready=any(groups) and encoder and decoder,
             details={
                 "model": self.settings.model_name,
-                "groups_ready": len(coordinators),
+                "groups_ready": sum(groups),
+                "groups": max(len(groups), self.settings.num_replicas),
                 "encoder_ready": encoder,
                 "decoder_ready": decoder,
             },

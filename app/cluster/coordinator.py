@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 from ray.actor import ActorHandle
 
+from app.cluster.rank_watch import RankWatch
 from app.control.admission import AdmissionController, SentPlan, default_job
 from app.control.counters import CoordinatorCounters
 from app.control.progress import END, ProgressBatch, ProgressBuffer
@@ -86,6 +87,7 @@ class Coordinator:
         """``measured_times`` is what each rank measured."""
         configure_logging(settings)
         self._ranks = list(ranks)
+        self._watch = RankWatch(self._ranks)
         planner = SchedulePlanner(settings, FlowMatchSampler(model_folder(settings)))
         slowest = [max(times, key=lambda one: one.seconds) for times in zip(*measured_times, strict=True)]
         self._admission = AdmissionController(settings, planner, slowest)
@@ -206,9 +208,18 @@ class Coordinator:
         return self._admission.load(self._average)
 
     async def ping(self) -> None:
-        """Answer when alive; raises what made this coordinator fail."""
+        """Answer when all ranks have done what was sent to them before; raises what made the group fail."""
+        if self._failure is None:
+            try:
+                await self._watch.check()
+            except ray.exceptions.RayActorError as error:
+                self._fail(error)
         if self._failure is not None:
             raise self._failure
+
+    async def ready(self) -> bool:
+        """Whether the group works, as far as the replica's last `ping` knows."""
+        return self._failure is None and self._watch.is_fresh
 
     async def metric_families(self) -> list[Metric]:
         """This coordinator's metrics, for the service's ``/metrics``."""

@@ -1,30 +1,43 @@
-"""All coordinators of the service, found by their actors' names, so that none is missed whichever replica is asked."""
+"""All coordinators of the service, found by their actors' names: any API process reaches those of all replicas."""
 
 import asyncio
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
 
 from app.cluster.group import COORDINATOR_NAME, NAMESPACE
 
-ANSWER_SECONDS = 5.0
+ANSWER_SECONDS = 1.5
 """A part that does not answer within this time counts as not ready, and is left out of a scrape."""
+
+# Without the GCS a look-up hangs for a minute: one at a time, and not in the event loop's own threads.
+_LOOKUP = ThreadPoolExecutor(max_workers=1, thread_name_prefix="coordinators")
 
 
 async def call_all_coordinators(method: str, *args: object) -> list[Any]:
-    """The answers of those coordinators that do answer."""
-    named = await asyncio.to_thread(ray.util.list_named_actors, True)
-    answers = await asyncio.gather(
-        *(
-            _ask(actor["name"], method, args)
-            for actor in named
-            if actor["namespace"] == NAMESPACE and actor["name"].startswith(f"{COORDINATOR_NAME}:")
-        ),
-        return_exceptions=True,
-    )
+    """The answers of those coordinators that answer within `ANSWER_SECONDS`."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + ANSWER_SECONDS
+
+    async def ask(coordinator: Any) -> object:
+        async with asyncio.timeout_at(until):
+            return await getattr(coordinator, method).remote(*args)
+
+    try:
+        async with asyncio.timeout_at(until):
+            coordinators = await loop.run_in_executor(_LOOKUP, _find)
+    except TimeoutError:
+        return []
+    answers = await asyncio.gather(*map(ask, coordinators), return_exceptions=True)
     return [answer for answer in answers if not isinstance(answer, BaseException)]
 
 
-async def _ask(name: str, method: str, args: tuple[object, ...]) -> object:
-    actor = await asyncio.to_thread(ray.get_actor, name, NAMESPACE)
-    return await asyncio.wait_for(getattr(actor, method).remote(*args), ANSWER_SECONDS)
+def _find() -> list[Any]:
+    found: list[Any] = []
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if actor["namespace"] == NAMESPACE and actor["name"].startswith(f"{COORDINATOR_NAME}:"):
+            with contextlib.suppress(ValueError):  # it ended in between
+                found.append(ray.get_actor(actor["name"], NAMESPACE))
+    return found

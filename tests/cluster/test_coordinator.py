@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import ray
 import torch
 
 from app.cluster.coordinator import Coordinator
@@ -44,6 +45,7 @@ class Handle:
 
     def __init__(self, rank: Rank, thread: ThreadPoolExecutor) -> None:
         self.execute = Remote(rank.execute, thread)
+        self.ping = Remote(rank.ping, thread)
 
 
 @pytest.fixture(scope="module")
@@ -192,3 +194,25 @@ async def test_a_rank_of_another_history_fails_all_images(group: Group) -> None:
             await call
     with pytest.raises(GroupFailedError):
         await group.coordinator.ping()
+    assert not await group.coordinator.ready()
+
+
+async def test_a_group_is_ready_when_its_ranks_have_answered(group: Group) -> None:
+    assert not await group.coordinator.ready()
+    await group.coordinator.ping()
+    assert await group.coordinator.ready()
+
+
+async def test_a_dead_rank_fails_the_group_at_the_next_look(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    await group.coordinator.ping()
+
+    def killed() -> None:
+        raise ray.exceptions.ActorDiedError
+
+    (handle,) = group.coordinator._ranks
+    monkeypatch.setattr(handle.ping, "_method", killed)
+    with pytest.raises(GroupFailedError, match="ActorDiedError"):
+        await group.coordinator.ping()
+    assert not await group.coordinator.ready()
+    with pytest.raises(GroupFailedError, match="ActorDiedError"):
+        await group.start("a/0")

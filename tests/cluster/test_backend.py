@@ -1,0 +1,88 @@
+"""The API's backend without a cluster: what it makes of the other parts' answers."""
+
+from __future__ import annotations
+
+import asyncio
+from threading import Event
+from typing import Any
+
+import pytest
+import ray
+
+from app.cluster import backend as module
+from app.cluster.backend import ServeBackend
+from app.settings import Settings
+
+
+class Part:
+    """Stands for the encoder or the decoder."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.hangs = False
+
+    async def ping(self) -> None:
+        self.asked += 1
+        if self.hangs:
+            await asyncio.Event().wait()
+
+
+@pytest.fixture
+def part() -> Part:
+    return Part()
+
+
+@pytest.fixture
+def backend(part: Part) -> ServeBackend:
+    return ServeBackend(Settings(num_replicas=2), part, None, part)
+
+
+@pytest.mark.parametrize(
+    ("answers", "ready", "counted"),
+    [([True, True], True, (2, 2)), ([True], True, (1, 2)), ([False, True, True], True, (2, 3)),
+     ([False, False], False, (0, 2)), ([], False, (0, 2))],
+)  # fmt: skip
+async def test_one_whole_group_is_enough(
+    backend: ServeBackend, monkeypatch: pytest.MonkeyPatch, answers: list[bool], ready: bool, counted: tuple[int, int]
+) -> None:
+    async def call(method: str) -> list[Any]:
+        assert method == "ready"
+        return answers
+
+    monkeypatch.setattr(module, "call_all_coordinators", call)
+    report = await backend.health()
+    assert report.ready == ready
+    assert (report.details["groups_ready"], report.details["groups"]) == counted
+
+
+async def test_probes_share_a_look(backend: ServeBackend, part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def call(method: str) -> list[Any]:
+        await asyncio.sleep(0)
+        return [True]
+
+    monkeypatch.setattr(module, "call_all_coordinators", call)
+    monkeypatch.setattr(module, "LOOK_S", 3600.0)
+    reports = [*await asyncio.gather(*(backend.health() for _ in range(9))), await backend.health()]
+    assert part.asked == 2, "the encoder's and the decoder's"
+    assert all(report.ready for report in reports)
+    monkeypatch.setattr(module, "LOOK_S", -1.0)
+    part.hangs = True
+    monkeypatch.setattr(module, "ANSWER_SECONDS", 0.01)
+    late = await asyncio.wait_for(backend.health(), 60)
+    assert (late.ready, late.details["encoder_ready"], late.details["decoder_ready"]) == (False, False, False)
+
+
+async def test_health_and_metrics_do_not_wait_for_a_dead_control_store(
+    backend: ServeBackend, part: Part, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered = Event()
+    monkeypatch.setattr(ray.util, "list_named_actors", lambda all_namespaces: answered.wait() and [])
+    monkeypatch.setattr("app.cluster.coordinators.ANSWER_SECONDS", 0.01)
+    monkeypatch.setattr(module, "ANSWER_SECONDS", 0.01)
+    part.hangs = True
+    try:
+        assert not (await asyncio.wait_for(backend.health(), 60)).ready
+        part.metric_families = part.ping
+        assert list(await asyncio.wait_for(backend.metric_families(), 60)) == []
+    finally:
+        answered.set()
