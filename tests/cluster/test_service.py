@@ -7,7 +7,7 @@ import io
 import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -212,6 +212,15 @@ def test_health_and_models(http: httpx.Client, client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["flux-tiny"]
 
 
+def wait_for(what: Callable[[], bool], then: str, seconds: float = 60.0) -> None:
+    """Wait until ``what`` holds, and fail with what should have come when it does not."""
+    until = time.monotonic() + seconds
+    while not what():
+        if time.monotonic() > until:
+            pytest.fail(f"not in {seconds:g} s: {then}")
+        time.sleep(0.02)
+
+
 def _kill(name: str) -> None:
     """Kill -9 an actor's process of this test's own cluster, found by the class that its title shows."""
     workers = psutil.Process().children(recursive=True)
@@ -225,8 +234,7 @@ def test_a_killed_process_costs_time_and_no_image(http: httpx.Client, victim: st
     undisturbed = ask(http, **body)
     with ThreadPoolExecutor(1) as pool:
         disturbed = pool.submit(ask, http, **body)
-        while metrics(http)["flux_running_pictures"] < 3:
-            time.sleep(0.02)
+        wait_for(lambda: metrics(http)["flux_running_pictures"] == 3, "all three images run")
         _kill(victim)
         assert not disturbed.done()
         images = disturbed.result()["data"]
@@ -236,14 +244,20 @@ def test_a_killed_process_costs_time_and_no_image(http: httpx.Client, victim: st
 
 
 def test_an_idle_group_whose_rank_dies_is_replaced(http: httpx.Client) -> None:
+    """Health tells of it before any request does, and again when the new group is whole."""
     before = metrics(http)["flux_group_rebuilds_total"]
+    assert health(http) == (200, 1, 1)
     _kill("Rank")
-    for _ in range(600):
-        if metrics(http).get("flux_group_rebuilds_total", 0) > before:
-            break
-        time.sleep(0.1)
-    assert http.get("/health").status_code == 200
+    wait_for(lambda: health(http) == (503, 0, 1), "the group counts as not ready")
+    wait_for(lambda: health(http) == (200, 1, 1), "the group is replaced")
+    assert metrics(http)["flux_group_rebuilds_total"] == before + 1
     ask(http, num_inference_steps=2)
+
+
+def health(http: httpx.Client) -> tuple[int, int, int]:
+    reply = http.get("/health")
+    details = reply.json()["details"]
+    return reply.status_code, details["groups_ready"], details["groups"]
 
 
 def test_a_stream_goes_on_when_its_group_is_rebuilt(http: httpx.Client) -> None:
@@ -266,12 +280,8 @@ def test_a_stream_goes_on_when_its_group_is_rebuilt(http: httpx.Client) -> None:
 
 
 def wait_until_idle(http: httpx.Client) -> None:
-    for _ in range(200):
-        seen = metrics(http)
-        if seen["flux_running_pictures"] + seen["flux_waiting_pictures"] == 0:
-            return
-        time.sleep(0.05)
-    pytest.fail("the request goes on")
+    names = ("flux_running_pictures", "flux_waiting_pictures")
+    wait_for(lambda: sum(metrics(http)[name] for name in names) == 0, "the request has ended")
 
 
 # Long, and yet with residuals to free.
@@ -300,12 +310,18 @@ def test_a_request_is_cancelled_by_its_id(http: httpx.Client, stream: bool) -> N
     with ThreadPoolExecutor(1) as pool:
         # More than may run at once: those that wait end, too.
         waiting = pool.submit(http.post, IMAGES, json={**LONG, "n": 10, "stream": stream}, headers=headers)
-        while (seen := metrics(http))["flux_running_pictures"] < 8 or not seen["flux_residual_bytes"]:
-            time.sleep(0.01)
+        wait_for(
+            lambda: (
+                (seen := metrics(http))["flux_running_pictures"] == 8
+                and seen["flux_waiting_pictures"] == 2
+                and seen["flux_residual_bytes"] > 0
+            ),
+            "eight images run and two wait",
+        )
         reply = http.delete("/v1/requests/long")
         ended = waiting.result()
     assert reply.status_code == 200
-    assert 1 <= reply.json()["pictures"] <= 10
+    assert reply.json()["pictures"] == 10
     if stream:
         assert '"request_cancelled"' in ended.text.strip().rpartition("data: ")[2]
     else:
