@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
 
 from app.engine.checkpoint import check_checkpoint
 from app.engine.checkpoint_files import CheckpointError, read_json
+from app.engine.families import Family, family_of
 from app.settings import Settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -102,10 +103,15 @@ def check_local_checkpoint(settings: Settings) -> None:
         check_checkpoint(folder, settings.tensor_parallel_size)
 
 
-def fetch_and_check(settings: Settings) -> None:
+def fetch_and_check(settings: Settings) -> Family:
     """Have the checkpoint on this node, and check it; a model from the hub is downloaded once before its ranks ask.
+
+    Returns:
+        What kind of model it is.
 
     Raises:
         FileNotFoundError, ValueError: what is wrong; see `model_folder` and `check_checkpoint`.
     """
-    check_checkpoint(model_folder(settings), settings.tensor_parallel_size)
+    folder = model_folder(settings)
+    check_checkpoint(folder, settings.tensor_parallel_size)
+    return family_of(folder)

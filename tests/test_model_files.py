@@ -16,7 +16,8 @@ from threading import Thread
 
 import pytest
 
-from app.model_files import REPOSITORY, local_folder, model_folder, wanted_files
+from app.engine.families import FLUX_DEV
+from app.model_files import REPOSITORY, fetch_and_check, local_folder, model_folder, wanted_files
 from app.settings import Settings
 from benchmarks.make_checkpoint import make_checkpoint
 
@@ -35,6 +36,10 @@ def test_a_folder_is_found_from_the_repository_as_well(tmp_path: Path, monkeypat
 def test_a_folder_without_a_model_is_named(model: str) -> None:
     with pytest.raises(FileNotFoundError, match=re.escape(f"model {model!r}: no model_index.json in ")):
         local_folder(model)
+
+
+def test_the_checked_folder_says_what_model_it_is() -> None:
+    assert fetch_and_check(Settings()) is FLUX_DEV
 
 
 def test_a_hub_id_is_no_folder() -> None:

@@ -177,10 +177,10 @@ class ServeBackend:
         return max(deadline_s - context.elapsed_s - self._decode_estimate_s(context.job), _LEAST_LEFT_S)
 
     async def family(self) -> Family:
-        """What kind of model is served; asked once of the decoder, which has its files."""
+        """What kind of model is served; asked once of a replica, which has checked the checkpoint."""
         if self._family is None:
             try:
-                self._family = await self._decoder.family()
+                self._family = await result_of(self._replica.family.remote())
             except Exception as error:
                 raise to_service_error(error, 0.0) from error
         return self._family

@@ -11,6 +11,7 @@ from ray import serve
 
 from app.cluster.group import RankGroup
 from app.cluster.progress_stream import ProgressFilter, poll_progress, result_or_none
+from app.engine.families import Family
 from app.errors import DeadlinePassedError, GroupFailedError, HistoryMismatchError, UnavailableError
 from app.logs import configure_logging
 from app.messages import Conditioning, DenoiseJob, DenoiseResult, Progress
@@ -40,9 +41,13 @@ class FluxReplica:
         self._reports: asyncio.Queue[tuple[RankGroup, Exception]] = asyncio.Queue()
         self._settled = asyncio.Condition()
         self._replica = serve.get_replica_context().replica_id.unique_id
-        await asyncio.to_thread(fetch_and_check, settings)
+        self._family = await asyncio.to_thread(fetch_and_check, settings)
         self._group = await self._build()
         self._watch_task = asyncio.create_task(self._watch())
+
+    async def family(self) -> Family:
+        """What kind of model is served, as the checkpoint says."""
+        return self._family
 
     async def denoise(self, job: DenoiseJob, conditioning: Conditioning) -> DenoiseResult:
         """Denoise one image; a group that breaks meanwhile is rebuilt and the image made again (same seed).

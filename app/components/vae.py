@@ -10,7 +10,7 @@ from diffusers import AutoModel
 from diffusers.image_processor import VaeImageProcessor
 
 from app.components.source_encoder import SourceEncoder
-from app.engine.families import Family, family_of
+from app.engine.families import family_of
 from app.engine.geometry import TOKEN_PIXELS, Geometry
 from app.errors import GenerationError
 from app.logs import configure_logging
@@ -91,10 +91,6 @@ class ImageDecoder:
         """Encode a source image into tokens; see `SourceEncoder.encode`."""
         run = asyncio.get_running_loop().run_in_executor
         return await run(self._thread, self._sources.encode, pixels, width, height)
-
-    async def family(self) -> Family:
-        """The model's family, from its files."""
-        return self._family
 
     async def ping(self) -> None:
         """Return once it is up."""

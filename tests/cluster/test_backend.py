@@ -11,6 +11,7 @@ import ray
 
 from app.cluster import backend as module
 from app.cluster.backend import ServeBackend
+from app.engine.families import FLUX2_KLEIN, Family
 from app.settings import Settings
 
 
@@ -86,3 +87,24 @@ async def test_health_and_metrics_do_not_wait_for_a_dead_control_store(
         assert list(await asyncio.wait_for(backend.metric_families(), 60)) == []
     finally:
         answered.set()
+
+
+class Replica:
+    """Stands for the replicas' handle: knows the model, and counts who asks."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.family = self
+
+    async def remote(self) -> Family:
+        self.asked += 1
+        return FLUX2_KLEIN
+
+
+async def test_a_replica_says_once_what_model_is_served(part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has checked the checkpoint's files; the API's own node need not have them, nor the decoder tell."""
+    replica = Replica()
+    backend = ServeBackend(Settings(), part, replica, part)
+    monkeypatch.setattr(module, "result_of", lambda response: response)
+    assert [await backend.family() for _ in range(3)] == [FLUX2_KLEIN] * 3
+    assert replica.asked == 1

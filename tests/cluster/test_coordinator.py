@@ -59,18 +59,21 @@ def conditioning() -> Conditioning:
 class Group:
     """A running coordinator, its rank, and images for it."""
 
-    def __init__(self, rank: Rank, coordinator: Coordinator, conditioning: Conditioning) -> None:
-        self.rank, self.coordinator = rank, coordinator
+    def __init__(
+        self, rank: Rank, thread: ThreadPoolExecutor, coordinator: Coordinator, conditioning: Conditioning
+    ) -> None:
+        self.rank, self.thread, self.coordinator = rank, thread, coordinator
         self._conditioning = conditioning
 
     def start(self, row_id: str, **options: Any) -> asyncio.Task[DenoiseResult]:
         """Begin an image."""
         return asyncio.create_task(self.coordinator.denoise(job(row_id, **options), [self._conditioning]))
 
-    async def result_or_none(self, name: str, images: int) -> None:
+    async def wait_until(self, name: str, images: int) -> None:
         """Wait until so many are ``running`` or ``waiting``."""
-        while (await self.coordinator.load())[name] != images:  # noqa: ASYNC110  it has no event for tests
-            await asyncio.sleep(0)
+        async with asyncio.timeout(60):
+            while (await self.coordinator.load())[name] != images:  # noqa: ASYNC110  it has no event for tests
+                await asyncio.sleep(0)
 
     async def cancel(self, request_id: str, *calls: asyncio.Task[DenoiseResult]) -> None:
         """Cancel a request, and see that all of its images and nothing else is over."""
@@ -88,7 +91,7 @@ async def group(conditioning: Conditioning) -> AsyncIterator[Group]:
     with ThreadPoolExecutor(1) as thread:
         coordinator = Coordinator(SETTINGS, [Handle(rank, thread)], [measured_times], "local", rebuilds=0)
         running = asyncio.create_task(coordinator.run())
-        yield Group(rank, coordinator, conditioning)
+        yield Group(rank, thread, coordinator, conditioning)
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
 
@@ -115,9 +118,9 @@ async def test_news_of_a_image(group: Group) -> None:
 
 async def test_those_who_wait_hear_of_their_place(group: Group) -> None:
     running = [group.start(f"a/{i}", steps=LONG) for i in range(2)]
-    await group.result_or_none("running", 2)
+    await group.wait_until("running", 2)
     first, second = (group.start(f"b/{i}", steps=1) for i in range(2))
-    await group.result_or_none("waiting", 2)
+    await group.wait_until("waiting", 2)
     news, seen = await group.coordinator.events("b/1", 0)
     assert [(event.step, event.queue_position, event.decision) for event in news] == [(0, 2, "")]
     await group.coordinator.cancel("b/0")
@@ -138,7 +141,7 @@ async def test_nobody_has_news_of_a_image_that_never_comes(group: Group, monkeyp
 
 async def test_a_request_is_ended_whole_and_leaves_nothing_on_the_rank(group: Group) -> None:
     calls = [group.start(f"a/{i}", steps=LONG, magcache=MagCacheOptions()) for i in range(3)]
-    await group.result_or_none("running", 2)
+    await group.wait_until("running", 2)
     other = group.start("ab/0", steps=3)
     await group.cancel("a", *calls)
     assert (await other).report.schedule == "CCC"
@@ -163,9 +166,9 @@ async def test_a_deadline_is_refused_at_once_or_ends_the_image_when_it_passes(gr
 
 async def test_a_full_queue_and_impossible_wishes_are_refused(group: Group) -> None:
     calls = [group.start(f"a/{i}", steps=LONG) for i in range(2)]
-    await group.result_or_none("running", 2)
+    await group.wait_until("running", 2)
     calls += [group.start(f"a/{i}", steps=LONG) for i in range(2, 5)]
-    await group.result_or_none("waiting", 3)
+    await group.wait_until("waiting", 3)
     with pytest.raises(BusyError) as caught:
         await group.start("b/0")
     assert caught.value.retry_after_s > 0
@@ -187,8 +190,9 @@ async def test_plans_travel_together(group: Group) -> None:
 
 async def test_a_rank_of_another_history_fails_all_images(group: Group) -> None:
     calls = [group.start(f"a/{i}", steps=LONG) for i in range(3)]
-    await group.result_or_none("running", 2)
-    group.rank._engine._digest = "another"
+    await group.wait_until("running", 2)
+    # Between two messages: one that runs would write its own digest over this.
+    await Remote(setattr, group.thread).remote(group.rank._engine, "_digest", "another")
     for call in calls:
         with pytest.raises(GroupFailedError, match="PlanMismatchError"):
             await call
