@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
+
+Latents = torch.Tensor | Awaitable[torch.Tensor]
+"""(image_tokens, channels), packed as diffusers' pipelines pack them; large ones as a reference that gives them when it
+is awaited, so that only the process that decodes them opens them."""
 
 COND = "cond"
 UNCOND = "uncond"
@@ -179,8 +183,8 @@ class StepPlan:
 class StepResult:
     """A rank's result of one plan.
 
-    ``latents`` holds finished rows and ``previews`` the x0 estimates asked for, each (image_tokens, channels), by row
-    id and on rank 0 only. ``idle_seconds`` is how long the rank waited for this plan while it held rows to step.
+    ``latents`` holds finished rows and ``previews`` the x0 estimates asked for, by row id and on rank 0 only.
+    ``idle_seconds`` is how long the rank waited for this plan while it held rows to step.
     """
 
     rank: int
@@ -188,8 +192,8 @@ class StepResult:
     digest: str
     seconds: float
     residual_bytes: int
-    latents: dict[str, torch.Tensor]
-    previews: dict[str, torch.Tensor] = field(default_factory=dict)
+    latents: Mapping[str, Latents]
+    previews: Mapping[str, Latents] = field(default_factory=dict)
     idle_seconds: float = 0.0
 
 
@@ -239,7 +243,7 @@ class Progress:
         decision: ``C`` or ``.`` of the last step done, empty while it waits.
         eta_s: estimated seconds to the last step.
         queue_position: its place in the queue, from 1; 0 once it runs.
-        preview: (image_tokens, channels) packed x0 estimate, or None.
+        preview: x0 estimate, or None.
     """
 
     index: int
@@ -248,7 +252,7 @@ class Progress:
     decision: str
     eta_s: float
     queue_position: int
-    preview: torch.Tensor | None = None
+    preview: Latents | None = None
 
 
 @dataclass(frozen=True)
@@ -277,7 +281,7 @@ class DenoiseReport:
 
 @dataclass(frozen=True)
 class DenoiseResult:
-    """Finished latents, (image_tokens, channels), packed as in diffusers' FluxPipeline, and their report."""
+    """Finished latents and their report."""
 
-    latents: torch.Tensor
+    latents: Latents
     report: DenoiseReport

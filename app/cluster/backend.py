@@ -1,6 +1,7 @@
 """The API's backend on Ray Serve: prompts to the encoder, images to the replicas, latents to the decoder."""
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
@@ -20,10 +21,12 @@ from app.cluster.streaming_call import FileForm, StreamingCall
 from app.components.prompt_encoder import PromptEncoder
 from app.components.vae import ImageDecoder
 from app.engine.families import Family
-from app.errors import BusyError
+from app.errors import BusyError, UnavailableError
 from app.messages import Conditioning, DenoiseJob, DenoiseResult
 from app.metrics import merge_families
 from app.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 LOOK_S = 1.0
 """How long a look at the parts answers for /health."""
@@ -116,23 +119,40 @@ class ServeBackend:
     async def _image(
         self, context: RequestContext, index: int, conditioning: Conditioning, encode_s: float
     ) -> GeneratedImage:
-        denoise, form = self._denoise_job(context, index, conditioning), _file_form(context.job)
-        if context.emit is None:
-            result: DenoiseResult = await result_of(self._replica.denoise.remote(denoise, conditioning))
-            data, decode_s = await self._decode(result, context.job)
-        else:
-            follower = StreamingCall(self._replica, self._decoder, form, context.emit)
-            try:
-                result = await follower.result(denoise, conditioning, context.progress)
-                data, decode_s = await self._decode(result, context.job)
-            finally:
-                follower.stop_previews()
-        image = GeneratedImage(
-            data, denoise.seed, result.report, encode_s, decode_s, context.elapsed_s, _source_tokens(conditioning)
+        stream = (
+            None
+            if context.emit is None
+            else StreamingCall(self._replica, self._decoder, _file_form(context.job), context.emit, context.progress)
         )
+        try:
+            result, data, decode_s = await self._denoise_and_decode(context, index, conditioning, stream)
+        finally:
+            if stream is not None:
+                stream.stop_previews()
+        image = GeneratedImage(
+            data, context.job.seed + index, result.report, encode_s, decode_s, context.elapsed_s,
+            _source_tokens(conditioning),
+        )  # fmt: skip
         if context.emit is not None:
             context.emit(image)
         return image
+
+    async def _denoise_and_decode(
+        self, context: RequestContext, index: int, conditioning: Conditioning, stream: StreamingCall | None
+    ) -> tuple[DenoiseResult, bytes, float]:
+        """One image; it is made again (same seed) when its latents are lost with their group before the decoding."""
+        for _ in range(self.settings.rebuild_attempts + 1):
+            job = self._denoise_job(context, index, conditioning)
+            result: DenoiseResult = await (
+                result_of(self._replica.denoise.remote(job, conditioning))
+                if stream is None
+                else stream.result(job, conditioning)
+            )
+            try:
+                return result, *await self._decode(result, context.job)
+            except ray.exceptions.ObjectLostError as error:
+                logger.warning("request %s: %s is made again: %s", job.request_id, job.row_id, type(error).__name__)
+        raise UnavailableError("the image's group broke again and again before it was decoded; ask again")
 
     async def _decode(self, result: DenoiseResult, job: ImagesJob) -> tuple[bytes, float]:
         """The image file, and the seconds that it took."""

@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 
 import ray
-import torch
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 from ray.actor import ActorHandle
@@ -30,6 +29,7 @@ from app.messages import (
     Conditioning,
     DenoiseJob,
     DenoiseResult,
+    Latents,
     Progress,
     RowStep,
     StepPlan,
@@ -275,7 +275,7 @@ class Coordinator:
             if (result.sequence, result.digest) != (plan.sequence, plan.digest):
                 raise PlanMismatchError(f"rank {result.rank} answered plan {result.sequence}, not {plan.sequence}")
 
-    def _finish(self, row_id: str, latents: torch.Tensor) -> None:
+    def _finish(self, row_id: str, latents: Latents) -> None:
         pending = self._pending.get(row_id)
         if pending is None or pending.done.done():
             return
@@ -303,12 +303,12 @@ class Coordinator:
         for pending in self._pending.values():
             pending.fail(self._failure)
 
-    def _emit_progress(self, pending: _Pending, last: bool, preview: torch.Tensor | None) -> None:
+    def _emit_progress(self, pending: _Pending, last: bool, preview: Latents | None) -> None:
         feed = self._progress.get(pending.entry.job.row_id)
         if feed is not None and (feed.due or last or preview is not None):
             self._emit(pending, preview)
 
-    def _emit(self, pending: _Pending, preview: torch.Tensor | None = None) -> None:
+    def _emit(self, pending: _Pending, preview: Latents | None = None) -> None:
         """OnEvent those who watch an image where it stands."""
         entry, taken = pending.entry, pending.taken
         decision = "" if taken is None else "C" if taken.branches[0].compute else "."  # the conditional branch's

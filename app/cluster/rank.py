@@ -11,6 +11,7 @@ import ray
 import torch
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
+from app.cluster.by_reference import by_reference
 from app.cluster.network import use_interface_of
 from app.engine.engine import Engine
 from app.engine.parallel import TensorParallelGroup
@@ -85,7 +86,9 @@ class Rank:
         tensors = iter(conditioning)
         for plan in plans:
             result = self._engine.execute(plan, list(islice(tensors, len(plan.admit))))
-            results.append(replace(result, idle_seconds=idle_seconds))
+            latents = {row_id: by_reference(tensor) for row_id, tensor in result.latents.items()}
+            previews = {row_id: by_reference(tensor) for row_id, tensor in result.previews.items()}
+            results.append(replace(result, latents=latents, previews=previews, idle_seconds=idle_seconds))
             idle_seconds = 0.0
         self._finished_s = time.perf_counter()
         return results

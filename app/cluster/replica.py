@@ -9,6 +9,7 @@ from dataclasses import replace
 import ray
 from ray import serve
 
+from app.cluster.by_reference import by_reference
 from app.cluster.group import RankGroup
 from app.cluster.progress_stream import ProgressFilter, poll_progress, result_or_none
 from app.engine.families import Family
@@ -23,10 +24,6 @@ logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 2.0
 """How often an idle group is looked at, so that a killed rank is replaced before the next request needs it."""
-
-
-INLINE_BYTES = 100_000
-"""Up to this size Ray carries a value within a call instead of its object store."""
 
 
 class FluxReplica:
@@ -86,8 +83,7 @@ class FluxReplica:
     ) -> DenoiseResult:
         """Ask one group after another, telling ``asked`` of each, until one makes the image."""
         REQUEST_ID.set(job.request_id)
-        # By reference the coordinator never holds them; a few kilobytes reach the ranks sooner within the calls.
-        tensors = ray.put(conditioning) if conditioning.nbytes > INLINE_BYTES else conditioning
+        tensors = by_reference(conditioning)
         came, asking = time.monotonic(), job
         for _ in range(self._settings.rebuild_attempts + 1):
             group = self._group

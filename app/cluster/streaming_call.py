@@ -5,13 +5,12 @@ import logging
 from collections.abc import Callable
 from contextlib import aclosing
 
-import torch
 from ray.serve.handle import DeploymentHandle
 
 from app.api.backend import Preview, StreamItem
 from app.cluster.handles import items_of
 from app.components.vae import ImageDecoder
-from app.messages import Conditioning, DenoiseJob, DenoiseResult, Progress
+from app.messages import Conditioning, DenoiseJob, DenoiseResult, Latents, Progress
 
 logger = logging.getLogger(__name__)
 
@@ -28,18 +27,21 @@ class StreamingCall:
         decoder: ImageDecoder,
         form: FileForm,
         emit: Callable[[StreamItem], None],
+        progress: bool,
     ) -> None:
+        """With ``progress`` emit all news, else the beginning and the previews only."""
         self._replica = replica.options(stream=True)
         self._decoder = decoder
         self._form = form
         self._emit = emit
+        self._progress = progress
         self._previews = 0
         self._decoding: set[asyncio.Task[None]] = set()
 
-    async def result(self, job: DenoiseJob, conditioning: Conditioning, progress: bool) -> DenoiseResult:
-        """Have ``job`` denoised; with ``progress`` emit all news, else its beginning and its previews only."""
+    async def result(self, job: DenoiseJob, conditioning: Conditioning) -> DenoiseResult:
+        """Have ``job`` denoised."""
         result: DenoiseResult | None = None
-        async with aclosing(items_of(self._replica.stream_denoise.remote(job, conditioning, progress))) as items:
+        async with aclosing(items_of(self._replica.stream_denoise.remote(job, conditioning, self._progress))) as items:
             async for item in items:
                 if isinstance(item, DenoiseResult):
                     result = item
@@ -61,7 +63,7 @@ class StreamingCall:
                 self._decoding.add(task)
                 task.add_done_callback(self._decoded)
 
-    async def _preview(self, index: int, latents: torch.Tensor) -> None:
+    async def _preview(self, index: int, latents: Latents) -> None:
         partial_index, self._previews = self._previews, self._previews + 1
         data = await self._decoder.preview(latents, *self._form)
         self._emit(Preview(index, partial_index, data))

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,7 +15,7 @@ from app.engine.families import family_of
 from app.engine.geometry import TOKEN_PIXELS, Geometry
 from app.errors import GenerationError
 from app.logs import configure_logging
-from app.messages import SourceImage
+from app.messages import Latents, SourceImage
 from app.model_files import model_folder
 from app.settings import Settings
 
@@ -50,13 +51,11 @@ class ImageDecoder:
         self._changed = asyncio.Condition()
         self._one_preview = asyncio.Lock()
 
-    async def decode(
-        self, latents: torch.Tensor, width: int, height: int, output_format: str, compression: int
-    ) -> bytes:
+    async def decode(self, latents: Latents, width: int, height: int, output_format: str, compression: int) -> bytes:
         """Decode latents into an image file.
 
         Args:
-            latents: (image_tokens, channels), packed.
+            latents: opened here, when they come by reference.
             width, height: pixels.
             output_format: png, jpeg or webp.
             compression: quality of jpeg and webp, 0 to 100.
@@ -72,9 +71,7 @@ class ImageDecoder:
             async with self._changed:
                 self._changed.notify_all()
 
-    async def preview(
-        self, latents: torch.Tensor, width: int, height: int, output_format: str, compression: int
-    ) -> bytes:
+    async def preview(self, latents: Latents, width: int, height: int, output_format: str, compression: int) -> bytes:
         """Like `decode`, but only while no finished image waits: previews delay one by at most a single decode."""
         async with self._one_preview:
             async with self._changed:
@@ -82,10 +79,11 @@ class ImageDecoder:
             return await self._in_thread(latents, width, height, output_format, compression)
 
     async def _in_thread(
-        self, latents: torch.Tensor, width: int, height: int, output_format: str, compression: int
+        self, latents: Latents, width: int, height: int, output_format: str, compression: int
     ) -> bytes:
+        tensor = await latents if isinstance(latents, Awaitable) else latents
         run = asyncio.get_running_loop().run_in_executor
-        return await run(self._thread, self._decode, latents, Geometry.of(width, height), output_format, compression)
+        return await run(self._thread, self._decode, tensor, Geometry.of(width, height), output_format, compression)
 
     async def encode(self, pixels: np.ndarray, width: int, height: int) -> SourceImage:
         """Encode a source image into tokens; see `SourceEncoder.encode`."""

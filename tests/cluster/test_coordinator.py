@@ -116,6 +116,29 @@ async def test_news_of_a_image(group: Group) -> None:
     assert news[-1].eta_s < news[0].eta_s
 
 
+class Sealed:
+    """Stands for a reference to a tensor, which must not be opened."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __await__(self) -> Any:
+        raise AssertionError("opened")
+
+
+async def test_latents_pass_unopened(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.cluster.rank.by_reference", Sealed)
+    watched = asyncio.create_task(group.coordinator.events("a/0", 0))
+    result = await group.start("a/0", steps=4, partial_images=1)
+    assert isinstance(result.latents, Sealed)
+    assert result.latents.tensor.shape == (64, 64)
+    news, seen = await watched
+    while seen >= 0:
+        more, seen = await group.coordinator.events("a/0", seen)
+        news += more
+    assert [type(event.preview) for event in news if event.preview is not None] == [Sealed]
+
+
 async def test_those_who_wait_hear_of_their_place(group: Group) -> None:
     running = [group.start(f"a/{i}", steps=LONG) for i in range(2)]
     await group.wait_until("running", 2)
