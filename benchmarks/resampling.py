@@ -29,8 +29,8 @@ from magcache_core import (
     remove_mag_cache,
     schedule,
 )
-from magcache_core.calibration import StepStatistics
 from magcache_core.measure import recording
+from magcache_core.residual_stats import StepStatistics
 
 STEP_COUNTS = (10, 20, 50)
 COMPUTED_SHARE = 0.4

@@ -41,7 +41,8 @@ class MagCacheConfig:
         retention_ratio: fraction of the first steps that always compute, in [0, 1].
         num_inference_steps: denoising steps of the request, >= 1.
         mag_ratios: the calibrated curve, one ratio of residual norms per step of the run that measured it. It may have
-            another length than ``num_inference_steps``; `ratios` is the curve resampled to the request's steps.
+            another length than ``num_inference_steps``; `ratios` is the curve resampled to the request's steps. When
+            left out, it is that of the strategy of the transformer that `apply_mag_cache` gets.
         calibrate: compute every step and measure the curve; ``mag_ratios`` may then be left out.
         protected_steps: steps that always compute, **as indices into** ``mag_ratios``. A request's step i is protected
             when the resampling rule maps it to one of them, as in the authors' FLUX script (11 of 28).
@@ -73,7 +74,7 @@ class MagCacheConfig:
             aliases: ``mag_threshold``, ``mag_max_skip_steps``, ``mag_retention_ratio``; one that is given wins.
 
         Raises:
-            ConfigError: a value is out of range, or ``mag_ratios`` is missing.
+            ConfigError: a value is out of range.
             TypeError: an unknown keyword.
         """
         values: dict[str, Any] = {
@@ -86,8 +87,6 @@ class MagCacheConfig:
                 raise TypeError(f"MagCacheConfig got an unknown field {alias!r}; its aliases are {', '.join(ALIASES)}")
             values[ALIASES[alias]] = value
         ratios = ratio_tuple("mag_ratios", mag_ratios if mag_ratios is not None else ())
-        if not ratios and not calibrate:
-            raise ConfigError("mag_ratios", None, "a calibrated curve (see load_profile), or calibrate=True be given")
         set_field = object.__setattr__
         set_field(self, "threshold", _number("threshold", values["threshold"], 0.0, math.inf))
         set_field(self, "max_skip_steps", _integer("max_skip_steps", values["max_skip_steps"], 0))

@@ -90,25 +90,24 @@ def detach(module: nn.Module, names: tuple[str, ...]) -> None:
     registry.invalidate_child_registries_cache()
 
 
-def known_block(block_class: type) -> BlockMetadata:
-    """How a block class of diffusers passes its streams.
-
-    Raises:
-        LookupError: diffusers doesn't know it.
-    """
+def known_block(block_class: type) -> BlockMetadata | None:
+    """How a block class of diffusers passes its streams; None when diffusers doesn't know it."""
     from diffusers.hooks._helpers import TransformerBlockRegistry
 
     get: Callable[[type], Any] = TransformerBlockRegistry.get
     try:
-        known = get(block_class)
-    except ValueError as error:
-        raise LookupError(
-            f"how {block_class.__name__} passes its streams is not known: return it from register_block_metadata of a "
-            "strategy registered for this transformer"
-        ) from error
+        return own_metadata(get(block_class))
+    except ValueError:
+        return None
+
+
+def own_metadata(metadata: Any) -> BlockMetadata | None:
+    """``metadata`` as `BlockMetadata`, from diffusers' ``TransformerBlockMetadata`` or as it is."""
+    if metadata is None or isinstance(metadata, BlockMetadata):
+        return metadata
     return BlockMetadata(
-        known.return_hidden_states_index,
-        known.return_encoder_hidden_states_index,
-        known.hidden_states_argument_name,
-        known.encoder_hidden_states_argument_name,
+        metadata.return_hidden_states_index,
+        metadata.return_encoder_hidden_states_index,
+        metadata.hidden_states_argument_name,
+        metadata.encoder_hidden_states_argument_name,
     )

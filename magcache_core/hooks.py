@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
-from magcache_core.calibration import StepStatistics
 from magcache_core.config import ConfigError, MagCacheConfig
 from magcache_core.diffusers_bridge import StatefulHook, attach, detach, enter_default_context, new_states
 from magcache_core.plan_data import COMPUTE, Plan
+from magcache_core.residual_stats import StepStatistics
 from magcache_core.reuse import EXTRAPOLATING, check_reuse, reuse_weights
 from magcache_core.run_position import Position, locate
 from magcache_core.state import MagCacheState
@@ -43,19 +43,24 @@ def apply_mag_cache(
     Args:
         transformer: the model, e.g. ``pipe.transformer``. A class without a registered strategy works as long as
             its blocks map the image stream to the same shape.
-        config: the threshold rule's settings, or a plan (then runs must have its number of steps).
+        config: the threshold rule's settings, which take the strategy's curve where they have none; or a plan (then
+            runs must have its number of steps).
         reuse: one of `REUSE_MODES`; by default the plan's, or ``residual``.
         sigmas: noise levels of a run, for the extrapolating modes outside of a diffusers pipeline; by default the
             scheduler's, or the ``timestep`` that the transformer gets.
 
     Raises:
-        ConfigError: ``reuse`` is unknown.
+        ConfigError: ``reuse`` is unknown, or there is no curve.
         ValueError, LookupError: the transformer's blocks aren't found or not understood.
     """
     try:
         strategy = get_strategy(transformer)
     except LookupError:
         strategy = MagCacheStrategy()
+    if isinstance(config, MagCacheConfig) and not config.mag_ratios and not config.calibrate:
+        if strategy.mag_ratios is None:
+            raise ConfigError("mag_ratios", None, "given: no curve is known for this transformer (calibrate=True)")
+        config = replace(config, mag_ratios=strategy.mag_ratios)
     states = new_states(BranchRun)
     hook = MagCacheHook(states, BlockTaps(transformer, strategy), config, reuse, sigmas)
     attach(transformer, {HEAD_HOOK: hook, TAIL_HOOK: _TailMark(states)})
@@ -86,7 +91,7 @@ class BranchRun:
         self.last_timestep: float | None = None
         self.growth = 1.0
         self.deviated = False  # other residuals are at hand than the plan's weights are fitted to
-        self.residuals: list[tuple[float | None, torch.Tensor]] = []
+        self.residuals: list[tuple[float | None, Any]] = []
         self.statistics = StepStatistics()
 
     @property
@@ -187,15 +192,10 @@ class MagCacheHook(StatefulHook):
         run.residuals.insert(0, (sigma, residual))
         del run.residuals[self._history :]
 
-    def _replacement(self, run: BranchRun, position: Position, sigma: float | None) -> torch.Tensor:
-        """The residual that stands in for the block stack's, (rows, image_tokens, dim)."""
+    def _replacement(self, run: BranchRun, position: Position, sigma: float | None) -> Any:
+        """The residual that stands in for the block stack's, (rows, image_tokens, dim), or a strategy's pair."""
         weights = self._fitted[position.step] if self._fitted and not run.deviated else self._formula(run, sigma)
-        total = run.residuals[0][1]
-        if weights != (1.0,):
-            total = total * weights[0]
-        for weight, (_, residual) in zip(weights[1:], run.residuals[1:], strict=False):
-            total = total.add(residual, alpha=weight)
-        return total
+        return run.residuals[0][1] if weights == (1.0,) else _sum([kept for _, kept in run.residuals], weights)
 
     def _formula(self, run: BranchRun, sigma: float | None) -> tuple[float, ...]:
         mode = "residual" if self._fitted else self._mode
@@ -219,6 +219,16 @@ class MagCacheHook(StatefulHook):
             # Only a rising timestep will tell whether the next call begins a run or goes on with a longer one.
             run.residuals.clear()
             run.statistics = StepStatistics()
+
+
+def _sum(residuals: Sequence[Any], weights: Sequence[float]) -> Any:
+    """The weighted sum of as many residuals as there are weights; of pairs, part by part."""
+    if isinstance(residuals[0], tuple):
+        return tuple(_sum(parts, weights) for parts in zip(*residuals, strict=True))
+    total = residuals[0] * weights[0]
+    for weight, residual in zip(weights[1:], residuals[1:], strict=False):
+        total = total.add(residual, alpha=weight)
+    return total
 
 
 def _has_controlnet(arguments: Mapping[str, Any]) -> bool:

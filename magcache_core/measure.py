@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from magcache_core.calibration import StepStatistics
 from magcache_core.costs import COST_MODES, CostTable, empty_table
 from magcache_core.diffusers_bridge import StatefulHook, attach, detach, new_states
 from magcache_core.fit import least_squares
 from magcache_core.hooks import apply_mag_cache, remove_mag_cache
 from magcache_core.plan_data import COMPUTE, REUSE, Plan
 from magcache_core.resample import interpolate
+from magcache_core.residual_stats import StepStatistics
 from magcache_core.reuse import reuse_weights
 from magcache_core.strategies import get_strategy
 from magcache_core.taps import BlockTaps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from magcache_core.config import MagCacheConfig
+from magcache_core.config import ConfigError, MagCacheConfig
 from magcache_core.plan_data import COMPUTE, REUSE
 
 
@@ -35,7 +35,13 @@ class MagCacheState:
     """
 
     def __init__(self, config: MagCacheConfig) -> None:
-        """Start at step 0 of a run with ``config``."""
+        """Start at step 0 of a run with ``config``.
+
+        Raises:
+            ConfigError: ``config`` has no curve and does not measure one.
+        """
+        if not config.mag_ratios and not config.calibrate:
+            raise ConfigError("mag_ratios", None, "a calibrated curve (see load_profile), or calibrate=True be given")
         self.config = config
         self._ratios = config.ratios
         self._protected = config.protected

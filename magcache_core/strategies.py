@@ -56,19 +56,24 @@ class MagCacheStrategy:
     """Name of a shipped profile with this class's curve, where there is one."""
 
     @property
-    def ratios(self) -> tuple[float, ...] | None:
-        """The magnitude-ratio curve of the class's best known model, or None when it must be calibrated."""
+    def mag_ratios(self) -> Any:
+        """The magnitude-ratio curve of the class's best known model (numbers or a tensor); None: calibrate it."""
         return None if self.profile_name is None else load_profile(self.profile_name).ratios
 
-    def register_block_metadata(self, block_class: type) -> BlockMetadata | None:
-        """How blocks of ``block_class`` pass their streams; None leaves it to diffusers' own registry."""
+    def register_block_metadata(self, block_class: type) -> Any:
+        """How blocks of ``block_class`` pass their streams: `BlockMetadata` or diffusers' ``TransformerBlockMetadata``.
+
+        None leaves it to diffusers' registry, and for classes that it doesn't know to the first call: a block that
+        returns one tensor has one stream, one that returns a pair returns (text, image).
+        """
         return None
 
-    def compute_residual(self, output: torch.Tensor, head_input: torch.Tensor) -> torch.Tensor:
-        """What the block stack added to its input.
+    def compute_residual(self, output: Any, head_input: torch.Tensor) -> Any:
+        """What the block stack added to its input: a tensor, or a pair for `apply_residual_tuple`.
 
         Args:
-            output: the last block's image stream, (rows, image_tokens, dim).
+            output: the last block's image stream, (rows, image_tokens, dim); a method that overrides this one gets what
+                the block returned, which may be a tuple.
             head_input: the first block's image stream, same shape.
 
         Raises:
@@ -87,14 +92,17 @@ class MagCacheStrategy:
         return hidden + residual
 
     def apply_residual_tuple(
-        self, hidden: torch.Tensor, context: torch.Tensor, residual: tuple[torch.Tensor, torch.Tensor]
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        residual: tuple[torch.Tensor, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add a pair of residuals to the image and the text stream, for models whose output reads both.
 
         Raises:
             ResidualError: either differs from its stream in shape, dtype or device.
         """
-        return self.apply_residual(hidden, residual[0]), self.apply_residual(context, residual[1])
+        return self.apply_residual(hidden_states, residual[0]), self.apply_residual(encoder_hidden_states, residual[1])
 
     def embed_image(self, transformer: Any, latents: torch.Tensor) -> torch.Tensor:
         """Image tokens as the blocks take them: (rows, tokens, in_channels) -> (rows, tokens, dim).
@@ -250,7 +258,7 @@ class Flux2Strategy(_FluxFamily):
             return BlockMetadata(hidden_index=1, context_index=0)
         return BlockMetadata() if block_class.__name__ == "Flux2SingleTransformerBlock" else None
 
-    def compute_residual(self, output: torch.Tensor, head_input: torch.Tensor) -> torch.Tensor:
+    def compute_residual(self, output: Any, head_input: torch.Tensor) -> Any:
         """See `MagCacheStrategy.compute_residual`; ``output`` is (rows, text_tokens + image_tokens, dim)."""
         return super().compute_residual(output[:, -head_input.shape[1] :], head_input)
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from magcache_core.diffusers_bridge import known_block
+from magcache_core.diffusers_bridge import known_block, own_metadata
 from magcache_core.strategies import BlockMetadata, MagCacheStrategy
 
 T = TypeVar("T")
@@ -48,7 +49,8 @@ class BlockTaps:
         self.strategy = strategy
         self.head_input: torch.Tensor | None = None
         self.tail_output: torch.Tensor | None = None
-        self._residual: torch.Tensor | None = None
+        self._returned: Any = None  # by the last block
+        self._residual: Any = None
         lists = [
             (name, child)
             for name, child in transformer.named_children()
@@ -65,8 +67,8 @@ class BlockTaps:
             for i, block in enumerate(blocks)
         )
 
-    def run(self, forward: Callable[[], T], residual: torch.Tensor | None = None) -> T:
-        """Call ``forward`` with the stack observed, or with ``residual`` added in its place."""
+    def run(self, forward: Callable[[], T], residual: Any = None) -> T:
+        """Call ``forward`` with the stack observed, or with ``residual`` (a tensor or a pair) added in its place."""
         self.head_input = self.tail_output = None
         self._residual = residual
         modules = self._transformer._modules
@@ -79,11 +81,12 @@ class BlockTaps:
             self._residual = None
 
     @property
-    def residual(self) -> torch.Tensor:
-        """What the stack added in the last observed call, (rows, image_tokens, dim)."""
+    def residual(self) -> Any:
+        """What the stack added in the last observed call, (rows, image_tokens, dim), or a strategy's pair."""
         if self.head_input is None or self.tail_output is None:
             raise RuntimeError("the block stack did not run")
-        return self.strategy.compute_residual(self.tail_output, self.head_input)
+        own = type(self.strategy).compute_residual is not MagCacheStrategy.compute_residual
+        return self.strategy.compute_residual(self._returned if own else self.tail_output, self.head_input)
 
 
 class _Tap(nn.Module):
@@ -95,7 +98,7 @@ class _Tap(nn.Module):
         self._taps = taps
         self._head = head
         self._tail = tail
-        self._metadata, self._positions = _passing(block, taps.strategy)
+        self._metadata, self._positions, self._known = _passing(block, taps.strategy)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         metadata = self._metadata
@@ -103,29 +106,61 @@ class _Tap(nn.Module):
         if self._head:
             self._taps.head_input = hidden
         if self._taps._residual is not None:
-            if self._head:
-                hidden = self._taps.strategy.apply_residual(hidden, self._taps._residual)
-            return self._pass_through(hidden, args, kwargs)
+            return self._reuse(hidden, args, kwargs)
         output = self.block(*args, **kwargs)
+        if not self._known:
+            self._learn(output)
         if self._tail:
-            self._taps.tail_output = output[metadata.hidden_index or 0] if isinstance(output, tuple) else output
+            self._taps._returned = output
+            self._taps.tail_output = output[self._metadata.hidden_index or 0] if isinstance(output, tuple) else output
         return output
 
-    def _pass_through(self, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _learn(self, output: Any) -> None:
+        """How a block of an unknown class returns its streams, judged by what it returned."""
+        if isinstance(output, tuple):
+            if len(output) != 2 or self._metadata.context_name not in self._positions:
+                raise LookupError(_how_to_describe(self.block))
+            self._metadata = replace(self._metadata, hidden_index=1, context_index=0)
+        self._known = True
+
+    def _reuse(self, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The streams as they came; in the stack's first block with the residual added."""
+        strategy, residual = self._taps.strategy, self._taps._residual
         hidden_index, context_index = self._metadata.hidden_index, self._metadata.context_index
         if hidden_index is None or context_index is None:
-            return hidden
+            return strategy.apply_residual(hidden, residual) if self._head else hidden
+        context = self._argument(self._metadata.context_name, args, kwargs)
+        if self._head and isinstance(residual, tuple):
+            hidden, context = strategy.apply_residual_tuple(hidden, context, residual)
+        elif self._head:
+            hidden = strategy.apply_residual(hidden, residual)
         streams: list[Any] = [None] * (max(hidden_index, context_index) + 1)
-        streams[hidden_index] = hidden
-        streams[context_index] = self._argument(self._metadata.context_name, args, kwargs)
+        streams[hidden_index], streams[context_index] = hidden, context
         return tuple(streams)
 
     def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return kwargs[name] if name in kwargs else args[self._positions[name]]
 
 
-def _passing(block: nn.Module, strategy: MagCacheStrategy) -> tuple[BlockMetadata, dict[str, int]]:
-    """A block's metadata and the positions of its parameters: from the strategy, else from diffusers' registry."""
+def _passing(block: nn.Module, strategy: MagCacheStrategy) -> tuple[BlockMetadata, dict[str, int], bool]:
+    """A block's metadata, the positions of its parameters, and whether what it returns is known before its first call.
+
+    Raises:
+        LookupError: it takes several arguments, of which none has a name that tells the image stream.
+    """
     inner = getattr(block, "_orig_mod", block)
-    metadata = strategy.register_block_metadata(type(inner)) or known_block(type(inner))
-    return metadata, {name: i for i, name in enumerate(inspect.signature(inner.forward).parameters)}
+    names = [*inspect.signature(inner.forward).parameters]
+    positions = {name: i for i, name in enumerate(names)}
+    described = own_metadata(strategy.register_block_metadata(type(inner))) or known_block(type(inner))
+    if described is not None:
+        return described, positions, True
+    if "hidden_states" not in names and len(names) != 1:
+        raise LookupError(_how_to_describe(inner))
+    return BlockMetadata(hidden_name="hidden_states" if "hidden_states" in names else names[0]), positions, False
+
+
+def _how_to_describe(block: nn.Module) -> str:
+    return (
+        f"how {type(block).__name__} passes its streams is not known: return it from register_block_metadata of a "
+        "strategy registered for this transformer"
+    )

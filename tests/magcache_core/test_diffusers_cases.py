@@ -87,7 +87,7 @@ def applied(model: ModelMixin, config: MagCacheConfig) -> ModelMixin:
 
 def test_ratios_are_required() -> None:
     with pytest.raises(ValueError, match="mag_ratios"):
-        MagCacheConfig(num_inference_steps=10, calibrate=False)
+        apply_mag_cache(DummyTransformer(), MagCacheConfig(num_inference_steps=10, calibrate=False))
 
 
 def test_a_step_within_the_threshold_is_skipped() -> None:

@@ -72,9 +72,9 @@ def test_lookup() -> None:
     flux = get_strategy("FluxTransformer2DModel")
     assert get_strategy(FluxTransformer2DModel) is flux
     assert get_strategy(make_flux()) is flux
-    assert flux.ratios is not None
-    assert flux.ratios[1] == 1.21094
-    assert get_strategy("QwenImageTransformer2DModel").ratios is None
+    assert flux.mag_ratios is not None
+    assert flux.mag_ratios[1] == 1.21094
+    assert get_strategy("QwenImageTransformer2DModel").mag_ratios is None
     with pytest.raises(LookupError, match=r"no MagCache strategy for UNet.*Flux2Transformer2DModel.*Qwen"):
         get_strategy("UNet2DConditionModel")
     with pytest.raises(TypeError, match="QwenImageStrategy has no embed/blocks/project split"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -23,12 +24,14 @@ class StepStatistics:
     norm_stds: list[float] = field(default_factory=list)
     cos_dises: list[float] = field(default_factory=list)
 
-    def add(self, residual: torch.Tensor, previous: torch.Tensor | None) -> None:
-        """Measure one step's residual, (rows, image_tokens, dim), in fp32; ``previous`` is None at the first."""
+    def add(self, residual: Any, previous: Any) -> None:
+        """Measure one step's residual, (rows, image_tokens, dim) or a pair, in fp32; no ``previous`` at the first."""
         if previous is None:
             ratio, std, cos = 1.0, 0.0, 0.0
         else:
-            ratio, std, cos = compare(residual, previous)
+            ratio, std, cos = compare(
+                *(torch.cat(one, dim=1) if isinstance(one, tuple) else one for one in (residual, previous))
+            )
         self.norm_ratios.append(ratio)
         self.norm_stds.append(std)
         self.cos_dises.append(cos)
@@ -36,7 +39,8 @@ class StepStatistics:
     def log(self, logger: logging.Logger) -> None:
         """Log the three lists, five decimals."""
         for name in ("norm_ratios", "norm_stds", "cos_dises"):
-            logger.info("MagCache calibration %s: %s", name, [round(value, 5) for value in getattr(self, name)])
+            # What a calibration run is for, so it shows where logging was not set up, too.
+            logger.warning("MagCache calibration %s: %s", name, [round(value, 5) for value in getattr(self, name)])
 
 
 def compare(residual: torch.Tensor, previous: torch.Tensor) -> tuple[float, float, float]:
@@ -49,3 +53,9 @@ def compare(residual: torch.Tensor, previous: torch.Tensor) -> tuple[float, floa
     cosine = F.cosine_similarity(now, before, dim=-1, eps=1e-8)
     std = ratios.std(dim=1).mean().item() if ratios.shape[1] > 1 else 0.0
     return ratios.mean().item(), std, (1 - cosine).mean().item()
+
+
+def _joined(residual: Any) -> torch.Tensor:
+    """The tokens of a pair one after another."""
+    joined: torch.Tensor = torch.cat(residual, dim=1) if isinstance(residual, tuple) else residual
+    return joined
