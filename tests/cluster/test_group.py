@@ -71,20 +71,20 @@ async def test_the_very_first_deadline_is_judged_at_once(shared: RankGroup, cond
 
 
 @pytest.mark.parametrize(
-    ("options", "schedule"),
+    "options",
     [
-        ({"steps": 6}, "CCCCCC"),
-        ({"steps": 12, "magcache": MagCacheOptions()}, "CCC.C.C.C..C"),
-        ({"steps": 12, "magcache": MagCacheOptions(computed_steps=6), "true_cfg_scale": 2.0}, None),
+        {"steps": 6},
+        {"steps": 12, "magcache": MagCacheOptions()},
+        {"steps": 12, "magcache": MagCacheOptions(computed_steps=6), "true_cfg_scale": 2.0},
     ],
 )
-async def test_two_ranks_equal_one_engine(shared: RankGroup, options: dict[str, Any], schedule: str | None) -> None:
+async def test_two_ranks_equal_one_engine(shared: RankGroup, options: dict[str, Any]) -> None:
     asked = job("a/0", **options)
     tensors = random_conditioning(asked)
     result = await shared.coordinator.denoise.remote(asked, [ray.put(tensors)])
     expected = execute(Engine(MODEL), plans([asked]), {"a/0": tensors})["a/0"]
     assert relative_error(result.latents, expected) <= 1e-5
-    assert result.report.schedule == (schedule or result.report.schedule)
+    assert len(result.report.schedule) == options["steps"]
     assert ("." in result.report.schedule) == ("magcache" in options)
     await shared.check(timeout_s=60)
 
