@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 import ray
@@ -16,8 +16,8 @@ from app.api.backend import GeneratedImage, HealthReport, ImagesJob, StreamItem
 from app.cluster.client_errors import to_service_error, unwrap_ray_error
 from app.cluster.coordinators import ANSWER_SECONDS, call_all_coordinators
 from app.cluster.handles import result_of
+from app.cluster.image_call import FileForm, ImageCall, OnEvent
 from app.cluster.request_tasks import RequestRegistry, RequestTask
-from app.cluster.streaming_call import FileForm, StreamingCall
 from app.components.prompt_encoder import PromptEncoder
 from app.components.vae import ImageDecoder
 from app.engine.families import Family
@@ -32,8 +32,6 @@ LOOK_S = 1.0
 """How long a look at the parts answers for /health."""
 _LEAST_LEFT_S = 1e-3
 _NEWEST_SHARE = 0.2
-
-OnEvent = Callable[[StreamItem], None]
 
 
 @dataclass(frozen=True)
@@ -119,16 +117,11 @@ class ServeBackend:
     async def _image(
         self, context: RequestContext, index: int, conditioning: Conditioning, encode_s: float
     ) -> GeneratedImage:
-        stream = (
-            None
-            if context.emit is None
-            else StreamingCall(self._replica, self._decoder, _file_form(context.job), context.emit, context.progress)
-        )
+        call = ImageCall(self._replica, self._decoder, _file_form(context.job), context.emit, context.progress)
         try:
-            result, data, decode_s = await self._denoise_and_decode(context, index, conditioning, stream)
+            result, data, decode_s = await self._denoise_and_decode(context, index, conditioning, call)
         finally:
-            if stream is not None:
-                stream.stop_previews()
+            call.stop_previews()
         image = GeneratedImage(
             data, context.job.seed + index, result.report, encode_s, decode_s, context.elapsed_s,
             _source_tokens(conditioning),
@@ -138,16 +131,12 @@ class ServeBackend:
         return image
 
     async def _denoise_and_decode(
-        self, context: RequestContext, index: int, conditioning: Conditioning, stream: StreamingCall | None
+        self, context: RequestContext, index: int, conditioning: Conditioning, call: ImageCall
     ) -> tuple[DenoiseResult, bytes, float]:
         """One image; it is made again (same seed) when its latents are lost with their group before the decoding."""
         for _ in range(self.settings.rebuild_attempts + 1):
             job = self._denoise_job(context, index, conditioning)
-            result: DenoiseResult = await (
-                result_of(self._replica.denoise.remote(job, conditioning))
-                if stream is None
-                else stream.result(job, conditioning)
-            )
+            result = await call.result(job, conditioning)
             try:
                 return result, *await self._decode(result, context.job)
             except ray.exceptions.ObjectLostError as error:

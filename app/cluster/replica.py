@@ -3,15 +3,15 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from dataclasses import replace
+from typing import Any
 
 import ray
 from ray import serve
 
 from app.cluster.by_reference import by_reference
 from app.cluster.group import RankGroup
-from app.cluster.progress_stream import ProgressFilter, poll_progress, result_or_none
 from app.engine.families import Family
 from app.errors import DeadlinePassedError, GroupFailedError, HistoryMismatchError, UnavailableError
 from app.logs import configure_logging
@@ -53,46 +53,30 @@ class FluxReplica:
             UnavailableError: the group broke again and again while it deferred this image.
             DeadlinePassedError: the deadline passed while the group was rebuilt.
         """
-        return await self._denoise(job, conditioning, lambda group: None)
+        (result,) = [item async for item in self.stream_denoise(job, conditioning, None)]
+        assert isinstance(result, DenoiseResult), "only streams have progress"
+        return result
 
     async def stream_denoise(
-        self, job: DenoiseJob, conditioning: Conditioning, progress: bool
-    ) -> AsyncGenerator[tuple[Progress, ...] | DenoiseResult, None]:
-        """As `denoise`, but told of on the way; the last item is the result.
+        self, job: DenoiseJob, conditioning: Conditioning, progress: bool | None
+    ) -> AsyncGenerator[list[Progress] | DenoiseResult, None]:
+        """`denoise` with events on the way; the last item is the result.
 
-        An image that is made again after a rebuild begins at step 0 once more, without the previews that were sent.
+        An image that is made again after a rebuild begins at step 0 once more.
 
         Args:
-            progress: yield all news; else only the first and those with a preview.
+            progress: see `Coordinator.stream`; None has no events.
         """
-        groups: asyncio.Queue[RankGroup] = asyncio.Queue()
-        image = asyncio.create_task(self._denoise(job, conditioning, groups.put_nowait))
-        selection = ProgressFilter(progress)
-        try:
-            while (group := await result_or_none(image, groups.get())) is not None:
-                selection.begin()
-                async for news in poll_progress(group.coordinator, job.row_id, image):
-                    if selected := selection.of(news):
-                        yield selected
-            yield await image
-        finally:
-            image.cancel()
-
-    async def _denoise(
-        self, job: DenoiseJob, conditioning: Conditioning, asked: Callable[[RankGroup], None]
-    ) -> DenoiseResult:
-        """Ask one group after another, telling ``asked`` of each, until one makes the image."""
         REQUEST_ID.set(job.request_id)
         tensors = by_reference(conditioning)
         came, asking = time.monotonic(), job
         for _ in range(self._settings.rebuild_attempts + 1):
             group = self._group
             try:
-                call = group.coordinator.denoise.remote(asking, [tensors])
-                asked(group)
-                result: DenoiseResult = await call
-                return result
-            except asyncio.CancelledError:
+                async for item in _items(group.coordinator, asking, tensors, progress):
+                    yield item
+                return
+            except (asyncio.CancelledError, GeneratorExit):
                 group.coordinator.cancel.remote(job.row_id)
                 raise
             except (GroupFailedError, ray.exceptions.RayActorError) as error:
@@ -159,6 +143,14 @@ class FluxReplica:
         bundles = ray.util.get_current_placement_group()
         assert bundles is not None, "Serve gives every replica the placement group that build() asks for"
         return await RankGroup.build(self._settings, bundles, self._replica, self._rebuilds, self._mismatches)
+
+
+async def _items(coordinator: Any, job: DenoiseJob, tensors: Any, progress: bool | None) -> AsyncGenerator[Any, None]:
+    if progress is None:
+        yield await coordinator.denoise.remote(job, [tensors])
+        return
+    async for item in coordinator.stream.options(num_returns="streaming").remote(job, [tensors], progress):
+        yield await item
 
 
 def _with_time_left(job: DenoiseJob, spent_s: float) -> DenoiseJob:

@@ -17,7 +17,6 @@ from ray import serve
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from app.api.backend import ImagesJob
-from app.cluster import backend as module
 from app.cluster.backend import ServeBackend
 from app.cluster.by_reference import INLINE_BYTES, by_reference
 from app.cluster.group import RankGroup
@@ -142,7 +141,7 @@ def images_job() -> ImagesJob:
 async def test_an_image_whose_rank_dies_before_it_is_decoded_is_made_again(
     decoder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "result_of", lambda response: response)
+    monkeypatch.setattr("app.cluster.image_call.result_of", lambda response: response)
     replica = Replica(losses=1)
     (image,) = await ServeBackend(Settings(), Encoder(), replica, decoder).generate(images_job())
     assert Image.open(io.BytesIO(image.data)).size == (128, 128)
@@ -151,7 +150,7 @@ async def test_an_image_whose_rank_dies_before_it_is_decoded_is_made_again(
 
 
 async def test_an_image_that_is_lost_each_time_is_given_up(decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "result_of", lambda response: response)
+    monkeypatch.setattr("app.cluster.image_call.result_of", lambda response: response)
     backend = ServeBackend(Settings(rebuild_attempts=1), Encoder(), Replica(losses=9), decoder)
     with pytest.raises(UnavailableError, match="ask again"):
         await backend.generate(images_job())

@@ -6,7 +6,7 @@ tests/serving/test_group.py and test_service.py have the same parts on Ray.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -37,7 +37,10 @@ class Remote:
         self._method, self._thread = method, thread
 
     def remote(self, *arguments: Any) -> asyncio.Future[Any]:
-        return asyncio.get_running_loop().run_in_executor(self._thread, self._method, *arguments)
+        result = asyncio.get_running_loop().run_in_executor(self._thread, self._method, *arguments)
+        # Unlike a reference of Ray's, a future complains when it is dropped with its error.
+        result.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return result
 
 
 class Handle:
@@ -69,6 +72,10 @@ class Group:
         """Begin an image."""
         return asyncio.create_task(self.coordinator.denoise(job(row_id, **options), [self._conditioning]))
 
+    def stream(self, row_id: str, *, progress: bool = True, **options: Any) -> AsyncGenerator[Any, None]:
+        """An image's events, then its result."""
+        return self.coordinator.stream(job(row_id, **options), [self._conditioning], progress)
+
     async def wait_until(self, name: str, images: int) -> None:
         """Wait until so many are ``running`` or ``waiting``."""
         async with asyncio.timeout(60):
@@ -96,24 +103,26 @@ async def group(conditioning: Conditioning) -> AsyncIterator[Group]:
         await asyncio.gather(running, return_exceptions=True)
 
 
-async def test_news_of_a_image(group: Group) -> None:
-    watched = asyncio.create_task(group.coordinator.events("a/0", 0))  # asked before the image is there
-    await asyncio.sleep(0)
-    image = group.start("a/0", partial_images=3, magcache=MagCacheOptions())
-    news, seen = await watched
-    while seen >= 0:
-        more, seen = await group.coordinator.events("a/0", seen)
-        news += more
-    result = await image
-    previews = [event for event in news if event.preview is not None]
+async def test_a_stream_has_the_progress_of_its_image(group: Group) -> None:
+    *batches, result = [item async for item in group.stream("a/0", partial_images=3, magcache=MagCacheOptions())]
+    events = [event for batch in batches for event in batch]
+    previews = [event for event in events if event.preview is not None]
     assert [event.step for event in previews] == [8, 15, 22]
     assert all(event.preview.shape == (64, 64) and event.preview.isfinite().all() for event in previews)
-    assert [event.step for event in news] == sorted(event.step for event in news)
-    assert news[0].decision == ""
-    assert all(event.decision == result.report.schedule[event.step - 1] for event in news if event.step)
-    assert all(event.steps == 28 for event in news)
-    assert news[0].eta_s == result.report.eta_seconds > 0
-    assert news[-1].eta_s < news[0].eta_s
+    assert [event.step for event in events] == sorted(event.step for event in events)
+    assert (events[0].step, events[0].decision) == (0, "")
+    assert events[-1].step == 28, "after the last step, whatever the pace"
+    assert all(event.decision == result.report.schedule[event.step - 1] for event in events if event.step)
+    assert all(event.steps == 28 for event in events)
+    assert events[0].eta_s == result.report.eta_seconds > 0
+    assert events[-1].eta_s < events[0].eta_s
+
+
+async def test_a_stream_without_progress_begins_and_has_previews(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.control.progress.PACE_S", 0.0)
+    *batches, result = [item async for item in group.stream("a/0", progress=False, partial_images=3)]
+    assert [event.step for batch in batches for event in batch] == [0, 8, 15, 22]
+    assert result.report.schedule == 28 * "C"
 
 
 class Sealed:
@@ -128,38 +137,54 @@ class Sealed:
 
 async def test_latents_pass_unopened(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("app.cluster.rank.by_reference", Sealed)
-    watched = asyncio.create_task(group.coordinator.events("a/0", 0))
-    result = await group.start("a/0", steps=4, partial_images=1)
+    *batches, result = [item async for item in group.stream("a/0", steps=4, partial_images=1)]
     assert isinstance(result.latents, Sealed)
     assert result.latents.tensor.shape == (64, 64)
-    news, seen = await watched
-    while seen >= 0:
-        more, seen = await group.coordinator.events("a/0", seen)
-        news += more
-    assert [type(event.preview) for event in news if event.preview is not None] == [Sealed]
+    events = [event for batch in batches for event in batch]
+    assert [type(event.preview) for event in events if event.preview is not None] == [Sealed]
 
 
-async def test_those_who_wait_hear_of_their_place(group: Group) -> None:
+async def test_a_waiting_stream_has_its_place_in_the_queue(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.cluster.coordinator.QUEUE_PROGRESS_S", 0.01)
     running = [group.start(f"a/{i}", steps=LONG) for i in range(2)]
     await group.wait_until("running", 2)
-    first, second = (group.start(f"b/{i}", steps=1) for i in range(2))
-    await group.wait_until("waiting", 2)
-    news, seen = await group.coordinator.events("b/1", 0)
-    assert [(event.step, event.queue_position, event.decision) for event in news] == [(0, 2, "")]
+    first = group.start("b/0", steps=1)
+    await group.wait_until("waiting", 1)
+    stream = group.stream("b/1", steps=1)
+    (event,) = await anext(stream)
+    assert (event.step, event.queue_position, event.decision) == (0, 2, "")
     await group.coordinator.cancel("b/0")
     with pytest.raises(asyncio.CancelledError):
         await first
-    news, seen = await group.coordinator.events("b/1", seen)
-    assert news[-1].queue_position == 1
+    async with asyncio.timeout(60):
+        while event.queue_position != 1:
+            (event,) = await anext(stream)
     await group.cancel("a", *running)
-    assert (await second).report.queue_position == 2
-    while seen >= 0:
-        _, seen = await group.coordinator.events("b/1", seen)
+    *_, result = [item async for item in stream]
+    assert result.report.queue_position == 2
 
 
-async def test_nobody_has_news_of_a_image_that_never_comes(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.cluster.coordinator.LINGER_S", 0.01)
-    assert await group.coordinator.events("nobody/0", 0) == ([], -1)
+async def test_a_stream_that_is_closed_ends_its_image(group: Group) -> None:
+    stream = group.stream("a/0", steps=LONG)
+    assert await anext(stream)
+    await stream.aclose()
+    await group.wait_until("running", 0)
+    assert await group.coordinator.cancel_request("a") == 0
+    assert (await group.start("b/0", steps=2)).report.schedule == "CC"
+    assert not group.rank._engine.rows
+
+
+async def exhausted(stream: AsyncGenerator[Any, None]) -> None:
+    async for _ in stream:
+        pass
+
+
+async def test_a_streams_request_is_cancelled(group: Group) -> None:
+    stream = group.stream("a/0", steps=LONG)
+    assert await anext(stream)
+    assert await group.coordinator.cancel_request("a") == 1
+    with pytest.raises(RequestCancelledError):
+        await asyncio.wait_for(exhausted(stream), 60)
 
 
 async def test_a_request_is_ended_whole_and_leaves_nothing_on_the_rank(group: Group) -> None:

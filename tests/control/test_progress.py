@@ -5,7 +5,8 @@ import asyncio
 import pytest
 import torch
 
-from app.control.progress import END, ProgressBuffer
+from app.control import progress
+from app.control.progress import ProgressBuffer
 from app.messages import Progress
 
 
@@ -13,41 +14,47 @@ def event(step: int, preview: bool = False) -> Progress:
     return Progress(0, step, 9, "C", 1.0, 0, torch.zeros(1) if preview else None)
 
 
-async def read(feed: ProgressBuffer, seen: int) -> tuple[list[int], int]:
-    events, last = await asyncio.wait_for(feed.read(seen), 10)
-    return [one.step for one in events], last
+async def read(buffer: ProgressBuffer) -> list[int]:
+    return [one.step for one in await asyncio.wait_for(buffer.read(), 10)]
 
 
 async def test_every_preview_and_the_latest_progress() -> None:
-    feed = ProgressBuffer()
-    assert feed.is_empty
+    buffer = ProgressBuffer()
     for step, preview in [(0, False), (1, False), (2, True), (3, False), (4, False), (5, True), (6, False)]:
-        feed.push(event(step, preview))
-    assert not feed.is_empty
-    steps, last = await read(feed, 0)
-    assert steps == [2, 5, 6]
-    feed.push(event(7))
-    assert await read(feed, last) == ([7], last + 1)
+        buffer.push(event(step, preview))
+    assert await read(buffer) == [2, 5, 6]
+    buffer.push(event(7))
+    assert await read(buffer) == [7]
 
 
-async def test_reading_waits_for_news() -> None:
-    feed = ProgressBuffer()
-    reading = asyncio.create_task(read(feed, 0))
+async def test_reading_waits_for_events() -> None:
+    buffer = ProgressBuffer()
+    reading = asyncio.create_task(read(buffer))
     await asyncio.sleep(0)
     assert not reading.done()
-    feed.push(event(1))
-    steps, last = await reading
-    assert steps == [1]
+    buffer.push(event(1))
+    assert await reading == [1]
     with pytest.raises(TimeoutError):
-        await asyncio.wait_for(feed.read(last), 0.01)
+        await asyncio.wait_for(buffer.read(), 0.01)
 
 
-async def test_what_was_told_before_the_end_is_still_read() -> None:
-    feed = ProgressBuffer()
-    feed.push(event(8, preview=True))
-    feed.push(event(9))
-    feed.close()
-    steps, last = await read(feed, 0)
-    assert steps == [8, 9]
-    assert await feed.read(last) == END
-    assert await feed.read(0) == END, "what was seen is forgotten"
+async def test_events_before_the_end_are_still_read() -> None:
+    buffer = ProgressBuffer()
+    buffer.push(event(8, preview=True))
+    buffer.push(event(9))
+    buffer.close()
+    assert await read(buffer) == [8, 9]
+    assert await read(buffer) == []
+
+
+@pytest.mark.parametrize(
+    ("steps", "pace_s", "due"),
+    [(True, 0.0, (True, True)), (True, 3600.0, (False, True)), (False, 0.0, (False, False))],
+)
+async def test_events_are_due(monkeypatch: pytest.MonkeyPatch, steps: bool, pace_s: float, due: tuple) -> None:
+    """The first always; then at the pace and after the last step, or not at all where only previews are wanted."""
+    monkeypatch.setattr(progress, "PACE_S", pace_s)
+    buffer = ProgressBuffer(steps)
+    assert buffer.is_due()
+    buffer.push(event(0))
+    assert (buffer.is_due(), buffer.is_due(last=True)) == due
