@@ -36,7 +36,7 @@ _NEWEST_SHARE = 0.2
 
 @dataclass(frozen=True)
 class RequestContext:
-    """A job on its way: since when, and whom to emit of it (nobody when it is not streamed)."""
+    """A job, when it came, and where its events go; ``emit`` is None when it is not streamed."""
 
     job: ImagesJob
     started: float
@@ -217,7 +217,7 @@ class ServeBackend:
         )
 
     async def metric_families(self) -> list[Metric]:
-        """The encoder's and all coordinators' families, merged; who does not answer is left out."""
+        """The encoder's and all coordinators' families, merged; those that do not answer in time are left out."""
         coordinators, encoder = await asyncio.gather(
             call_all_coordinators("metric_families"), _families_of(self._encoder)
         )

@@ -1,4 +1,4 @@
-"""What went wrong behind the ingress, as the client is told."""
+"""Maps errors of Ray and of the deployments to errors of the API."""
 
 import ray
 from ray.serve.exceptions import RayServeException
@@ -8,7 +8,7 @@ from magcache_core import ConfigError
 
 
 def to_service_error(error: BaseException, other_phases_s: float) -> BaseException:
-    """The error to raise in the ingress for one that a call to another part raised; ``error`` if nobody foresaw it.
+    """The error to raise in the ingress for one that a call to another part raised; ``error`` itself if unforeseen.
 
     Args:
         other_phases_s: what the request took before it was denoised, and will take afterwards.

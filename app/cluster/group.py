@@ -29,7 +29,7 @@ class RankGroup:
     async def build(
         cls, settings: Settings, bundles: PlacementGroup, replica: str, rebuilds: int, mismatches: int = 0
     ) -> "RankGroup":
-        """Start the actors, let the ranks meet, load and warm_up, then start the coordinator.
+        """Start the actors, let the ranks meet, load and warm up, then start the coordinator.
 
         Args:
             bundles: one bundle per rank.

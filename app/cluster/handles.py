@@ -1,4 +1,4 @@
-"""Calls through Serve's handles that end with whoever awaits them."""
+"""Calls through Serve's handles that are cancelled together with the task that awaits them."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable

@@ -132,7 +132,7 @@ class FluxReplica:
             try:
                 self._group = await self._build()
                 break
-            except Exception as failure:  # whatever it is, those who wait for a group must hear of it
+            except Exception as failure:  # whatever it is, the calls that wait for a group must end
                 logger.error("rebuild %d of %d failed: %s", attempt, self._settings.rebuild_attempts, failure)
         else:
             self._failure = GroupFailedError(f"the tensor-parallel group cannot be rebuilt: {error}")

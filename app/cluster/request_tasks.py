@@ -14,12 +14,12 @@ class RequestTask:
     def __init__(self, images: int, work: Coroutine[Any, Any, list[GeneratedImage]]) -> None:
         self.images = images
         self.task = asyncio.create_task(work)
-        # Who asked may be gone before the task fails; that is no news then.
+        # Retrieved, so that asyncio does not warn when the client left before the task failed.
         self.task.add_done_callback(lambda task: task.cancelled() or task.exception())
         self._ended = False
 
     def cancel(self) -> None:
-        """Cancel the request; whoever waits for it is told."""
+        """Cancel the request; `result` then raises `RequestCancelledError`."""
         self._ended = True
         self.task.cancel()
 
