@@ -1,10 +1,14 @@
 """Maps errors of Ray and of the deployments to errors of the API."""
 
+import logging
+
 import ray
 from ray.serve.exceptions import RayServeException
 
 from app.errors import DeadlineImpossibleError, InvalidRequestError, ServiceError, UnavailableError
 from magcache_core import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def to_service_error(error: BaseException, other_phases_s: float) -> BaseException:
@@ -31,7 +35,8 @@ def to_service_error(error: BaseException, other_phases_s: float) -> BaseExcepti
             param="magcache.computed_steps",
         )
     if isinstance(cause, (ray.exceptions.RayActorError, RayServeException)):
-        return UnavailableError(f"a part of the service is restarting: {cause}")
+        logger.warning("a part of the service is restarting: %s", cause)
+        return UnavailableError("a part of the service is restarting; ask again")
     return error
 
 

@@ -50,7 +50,7 @@ class FluxReplica:
         """Denoise one image; a group that breaks meanwhile is rebuilt and the image made again (same seed).
 
         Raises:
-            UnavailableError: the group broke again and again while it deferred this image.
+            UnavailableError: the group broke again and again while it made this image.
             DeadlinePassedError: the deadline passed while the group was rebuilt.
         """
         (result,) = [item async for item in self.stream_denoise(job, conditioning, None)]

@@ -77,5 +77,8 @@ def test_what_serve_and_ray_say_becomes_a_status() -> None:
     gone = to_service_error(DeploymentUnavailableError(None), 0.0)
     dead = to_service_error(ExceptionGroup("", [ray.exceptions.ActorDiedError()]), 0.0)
     assert [getattr(error, "status", None) for error in (gone, dead)] == [503, 503]
+    # Addresses, pids and actors' names are for the log, not for clients.
+    named = ray.exceptions.RayActorError(error_msg="pid=123, ip=10.0.0.7, actor flux-coordinator:abc")
+    assert {str(to_service_error(error, 0.0)) for error in (named, dead, gone)} == {str(gone)}
     unforeseen = ExceptionGroup("", [KeyError("x")])
     assert to_service_error(unforeseen, 0.0) is unforeseen
