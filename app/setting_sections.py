@@ -4,7 +4,7 @@
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -15,11 +15,11 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
-def unknown_name(kind: str, name: str, valid: Iterable[str]) -> str:
-    """The message for a name that does not exist: it offers the nearest valid one, or lists them all."""
+def unknown_name(kind: str, name: str, valid: Iterable[str], fits: Callable[[str], bool] = lambda name: True) -> str:
+    """The message for a name that does not exist: it offers the nearest valid one that ``fits``, or lists them all."""
     names = sorted(valid)
-    nearest = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
-    advice = f"did you mean {nearest[0]!r}?" if nearest else f"valid names: {', '.join(names)}"
+    nearest = next(filter(fits, difflib.get_close_matches(name.lower(), names, n=5, cutoff=0.5)), None)
+    advice = f"did you mean {nearest!r}?" if nearest else f"valid names: {', '.join(names)}"
     return f"unknown {kind} {name[:80]!r}; {advice}"
 
 

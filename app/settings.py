@@ -55,8 +55,11 @@ class Settings(Section):
         min_length=1,
         description="Commit, tag or branch of a model on the hub; null is its newest, which may change under you.",
     )
-    served_model_name: str | None = Field(
-        default=None, min_length=1, description="The model's name over HTTP; null is the last part of `model`."
+    served_model_name: str | list[str] | None = Field(
+        default=None,
+        min_length=1,
+        description="The model's name over HTTP; null is the last part of `model`. Of a list the first is the name, "
+        "and the others are aliases that requests may name as well, for example `gpt-image-1`.",
     )
     device: Device = Field(default="cpu", description="Where the transformer's ranks run.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
@@ -191,9 +194,13 @@ class Settings(Section):
 
     @field_validator("served_model_name")
     @classmethod
-    def _printable(cls, value: str | None) -> str | None:
-        if value is not None and not value.isprintable():
-            raise ValueError(f"served_model_name is {value!r}; use printable characters only")
+    def _printable(cls, value: str | list[str] | None) -> str | list[str] | None:
+        names = [value] if isinstance(value, str) else value or []
+        for name in names:
+            if not name or not name.isprintable():
+                raise ValueError(f"served_model_name is {name!r}; use printable characters only, and at least one")
+        if len(set(names)) < len(names):
+            raise ValueError(f"served_model_name is {value!r}; give each name once")
         return value
 
     @field_validator("model")
@@ -263,7 +270,13 @@ class Settings(Section):
     @property
     def model_name(self) -> str:
         """The model's name over HTTP and in metrics."""
-        return self.served_model_name or self.model.rstrip("/").rpartition("/")[2]
+        return self.model_names[0]
+
+    @property
+    def model_names(self) -> list[str]:
+        """The model's name and its aliases."""
+        named = self.served_model_name or self.model.rstrip("/").rpartition("/")[2]
+        return [named] if isinstance(named, str) else named
 
     @property
     def encoder_runs_on(self) -> Device:

@@ -26,9 +26,10 @@ def test_the_defaults_are_valid_and_frozen() -> None:
         ("/data/flux/", None, "flux"),
         ("black-forest-labs/FLUX.1-dev", None, "FLUX.1-dev"),
         ("models/flux-tiny", "acme/flux", "acme/flux"),
+        ("models/flux-tiny", ["flux", "gpt-image-1"], "flux"),
     ],
 )
-def test_the_models_name(model: str, served: str | None, name: str) -> None:
+def test_the_models_name(model: str, served: str | list[str] | None, name: str) -> None:
     assert Settings(model=model, served_model_name=served).model_name == name
 
 
@@ -69,6 +70,8 @@ def test_helpers_run_where_the_ranks_run_unless_told() -> None:
         ({"model": ""}, ("model",), "at least 1 character"),
         ({"model": "/"}, ("model",), "name a folder or a hub id"),
         ({"served_model_name": "a\nb"}, ("served_model_name",), "printable"),
+        ({"served_model_name": ["a", ""]}, ("served_model_name",), "at least one"),
+        ({"served_model_name": ["a", "b", "a"]}, ("served_model_name",), "give each name once"),
         ({"gpus_per_rank": 0.5}, ("gpus_per_rank",), "greater than 0.5"),
         ({"cpus_per_rank": float("nan")}, ("cpus_per_rank",), "finite"),
         ({"log_level": "info"}, ("log_level",), "'INFO'"),

@@ -11,9 +11,10 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from app.api.backend import SourcePixels
 from app.api.forms import Form, coerce_form_fields, read_form
 from app.api.middleware import EDITS_PATH
-from app.api.resolve import resolve_request
+from app.api.resolve import ResolvedRequest, resolve_request
 from app.api.routes import IMAGES_RESPONSES, Service, answer
 from app.api.schemas import EditsRequest
 from app.api.uploads import read_upload, size_like
@@ -61,8 +62,13 @@ async def edit(request: Request) -> Response:
     form = await read_form(request, settings.http.max_edit_bytes, settings.http.max_body_bytes)
     family = await service.get_backend().family()
     images = uploads_of(form, family)
-    body = parse(coerce_form_fields(form.fields, EditsRequest), EditsRequest)
-    strength = strength_of(body, family)
+
+    def resolve(body: EditsRequest, accept: str = "", sources: tuple[SourcePixels, ...] = ()) -> ResolvedRequest:
+        strength = strength_of(body, family)
+        return resolve_request(body, settings, family, request.state.request_id, accept, sources, strength)
+
+    body = parse(coerce_form_fields(form.fields, EditsRequest), EditsRequest, resolve)
+    resolve(body)  # refused before anything is decoded
     in_thread = asyncio.get_running_loop().run_in_executor
     sources = [
         await in_thread(_decoding, read_upload, data, name, settings.http.max_source_pixels) for name, data in images
@@ -70,8 +76,7 @@ async def edit(request: Request) -> Response:
     if body.size in (None, "auto"):
         width, height = size_like(sources[0], settings.sampling)
         body = body.model_copy(update={"size": f"{width}x{height}"})
-    accept = request.headers.get("accept", "")
-    resolved = resolve_request(body, settings, family, request.state.request_id, accept, tuple(sources), strength)
+    resolved = resolve(body, request.headers.get("accept", ""), tuple(sources))
     if body.input_fidelity is not None:
         resolved = replace(
             resolved, warnings=(*resolved.warnings, f"input_fidelity is ignored: {family.name} has no such switch")

@@ -98,7 +98,7 @@ def event_of(resolved: ResolvedRequest, item: StreamItem, kind: Kind = "image_ge
             {
                 "type": f"{kind}.completed",
                 "index": item.seed - job.seed,
-                **image_reply(job, item).model_dump(),
+                **image_reply(resolved, item).model_dump(),
                 "usage": usage(resolved, [item]).model_dump(),
                 "warnings": all_warnings(resolved, [item]),
                 **common,

@@ -37,6 +37,8 @@ async def read_form(request: Request, max_bytes: int, max_field_bytes: int) -> F
 
     Raises:
         InvalidRequestError: another type of body, a broken or too large one, or a field that is there twice.
+
+    A field without a value counts as absent.
     """
     require_media_type(request, "multipart/form-data", "multipart/form-data with the image in the field image")
     parser = MultiPartParser(
@@ -55,7 +57,10 @@ async def read_form(request: Request, max_bytes: int, max_field_bytes: int) -> F
     try:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
-                files.append((name, await value.read()))
+                if value.filename or value.size:
+                    files.append((name, await value.read()))
+            elif not value.strip():
+                continue  # an empty field of a form is no wish
             elif name in fields:
                 raise InvalidRequestError(f"{name[:80]} is given twice", param=name[:80])
             else:
@@ -68,8 +73,9 @@ async def read_form(request: Request, max_bytes: int, max_field_bytes: int) -> F
 def coerce_form_fields(fields: dict[str, str], schema: type[BaseModel]) -> dict[str, Any]:
     """Text fields as ``schema`` takes them from JSON.
 
-    Text that should be a number, a switch or an object is read as JSON; what isn't any stays text, for the schema to
-    refuse by name. ``magcache[enabled]``, as OpenAI's client writes nested fields, is ``enabled`` within ``magcache``.
+    Text that should be a number, a switch or an object is read as JSON, a switch in any case; what isn't any stays
+    text, for the schema to refuse by name. ``magcache[enabled]``, as OpenAI's client writes nested fields, is
+    ``enabled`` within ``magcache``.
     """
     body: dict[str, Any] = {}
     for name, text in fields.items():
@@ -86,7 +92,7 @@ def coerce_form_fields(fields: dict[str, str], schema: type[BaseModel]) -> dict[
 
 def _value(text: str, schema: type[BaseModel], name: str) -> Any:
     field = schema.model_fields.get(_ALIASES.get(name, name))
-    return text if field is None or _takes_text(field.annotation) else _json(text)
+    return text if field is not None and _takes_text(field.annotation) else _json(text)
 
 
 def _takes_text(annotation: Any) -> bool:
@@ -96,8 +102,9 @@ def _takes_text(annotation: Any) -> bool:
 
 
 def _json(text: str) -> Any:
-    if not text.strip():
-        return None  # an empty field of a form is no wish
+    switch = {"true": True, "false": False}.get(text.strip().lower())
+    if switch is not None:
+        return switch  # Python clients send False
     try:
         return json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):

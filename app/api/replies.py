@@ -11,7 +11,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from app.api.backend import GeneratedImage, ImagesJob
+from app.api.backend import GeneratedImage
 from app.api.resolve import ResolvedRequest
 from app.api.schemas import ImageReply, ImagesReply, MagCacheReply, Timings, TokenDetails, Usage
 from app.engine.geometry import Geometry
@@ -44,7 +44,7 @@ def images_response(resolved: ResolvedRequest, images: list[GeneratedImage]) -> 
         return Response(images[0].data, media_type=f"image/{resolved.job.output_format}", headers=headers)
     reply = ImagesReply(
         created=int(time.time()),
-        data=[image_reply(resolved.job, image) for image in images],
+        data=[image_reply(resolved, image) for image in images],
         output_format=resolved.job.output_format,
         quality=resolved.quality,
         size=resolved.size,
@@ -63,7 +63,7 @@ def all_warnings(resolved: ResolvedRequest, images: Sequence[GeneratedImage]) ->
 
 
 def usage(resolved: ResolvedRequest, images: Sequence[GeneratedImage]) -> Usage:
-    """Tokens of ``ask``'s prompts, of the images that it sent, and of those that it gets."""
+    """Tokens of the request's prompts, of the images that it sent, and of those that it gets."""
     sources = images[0].source_tokens
     output = len(images) * Geometry.of(resolved.job.width, resolved.job.height).tokens
     return Usage(
@@ -74,11 +74,13 @@ def usage(resolved: ResolvedRequest, images: Sequence[GeneratedImage]) -> Usage:
     )
 
 
-def image_reply(job: ImagesJob, image: GeneratedImage) -> ImageReply:
+def image_reply(resolved: ResolvedRequest, image: GeneratedImage) -> ImageReply:
     """One image as JSON has it."""
-    report = image.report
+    report, job = image.report, resolved.job
+    content = base64.b64encode(image.data).decode("ascii")
     return ImageReply(
-        b64_json=base64.b64encode(image.data).decode("ascii"),
+        b64_json=None if resolved.as_url else content,
+        url=f"data:image/{job.output_format};base64,{content}" if resolved.as_url else None,
         seed=image.seed,
         magcache=MagCacheReply(
             enabled=job.magcache.enabled,

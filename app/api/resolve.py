@@ -12,7 +12,7 @@ from typing import get_args
 from app.api.backend import ImagesJob, OutputFormat, SourcePixels
 from app.api.cache_options import cache_options
 from app.api.guidance import guidance_scale, true_cfg
-from app.api.schemas import MAX_SEED, ImagesRequest, MagCacheBody, Quality
+from app.api.schemas import DRAW_A_SEED, MAX_SEED, ImagesRequest, MagCacheBody, Quality
 from app.engine.families import Family
 from app.errors import InvalidRequestError, ModelNotFoundError
 from app.messages import COND, UNCOND, first_step
@@ -21,22 +21,25 @@ from app.settings import SamplingSettings, Settings
 # Drawn seeds stay exact in JSON readers whose only number is a double.
 _DRAWN_SEEDS = 2**53
 _FORMATS: tuple[OutputFormat, ...] = get_args(OutputFormat)
-# The names of DALL-E's days.
-_QUALITIES: dict[str, Quality] = {"standard": "auto", "hd": "high"}
+# DALL-E 3's names, and those above `high` of OpenAI's newer models.
+_QUALITIES: dict[str, Quality] = {"standard": "auto", "hd": "high", "xhigh": "high", "max": "high"}
+_IGNORED = ("style", "complexity", "frame_count", "frame_duration_ms", "svg")
 
 
 @dataclass(frozen=True)
 class ResolvedRequest:
-    """A job, the form of its reply, and what the request asked for without effect.
+    """A resolved request: the job, the form of its reply, and warnings of what has no effect.
 
     Attributes:
         as_file: the reply is the bare file.
+        as_url: the JSON reply has the file as a ``data:`` URL.
         stream: the reply is a stream of events, with ``progress`` of each step.
         text_tokens: tokens that the model reads, padding and the negative prompt included.
     """
 
     job: ImagesJob
     as_file: bool
+    as_url: bool
     stream: bool
     progress: bool
     quality: Quality
@@ -68,7 +71,7 @@ def resolve_request(
     Raises:
         ServiceError: the request is beyond the server's limits or contradicts itself; ``param`` names the field.
     """
-    if request.model is not None and request.model != settings.model_name:
+    if request.model and request.model not in settings.model_names:
         raise ModelNotFoundError(
             f"model {request.model[:80]!r} is not served here; this service has {settings.model_name!r}", param="model"
         )
@@ -87,15 +90,20 @@ def resolve_request(
     output_format, as_file = _reply_form(request, "" if stream else accept)
     if as_file and stream:
         raise InvalidRequestError(
-            "response_format 'file' is one file, and a stream is events; resolved for b64_json", param="response_format"
+            "response_format 'file' is one file, and a stream is events; ask for 'b64_json'", param="response_format"
         )
     if as_file and n != 1:
-        raise InvalidRequestError(f"n is {n}, but a file reply holds one image; resolved for b64_json", param="n")
+        raise InvalidRequestError(f"n is {n}, but a file reply holds one image; ask for 'b64_json'", param="n")
+    if stream and request.response_format == "url":
+        warnings.append("response_format 'url' is ignored: the events of a stream carry b64_json")
+    warnings += [
+        f"{name} is ignored: this service has no such switch" for name in _IGNORED if getattr(request, name) is not None
+    ]
     if request.output_compression is not None and output_format == "png":
         warnings.append("output_compression is ignored: png is lossless")
     negative_prompt, true_cfg_scale = true_cfg(request, family, warnings)
     branches = (COND,) if negative_prompt is None else (COND, UNCOND)
-    quality = _quality(request)
+    quality = _quality(request, warnings)
     steps_to_run = steps - first_step(steps, strength)
     job = ImagesJob(
         request_id=request_id,
@@ -120,6 +128,7 @@ def resolve_request(
     return ResolvedRequest(
         job=job,
         as_file=as_file,
+        as_url=request.response_format == "url" and not stream,
         stream=stream,
         progress=request.progress or False,
         quality=quality,
@@ -134,8 +143,10 @@ def _check_stream(request: ImagesRequest, stream: bool) -> None:
             raise InvalidRequestError(f"{name} comes as events of a stream: set stream to true", param=name)
 
 
-def _quality(request: ImagesRequest) -> Quality:
+def _quality(request: ImagesRequest, warnings: list[str]) -> Quality:
     asked = request.quality or "auto"
+    if asked in ("xhigh", "max"):
+        warnings.append(f"quality {asked!r} is taken as 'high'; magcache.enabled false computes every step")
     return _QUALITIES.get(asked, asked)  # type: ignore[arg-type]
 
 
@@ -184,12 +195,7 @@ def _nearest_side(side: int, limits: SamplingSettings) -> int:
 
 def _reply_form(request: ImagesRequest, accept: str) -> tuple[OutputFormat, bool]:
     """The file format, and whether the reply is the bare file: ``response_format`` decides before the Accept header."""
-    if request.response_format == "url":
-        raise InvalidRequestError(
-            "response_format 'url' is not possible: this service keeps no images; use 'b64_json' or 'file'",
-            param="response_format",
-        )
-    offered = _accepted_images(accept) if request.response_format != "b64_json" else None
+    offered = _accepted_images(accept) if request.response_format in (None, "file") else None
     if offered is None:
         return request.output_format or "png", request.response_format == "file"
     if not offered:
@@ -226,7 +232,7 @@ def _accepted_images(accept: str) -> Sequence[OutputFormat] | None:
 
 
 def _seed(seed: int | None, n: int) -> int:
-    if seed is None:
+    if seed is None or seed == DRAW_A_SEED:
         return secrets.randbelow(_DRAWN_SEEDS - n + 1)
     if seed + n - 1 > MAX_SEED:
         raise InvalidRequestError(f"seed + n - 1 must be at most {MAX_SEED}: each image has its own seed", param="seed")

@@ -47,15 +47,18 @@ class Service:
         self.metrics.observe_phases(**phases, request_id=request_id)
         attributes: Attributes = {
             "flux.request_id": request_id,
-            "flux.seed": image.seed,
+            "flux.seed": image.seed if image.seed < 2**63 else str(image.seed),  # spans have no larger integers
             "flux.schedule": report.schedule,
         }
         self.tracing.image(**phases, attributes=attributes)
 
     @property
-    def card(self) -> ModelCard:
-        """The served model, as OpenAI's clients list it."""
-        return ModelCard(id=self.settings.model_name, created=self.started, owned_by="flux-magcache-serve")
+    def cards(self) -> list[ModelCard]:
+        """The served model, as OpenAI's clients list it, under each of its names."""
+        return [
+            ModelCard(id=name, created=self.started, owned_by="flux-magcache-serve")
+            for name in self.settings.model_names
+        ]
 
 
 def _service(request: Request) -> Service:
@@ -85,13 +88,13 @@ IMAGES_RESPONSES: Mapping[int | str, dict[str, Any]] = {
         s400="A field is wrong; `param` names it.",
         s404="No such model.",
         s406="`Accept` asks for an image type that does not exist here.",
-        s409="Somebody cancelled the request.",
+        s409="The request was cancelled.",
         s413="The body is too large.",
         s415="The body is not JSON.",
         s422="`deadline_s` cannot be met; `X-Soonest-Seconds` says what can.",
-        s429="The queue is full; `Retry-After` says when to resolved again.",
+        s429="The queue is full; `Retry-After` says when to ask again.",
         s500="The images could not be made.",
-        s503="Not ready; `Retry-After` says when to resolved again.",
+        s503="Not ready; `Retry-After` says when to ask again.",
         s504="`deadline_s` passed.",
     ),
 }
@@ -113,12 +116,15 @@ IMAGES_RESPONSES: Mapping[int | str, dict[str, Any]] = {
 async def generate(request: Request) -> Response:
     """OpenAI's image generation, with FLUX's and MagCache's own settings beside OpenAI's."""
     service = _service(request)
-    body = parse(await read_json(request, service.settings.http.max_body_bytes), ImagesRequest)
-    family = await service.get_backend().family()
-    resolved = resolve_request(
-        body, service.settings, family, request.state.request_id, request.headers.get("accept", "")
+    fields = await read_json(request, service.settings.http.max_body_bytes)
+    resolve = partial(
+        resolve_request,
+        settings=service.settings,
+        family=await service.get_backend().family(),
+        request_id=request.state.request_id,
     )
-    return await answer(request, resolved)
+    body = parse(fields, ImagesRequest, resolve)
+    return await answer(request, resolve(body, accept=request.headers.get("accept", "")))
 
 
 async def answer(request: Request, resolved: ResolvedRequest, kind: Kind = "image_generation") -> Response:
@@ -176,8 +182,8 @@ async def health(request: Request) -> Response:
 
 @router.get("/v1/models", summary="List the served models", tags=["models"])
 async def list_models(request: Request) -> ModelList:
-    """One model is served."""
-    return ModelList(data=[_service(request).card])
+    """One model is served, under its name and its aliases."""
+    return ModelList(data=_service(request).cards)
 
 
 @router.get(
@@ -185,10 +191,11 @@ async def list_models(request: Request) -> ModelList:
 )
 async def get_model(model_id: str, request: Request) -> ModelCard:
     """The model named ``model_id``."""
-    card = _service(request).card
-    if model_id != card.id:
-        raise ModelNotFoundError(f"model {model_id[:80]!r} is not served here; there is {card.id!r}", param="model")
-    return card
+    cards = _service(request).cards
+    for card in cards:
+        if card.id == model_id:
+            return card
+    raise ModelNotFoundError(f"model {model_id[:80]!r} is not served here; there is {cards[0].id!r}", param="model")
 
 
 @router.get(

@@ -1,20 +1,31 @@
 """The OpenAI images dialect as pydantic models, with this service's own fields beside OpenAI's.
 
-Strict: ``"28"`` is not ``28``, ``true`` is no number. ``null`` counts as absent everywhere, as OpenAI has it.
+Strict: ``"28"`` is not ``28``, ``true`` is no number; ``28.0`` is the integer that it equals. ``null`` counts as absent
+everywhere, as OpenAI has it.
 """
 
 from typing import Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator
 
 from app.api.backend import OutputFormat
 
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**64 - 1
+DRAW_A_SEED = -1
 MOST_URGENT = 10
 MAX_PARTIAL_IMAGES = 3
 _DAY_S = 86400.0
+_EXACT = 2**53
+"""Integers up to here are exact as doubles."""
+
+_IGNORED = "Accepted for OpenAI's clients, without effect and with a warning."
 
 Quality = Literal["low", "medium", "high", "auto"]
+
+
+def integral(value: object) -> object:
+    """A float that is an integer as that integer: JSON has one kind of number, and some clients write ``1.0``."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) <= _EXACT else value
 
 
 class MagCacheBody(BaseModel):
@@ -41,6 +52,8 @@ class MagCacheBody(BaseModel):
         description="The fewest steps to compute when a deadline or a busy server would take some away.",
     )
 
+    _integral = field_validator("mag_max_skip_steps", "computed_steps", "min_computed_steps", mode="before")(integral)
+
 
 class ImagesRequest(BaseModel):
     """The body of `POST /v1/images/generations`."""
@@ -57,9 +70,12 @@ class ImagesRequest(BaseModel):
     n: int | None = Field(default=None, ge=1, description="Number of images, 1 by default; image i uses seed + i.")
     size: str | None = Field(default=None, description="`WIDTHxHEIGHT` in pixels, or `auto` for the server's default.")
     response_format: Literal["b64_json", "file", "url"] | None = Field(
-        default=None, description="`b64_json` (default), or `file` for the bytes of one image. `url` is refused."
+        default=None,
+        description="`b64_json` (default); `url` for a `data:` URL of the file; or `file` for the bytes of one image.",
     )
-    output_format: OutputFormat | None = Field(default=None, description="File format, `png` by default.")
+    output_format: OutputFormat | None = Field(
+        default=None, description="File format, `png` by default. `jpg` is `jpeg`."
+    )
     output_compression: int | None = Field(
         default=None, ge=0, le=100, description="Quality of jpeg and webp, 100 by default; png is lossless."
     )
@@ -75,18 +91,20 @@ class ImagesRequest(BaseModel):
         validation_alias=AliasChoices("true_cfg_scale", "cfg_scale"),
         description="Strength of `negative_prompt`: 2 by default, no effect at 1 or below. Alias: `cfg_scale`.",
     )
-    seed: int | None = Field(default=None, ge=0, le=MAX_SEED, description="Drawn and returned when left out.")
+    seed: int | None = Field(
+        default=None, ge=DRAW_A_SEED, le=MAX_SEED, description="Drawn and returned when left out or -1."
+    )
     magcache: MagCacheBody | None = Field(default=None, description="MagCache settings of this request.")
-    quality: Literal["auto", "low", "medium", "high", "standard", "hd"] | None = Field(
+    quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] | None = Field(
         default=None,
         description="Share of the steps that compute: the server's presets `low`, `medium` and `high`, or its default "
-        "policy, `auto`. `standard` is `auto`, `hd` is `high`.",
+        "policy, `auto`. `standard` is `auto`; `hd`, `xhigh` and `max` are `high`.",
     )
     priority: int | None = Field(
         default=None,
         ge=-MOST_URGENT,
         le=MOST_URGENT,
-        description="Higher goes first when requests wait, 0 by default; who waits long overtakes.",
+        description="Higher goes first when requests wait, 0 by default; those that wait long overtake.",
     )
     deadline_s: float | None = Field(
         default=None,
@@ -103,12 +121,29 @@ class ImagesRequest(BaseModel):
         default=None, description="Have `flux.progress` events of the steps in a stream. OpenAI has no such event."
     )
     background: Literal["auto", "opaque"] | None = Field(default=None, description="FLUX paints opaque images only.")
-    moderation: Literal["auto", "low"] | None = Field(default=None, description="Accepted; the service moderates not.")
-    style: None = Field(default=None, description="OpenAI's styles do not exist here; describe one in the prompt.")
+    moderation: Literal["auto", "low"] | None = Field(
+        default=None, description="Accepted and ignored; there is no moderation."
+    )
+    style: Literal["vivid", "natural"] | None = Field(
+        default=None, description="Accepted, without effect and with a warning: describe a style in the prompt."
+    )
+    complexity: Any = Field(default=None, description=_IGNORED)
+    frame_count: Any = Field(default=None, description=_IGNORED)
+    frame_duration_ms: Any = Field(default=None, description=_IGNORED)
+    svg: Any = Field(default=None, description=_IGNORED)
     user: str | None = Field(default=None, max_length=256, description="Accepted for OpenAI's clients; not used.")
     safety_identifier: str | None = Field(
         default=None, max_length=256, description="Accepted for OpenAI's clients; not used."
     )
+
+    _integral = field_validator(
+        "n", "output_compression", "num_inference_steps", "seed", "priority", "partial_images", mode="before"
+    )(integral)
+
+    @field_validator("output_format", mode="before")
+    @classmethod
+    def _jpeg(cls, value: object) -> object:
+        return "jpeg" if value == "jpg" else value
 
 
 class EditsRequest(ImagesRequest):
@@ -134,7 +169,7 @@ REASONS = {
     "quality": "for every step, set magcache.enabled to false; for a number of them, magcache.computed_steps",
     "background": "FLUX paints opaque images only",
     "style": "this model has no style switch: describe the style in the prompt",
-    "seed": "leave it out for a random one, which the reply names",
+    "seed": "leave it out, or send -1, for a random one, which the reply names",
 }
 
 
@@ -164,7 +199,8 @@ class Timings(BaseModel):
 class ImageReply(BaseModel):
     """One image."""
 
-    b64_json: str = Field(description="The file, base64.")
+    b64_json: str | None = Field(description="The file, base64; `null` with `response_format: url`.")
+    url: str | None = Field(description="With `response_format: url` the file as a `data:` URL.")
     seed: int = Field(description="The seed that makes this very image again.")
     magcache: MagCacheReply
     timings: Timings

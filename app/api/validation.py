@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import ValidationError
 from starlette.requests import Request
 
 from app.api.bodies import bounded, require_media_type
-from app.api.schemas import REASONS, ImagesRequest, MagCacheBody
-from app.errors import InvalidRequestError
-from app.settings import unknown_name
+from app.api.schemas import REASONS, ImagesRequest
+from app.api.unknown_fields import explain_unknown
+from app.errors import InvalidRequestError, ServiceError
 
-_MAGCACHE_NAMES = [*MagCacheBody.model_fields]
 Body = TypeVar("Body", bound=ImagesRequest)
 
 
@@ -23,8 +23,8 @@ async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
     require_media_type(request, json_type, f"JSON with the header Content-Type: {json_type}", undeclared=json_type)
     body = b"".join([chunk async for chunk in bounded(request, max_bytes)])
     try:
-        # json.loads guesses UTF-16 and UTF-32 for bytes; JSON over HTTP is UTF-8.
-        value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+        # json.loads guesses UTF-16 and UTF-32 for bytes; JSON over HTTP is UTF-8, with Windows' mark before it or not.
+        value = json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise InvalidRequestError(f"the body is not valid JSON: {reason[:200]}", code="invalid_json") from error
@@ -37,8 +37,12 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def parse(body: dict[str, Any], schema: type[Body]) -> Body:
+def parse(body: dict[str, Any], schema: type[Body], resolve: Callable[[Body], object]) -> Body:
     """``body`` as a ``schema``.
+
+    Args:
+        resolve: raises an `InvalidRequestError` for what the schema takes and the server does not; it is asked before
+            another name is offered for an unknown one.
 
     Raises:
         InvalidRequestError: with the first bad field as ``param`` and every bad field in the message.
@@ -55,9 +59,24 @@ def parse(body: dict[str, Any], schema: type[Body]) -> Body:
         return schema.model_validate(body)
     except ValidationError as error:
         details = error.errors(include_url=False, include_context=False)
+
+    def refusal(fields: dict[str, Any]) -> str | None:
+        try:
+            resolve(schema.model_validate({"prompt": "a", "stream": body.get("stream") is True, **fields}))
+        except ValidationError as error:
+            return _explain(error.errors(include_url=False, include_context=False)[0])
+        except ServiceError as error:
+            return error.message
+        return None
+
     codes = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
     raise InvalidRequestError(
-        "; ".join(_explain(detail, [*schema.model_fields, "cfg_scale"]) for detail in details[:5]),
+        "; ".join(
+            explain_unknown(tuple(map(str, detail["loc"])), body, schema, refusal)
+            if detail["type"] == "extra_forbidden"
+            else _explain(detail)
+            for detail in details[:5]
+        ),
         param=_param(details[0]["loc"]),
         code=codes.get(details[0]["type"], "invalid_value"),
     )
@@ -67,20 +86,14 @@ def _param(loc: tuple[int | str, ...]) -> str:
     return ".".join(str(part)[:80] for part in loc)
 
 
-def _explain(detail: Any, names: list[str]) -> str:
+def _explain(detail: Any) -> str:
     """One validation error in a sentence: field, what is wrong, what came instead."""
     name = _param(detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        return unknown_name("field", name, names if len(detail["loc"]) == 1 else _nested_names())
     if detail["type"] == "missing":
         return f"{name}: this field is required"
     message = detail["msg"][0].lower() + detail["msg"][1:]
     reason = f" ({REASONS[name]})" if name in REASONS else ""
     return f"{name}: {message}, not {_shown(detail['input'])}{reason}"
-
-
-def _nested_names() -> list[str]:
-    return [f"magcache.{name}" for name in _MAGCACHE_NAMES]
 
 
 def _shown(value: Any) -> str:
