@@ -29,9 +29,7 @@ class StepStatistics:
         if previous is None:
             ratio, std, cos = 1.0, 0.0, 0.0
         else:
-            ratio, std, cos = compare(
-                *(torch.cat(one, dim=1) if isinstance(one, tuple) else one for one in (residual, previous))
-            )
+            ratio, std, cos = compare(_joined(residual), _joined(previous))
         self.norm_ratios.append(ratio)
         self.norm_stds.append(std)
         self.cos_dises.append(cos)

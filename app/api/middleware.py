@@ -1,4 +1,4 @@
-"""What surrounds every request: its id, its log line, its count, and a clean 500 for what nobody foresaw."""
+"""ASGI middleware: request id, access log, metrics, and a JSON 500 for unhandled exceptions."""
 
 from __future__ import annotations
 

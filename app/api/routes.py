@@ -154,7 +154,7 @@ async def answer(request: Request, resolved: ResolvedRequest, kind: Kind = "imag
     responses=_errors(s404="No such request is under way."),
 )
 async def cancel(request_id: str, request: Request) -> CancelReply:
-    """End every request whose `X-Request-Id` is this; whoever waits for one gets 409."""
+    """End every request whose `X-Request-Id` is this; the calls that wait for them get 409."""
     images = await _service(request).get_backend().cancel(request_id)
     if images == 0:
         raise RequestNotFoundError(f"no request {request_id[:128]!r} is under way; it may be over already")
