@@ -1,4 +1,4 @@
-"""What a request follows when it says little: one call from a profile and a request's wishes to a plan."""
+"""The plan for a request: from a profile and the settings that the request names."""
 
 from __future__ import annotations
 

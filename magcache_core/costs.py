@@ -17,7 +17,7 @@ COST_MODES = ("residual", "linear", "fitted")
 
 @dataclass(frozen=True, eq=False)
 class CostTable:
-    """Costs in latent space: the 2-norm over a picture's packed latents, root mean square over calibration runs.
+    """Costs in latent space: the 2-norm over an image's packed latents, root mean square over calibration runs.
 
     A segment is one computed step ``a`` with the reused steps after it; ``g`` is the gap to the computed step before
     ``a`` (0 stands for "none", where an extrapolation falls back to plain reuse).

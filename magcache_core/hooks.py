@@ -1,8 +1,8 @@
 """MagCache on a plain diffusers transformer: `apply_mag_cache` and `remove_mag_cache`.
 
 One hook on the transformer decides each call (compute or reuse) and, through `BlockTaps`, takes the block stack's input
-at its head and its output at its tail. It is registered with diffusers' own hook registry, under the names that
-diffusers' MagCache uses, so ``cache_context``, ``disable_cache`` and ``reset_stateful_hooks`` work on it.
+at its head and its output at its tail. It is registered with diffusers' own hook registry, under the name of
+diffusers' leading hook, so ``cache_context``, ``disable_cache`` and ``reset_stateful_hooks`` work on it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from magcache_core.taps import BlockTaps
 logger = logging.getLogger(__name__)
 
 HEAD_HOOK = "mag_cache_leader_block_hook"
-TAIL_HOOK = "mag_cache_block_hook"
 
 
 def apply_mag_cache(
@@ -37,8 +36,8 @@ def apply_mag_cache(
     """Make a diffusers transformer follow MagCache; replaces an earlier application.
 
     Each ``cache_context`` (``cond``, ``uncond``) has its own state. A run with another step count than the config's
-    follows the same settings at its own count; a run that was aborted leaves nothing to the next one. Calls with
-    ControlNet residuals compute.
+    follows the same settings at its own count; an aborted run has no effect on the next one. Calls with ControlNet
+    residuals compute.
 
     Args:
         transformer: the model, e.g. ``pipe.transformer``. A class without a registered strategy works as long as
@@ -63,12 +62,12 @@ def apply_mag_cache(
         config = replace(config, mag_ratios=strategy.mag_ratios)
     states = new_states(BranchRun)
     hook = MagCacheHook(states, BlockTaps(transformer, strategy), config, reuse, sigmas)
-    attach(transformer, {HEAD_HOOK: hook, TAIL_HOOK: _TailMark(states)})
+    attach(transformer, {HEAD_HOOK: hook})
 
 
 def remove_mag_cache(transformer: nn.Module) -> None:
     """Take MagCache off a transformer and free what it stored; does nothing where it isn't applied."""
-    detach(transformer, (HEAD_HOOK, TAIL_HOOK))
+    detach(transformer, (HEAD_HOOK,))
 
 
 class BranchRun:
@@ -93,15 +92,6 @@ class BranchRun:
         self.deviated = False  # other residuals are at hand than the plan's weights are fitted to
         self.residuals: list[tuple[float | None, Any]] = []
         self.statistics = StepStatistics()
-
-    @property
-    def calibration_ratios(self) -> list[float]:
-        """Mean ratios measured so far in this run (the name that diffusers' state has)."""
-        return self.statistics.norm_ratios
-
-
-class _TailMark(StatefulHook):
-    """Carries the state under the tail hook's name, where diffusers' tools look for it."""
 
 
 class MagCacheHook(StatefulHook):

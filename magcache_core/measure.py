@@ -1,6 +1,6 @@
 """Measure uncached runs of a pipeline: residual statistics per step, and what reuse would have cost.
 
-The runs themselves are not disturbed. Afterwards each recorded call is replayed with a reused residual in the place of
+Recording changes nothing in a run. Afterwards each recorded call is replayed with a reused residual in the place of
 the block stack, which needs only the cheap parts of the transformer, and compared with the velocity that was computed.
 """
 
@@ -48,7 +48,7 @@ class BranchTrace:
 
 
 class _Recorder(StatefulHook):
-    """Lets every call compute and keeps what it saw."""
+    """Lets every call compute and records its residual, its velocity and how to replay it."""
 
     def __init__(self, state_manager: Any, taps: BlockTaps, traces: dict[str, BranchTrace]) -> None:
         super().__init__(state_manager)
@@ -56,7 +56,7 @@ class _Recorder(StatefulHook):
         self._traces = traces
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward; note its residual and velocity, and how to replay it."""
+        """Run and record one forward."""
         name = self.context_name()
         trace = self._traces.setdefault("cond" if name == "inference" else name, BranchTrace())
         original = self.fn_ref.original_forward
@@ -197,7 +197,7 @@ def measure_sensitivity(
         moved = run()
         remove_mag_cache(transformer)
         here, end = ((moved[i] - reference[i]).float().norm().item() for i in (probe, steps - 1))
-        # A step that reuse doesn't move at all says nothing; it counts as neutral.
+        # Where reuse moved nothing there is no growth to measure; 1 is assumed.
         logs.append(math.log(end / here) if here > 0 and end > 0 else 0.0)
         progress()
     levels = [-float(probe) for probe in probes]

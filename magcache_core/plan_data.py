@@ -1,4 +1,4 @@
-"""A schedule with how its reused steps are filled in: what the planner returns and what `decisions` follows."""
+"""Plans (a schedule and how its reused steps are filled in) and trials (schedules that were run)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Trial:
     Attributes:
         schedule: one character per step, ``C`` computes, ``.`` reuses.
         reuse: how reused steps were filled in, one of `REUSE_MODES`.
-        error: how far its pictures were from the uncached ones: root mean square over the pixels of a picture, in
-            [0, 1], geometric mean over the pictures. ``-20 log10(error)`` is the mean PSNR in dB.
+        error: how far its images were from the uncached ones: root mean square over the pixels of an image, in
+            [0, 1], geometric mean over the images. ``-20 log10(error)`` is the mean PSNR in dB.
     """
 
     schedule: str

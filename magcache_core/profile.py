@@ -1,4 +1,4 @@
-"""Look at a profile: ``python -m magcache_core.profile show FILE`` prints it and draws ratios and schedule as a PNG."""
+"""Show a profile: ``python -m magcache_core.profile show FILE`` prints it and draws ratios and schedule as a PNG."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 from magcache_core.planner import plan
 from magcache_core.profile_data import Profile
-from magcache_core.profiles import load_profile, profile_names
+from magcache_core.profile_store import load_profile, profile_names
 from magcache_core.state import predicted_error, schedule
 
 
 def describe(profile: Profile, steps: int | None = None) -> str:
-    """The profile in words, with the schedule of its recommended settings at ``steps`` steps."""
+    """The profile as text, with the schedule of its recommended settings at ``steps`` steps."""
     config = profile.config(steps)
     marks = schedule(config)
     guidance = "" if profile.guidance_scale is None else f", guidance {profile.guidance_scale:g}"
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     show = commands.add_parser("show", help="print a profile and draw it")
     show.add_argument("profile", help="name of a shipped profile, or a file")
     show.add_argument("--steps", type=int, help="step count of the schedule; the profile's by default")
-    show.add_argument("--png", type=Path, help="picture to write; NAME.png by default")
+    show.add_argument("--png", type=Path, help="image to write; NAME.png by default")
     args = parser.parse_args(argv)
     if args.command == "list":
         print("\n".join(profile_names()))

@@ -21,7 +21,7 @@ RESAMPLING = ("nearest", "sigma")
 
 
 class ProfileError(ValueError):
-    """A profile file is missing, damaged, of another version, or for another model; the message says which."""
+    """A profile file is missing, damaged, of another version, or not there for the model; the message says which."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Profile:
         model: id of the model that it was measured on.
         transformer: that model's transformer class.
         steps: denoising steps of the measured runs.
-        width, height: pixels of the measured pictures.
+        width, height: pixels of the measured images.
         guidance_scale: distilled guidance of the measured runs; None when not known.
         sigmas: noise level of each step, falling, ``steps`` values; empty when not known.
         branches: curves by CFG branch; ``cond`` is always there.
@@ -114,7 +114,7 @@ class Profile:
             num_inference_steps: the request's steps; the profile's by default.
             branch: CFG branch.
             resample: how another step count is served: ``nearest`` index, or ``sigma`` to interpolate the cumulative
-                log-magnitude over sigma (closer to a measured curve, but no better in pictures: docs/magcache.md).
+                log-magnitude over sigma (closer to a measured curve, but no better in images: docs/magcache.md).
             sigmas: the request's noise levels, needed for ``sigma``.
             settings: any other field of `MagCacheConfig` (or its aliases); None means the profile's.
 
@@ -148,10 +148,6 @@ class Profile:
         protected = tuple(i for i, index in enumerate(source_index) if round(index) in self.protected_steps)
         return {"mag_ratios": resample_over_sigma(ratios, self.sigmas, target), "protected_steps": protected}
 
-    def source_steps(self, num_inference_steps: int) -> tuple[int, ...]:
-        """For each step of a run of ``num_inference_steps``, the profile's step that stands for it (nearest index)."""
-        return tuple(nearest_index(i, num_inference_steps, self.steps) for i in range(num_inference_steps))
-
     def tail(self, first_step: int, num_inference_steps: int) -> Profile:
         """The profile of a run that enters a schedule of ``num_inference_steps`` late, as image-to-image does.
 
@@ -171,11 +167,6 @@ class Profile:
             budget=None if self.budget is None else math.ceil(self.budget * steps / self.steps),
             trials=(),
         )
-
-    def check_transformer(self, class_name: str) -> None:
-        """Raise `ProfileError` unless the profile was measured on this transformer class."""
-        if class_name != self.transformer:
-            raise ProfileError(f"profile {self.name!r} is for {self.transformer} ({self.model}), not for {class_name}")
 
 
 def to_json(profile: Profile) -> str:

@@ -1,4 +1,4 @@
-"""How one step's residual compares with the one before: what the reference implementations log when they calibrate."""
+"""Statistics of one step's residual against the one before, as the reference implementations log them."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Position:
 
 
 class Progress(Protocol):
-    """What a run remembers of its calls."""
+    """The state of a run that `locate` reads and updates."""
 
     next_step: int
     last_timestep: float | None

@@ -1,6 +1,6 @@
-"""What MagCache must know about a model class: where its block stack begins and ends, and what a residual is there.
+"""Strategies: how the blocks of a model class pass their streams, its curve, and how its forward splits into parts.
 
-Diffusers' models are used by attribute only, so this module needs torch alone.
+Diffusers' models are used by attribute only, so this module imports torch alone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from magcache_core.profiles import load_profile
+from magcache_core.profile_store import load_profile
 
 Rotary = tuple[torch.Tensor, torch.Tensor] | torch.Tensor
 """Positions for the blocks: diffusers' cosines and sines, each (text_tokens + image_tokens, head_dim), or the form that
@@ -48,8 +48,8 @@ class BlockMetadata:
 class MagCacheStrategy:
     """One model class. The defaults suit a stack that maps (rows, image_tokens, dim) to the same shape.
 
-    To add a model, override what differs and `register_strategy` it; a split into ``embed``, ``blocks`` and
-    ``project`` is wanted only by callers that run the parts themselves (the engine, calibration).
+    To add a model, override what differs and `register_strategy` it. The methods from `embed_image` on split the
+    forward into parts; only callers that run the parts themselves, such as a tensor-parallel engine, need them.
     """
 
     profile_name: str | None = None
@@ -107,15 +107,15 @@ class MagCacheStrategy:
     def embed_image(self, transformer: Any, latents: torch.Tensor) -> torch.Tensor:
         """Image tokens as the blocks take them: (rows, tokens, in_channels) -> (rows, tokens, dim).
 
-        `embed` does this for the picture under way; tokens of reference pictures, which stay the same at all steps, can
-        be embedded once.
+        `embed` does this for the image being denoised; tokens of reference images are the same at all steps and can be
+        embedded once.
         """
         raise self._no_split()
 
     def embed_time(
         self, transformer: Any, timestep: torch.Tensor, guidance: torch.Tensor | None, pooled: torch.Tensor | None
     ) -> torch.Tensor:
-        """What modulates the blocks, (rows, dim); arguments as for `embed`.
+        """The embedding that modulates the blocks, (rows, dim); arguments as for `embed`.
 
         It doesn't depend on the latents, so that all steps of a request can be embedded at once, one row each.
         """
@@ -161,14 +161,14 @@ class MagCacheStrategy:
         """The block stack, the part that reuse saves: image stream in, image stream out, (rows, image_tokens, dim).
 
         Args:
-            temb: what modulates the blocks, of `embed_time`; or one tensor per block, for modules that expect so.
+            temb: the result of `embed_time`; or one tensor per block, for modules that take their own.
         """
         raise self._no_split()
 
     def output_modulation(self, transformer: Any, temb: torch.Tensor) -> torch.Tensor:
-        """What scales and shifts the blocks' output: (rows, dim) of `embed_time` -> (rows, 2 dim).
+        """Scale and shift of the blocks' output: (rows, dim) of `embed_time` -> (rows, 2 dim).
 
-        It doesn't depend on the latents either, and would be most of what a reused step takes.
+        It doesn't depend on the latents either. Computed at each step, it would be most of a reused step's time.
         """
         raise self._no_split()
 
@@ -190,7 +190,7 @@ def _check(what: str, residual: torch.Tensor, hidden: torch.Tensor) -> None:
 
 
 class _FluxFamily(MagCacheStrategy):
-    """What FLUX.1 and FLUX.2 have in common: how text and images enter the blocks and how velocities leave them."""
+    """The parts that FLUX.1 and FLUX.2 share: embedding text and image tokens, and the output layers."""
 
     def embed_image(self, transformer: Any, latents: torch.Tensor) -> torch.Tensor:
         """See `MagCacheStrategy.embed_image`."""
@@ -316,7 +316,7 @@ _STRATEGIES: dict[str, MagCacheStrategy] = {
 
 
 def register_strategy(class_name: str, strategy: MagCacheStrategy) -> None:
-    """Make ``strategy`` that of transformers whose class is called ``class_name``; replaces an earlier one."""
+    """Use ``strategy`` for transformers of the class named ``class_name``; replaces an earlier one."""
     _STRATEGIES[class_name] = strategy
 
 

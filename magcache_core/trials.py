@@ -1,8 +1,8 @@
-"""Try schedules out: of each number of computed steps, the one whose pictures are closest to the uncached ones.
+"""Try schedules out: of each number of computed steps, the one whose images are closest to the uncached ones.
 
 Predicted costs add up what reuse does to the latents of an uncached run. A cached run answers: its computed steps see
 latents that have drifted, mistakes of neighbouring segments may cancel, and not every distance in latents shows in a
-picture. So the predictions only name candidates here, evenly spaced schedules are others, and runs decide, with a short
+image. So the predictions only name candidates here, evenly spaced schedules are others, and runs decide, with a short
 local search around the best.
 """
 
@@ -23,7 +23,7 @@ from magcache_core.profile_data import Profile
 MODES = ("linear", "fitted")
 """Reuse modes that are tried; plain reuse was never the closest."""
 LEAST = 1e-5
-"""Distance (100 dB) at which equal pictures count, so that its logarithm is finite."""
+"""Distance (100 dB) at which equal images count, so that its logarithm is finite."""
 
 
 def try_schedules(
@@ -38,7 +38,7 @@ def try_schedules(
 
     Args:
         transformer: the model that ``run`` calls.
-        run: one run with ``profile.steps`` steps, always from the same noise; pictures in [0, 1], (rows, 3, height,
+        run: one run with ``profile.steps`` steps, always from the same noise; images in [0, 1], (rows, 3, height,
             width).
         profile: measured costs, which name candidates and fit weights.
         moves: schedules to try beside the candidates, each with one computed step of the best so far moved.
@@ -94,9 +94,9 @@ def _error(trial: Trial) -> float:
     return trial.error
 
 
-def _bytes(pictures: torch.Tensor) -> torch.Tensor:
+def _bytes(images: torch.Tensor) -> torch.Tensor:
     """As served, in steps of 1/255."""
-    return (pictures.float().clamp(0, 1) * 255).round() / 255
+    return (images.float().clamp(0, 1) * 255).round() / 255
 
 
 def _moved(schedule: str, protected: tuple[int, ...], rng: random.Random) -> str:

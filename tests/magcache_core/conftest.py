@@ -41,7 +41,7 @@ def flux() -> FluxTransformer2DModel:
 
 @pytest.fixture
 def pipe(flux: FluxTransformer2DModel) -> FluxPipeline:
-    """FluxPipeline without text encoders, pictures of 32 x 32 pixels (16 image tokens)."""
+    """FluxPipeline without text encoders, images of 32 x 32 pixels (16 image tokens)."""
     vae = AutoencoderKL(
         block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4,
         down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,

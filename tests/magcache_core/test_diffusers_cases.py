@@ -119,8 +119,8 @@ def test_the_run_ends_after_its_steps() -> None:
 
 def test_calibration_records_the_ratios() -> None:
     def measured(model: ModelMixin) -> list[float]:
-        hook = model._diffusers_hook.get_hook("mag_cache_block_hook")
-        return hook.state_manager.get_state().calibration_ratios  # type: ignore[no-any-return]
+        hook = model._diffusers_hook.get_hook("mag_cache_leader_block_hook")
+        return hook.state_manager.get_state().statistics.norm_ratios  # type: ignore[no-any-return]
 
     model = applied(DummyTransformer(), MagCacheConfig(num_inference_steps=2, calibrate=True))
     model(value(10.0))

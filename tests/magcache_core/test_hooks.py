@@ -156,7 +156,7 @@ def test_controlnet_residuals_compute(flux: FluxTransformer2DModel, recorder: Re
 
 @pytest.mark.parametrize("reuse", ["residual", "scaled", "linear"])
 def test_reuse_modes_add_the_weighted_residuals(pipe: FluxPipeline, generate: Generate, reuse: str) -> None:
-    """The hooks' pictures equal a loop that applies `decisions` by hand."""
+    """The hooks' images equal a loop that applies `decisions` by hand."""
     apply_mag_cache(pipe.transformer, CONFIG, reuse=reuse)
     hooked = generate(28)
     remove_mag_cache(pipe.transformer)

@@ -11,7 +11,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_readme_script_makes_a_picture(
+def test_the_readme_script_makes_an_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = (ROOT / "magcache_core" / "README.md").read_text(encoding="utf-8")
@@ -21,5 +21,5 @@ def test_the_readme_script_makes_a_picture(
     monkeypatch.chdir(tmp_path)
     exec(compile(script, "README.md", "exec"), {})
     assert re.search(r"^C[C.]{27} computes \d+ of 28 steps$", capsys.readouterr().out, flags=re.MULTILINE)
-    with Image.open(tmp_path / "circle.png") as picture:
-        assert picture.size == (128, 128)
+    with Image.open(tmp_path / "circle.png") as image:
+        assert image.size == (128, 128)

@@ -101,8 +101,8 @@ def test_residuals_must_fit() -> None:
 class MyBlock(nn.Module):
     """Takes and returns (text, image), under names of its own."""
 
-    def forward(self, words: torch.Tensor, picture: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return words + 1, picture * 3
+    def forward(self, words: torch.Tensor, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return words + 1, image * 3
 
 
 class MyTransformer2DModel(nn.Module):
@@ -111,18 +111,18 @@ class MyTransformer2DModel(nn.Module):
         self.layers = nn.ModuleList([MyBlock(), MyBlock()])
         self.calls = 0
 
-    def forward(self, picture: torch.Tensor, timestep: float) -> torch.Tensor:
+    def forward(self, image: torch.Tensor, timestep: float) -> torch.Tensor:
         words = torch.zeros(1, 2, 1)
         for layer in self.layers:
-            words, picture = layer(words, picture)
-        return picture
+            words, image = layer(words, image)
+        return image
 
 
 class MyStrategy(MagCacheStrategy):
     """The example of docs/calibration.md."""
 
     def register_block_metadata(self, block_class: type) -> BlockMetadata | None:
-        return BlockMetadata(hidden_index=1, context_index=0, hidden_name="picture", context_name="words")
+        return BlockMetadata(hidden_index=1, context_index=0, hidden_name="image", context_name="words")
 
 
 def test_a_model_is_added_by_one_class(monkeypatch: pytest.MonkeyPatch) -> None:

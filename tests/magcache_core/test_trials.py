@@ -38,7 +38,7 @@ decides which way a value is rounded."""
 
 
 def drift(pipe: FluxPipeline, followed: Plan) -> float:
-    """How far both pictures are from the uncached ones, geometric mean of the root mean squares."""
+    """How far both images are from the uncached ones, geometric mean of the root mean squares."""
     tokens, pooled = zip(*map(embeddings, ("a", "b")), strict=True)
 
     def run() -> torch.Tensor:
