@@ -22,6 +22,7 @@ from magcache_core import (
     schedule,
     strategies,
 )
+from magcache_core.taps import BlockTaps
 
 STEPS = 28
 RATIOS = [1.0, 1.2, 1.1, *[1.01] * 25]
@@ -195,3 +196,58 @@ def test_residuals_of_one_stream() -> None:
     first, second = torch.full((1, 4, 3), 2.0), torch.full((1, 4, 3), 5.0)
     model(first, 1.0)
     assert torch.equal(model(second, 0.5), second + first * 1.25 / 2)
+
+
+@pytest.mark.parametrize("reuse", ["scaled", "linear"])
+def test_residuals_of_both_streams_are_weighted_apart(reuse: str) -> None:
+    register_strategy("MyTransformer2DModel", BothStreams())
+    model = MyTransformer2DModel(DoubleBlock)
+    config = MagCacheConfig(1.0, 5, 0.5, num_inference_steps=3, mag_ratios=[1.0, 1.0, 0.5])
+    apply_mag_cache(model, config, reuse, sigmas=[1.0, 0.5, 0.25])
+    first, second, third = (torch.full((1, 4, 3), value) for value in (2.0, 4.0, 8.0))
+    model(first, 1.0)
+    model(second, 0.5)
+    # One ratio of 0.5 since the second step; or from noise levels 1 and 0.5 on to 0.25.
+    weights = (0.5, 0.0) if reuse == "scaled" else (1.5, -0.5)
+    assert torch.equal(model(third, 0.25), third + weights[0] * second * 1.25 + weights[1] * first * 1.25)
+    assert torch.equal(model.text, torch.full((1, 2, 3), 20.0 * sum(weights)))
+
+
+class ImageFirst(SingleBlock):
+    def forward(
+        self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return hidden_states * 2, encoder_hidden_states
+
+
+class Described(RatiosOnly):
+    def register_block_metadata(self, block_class: type) -> TransformerBlockMetadata | None:
+        return TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=1)
+
+
+def test_a_described_block_is_not_judged() -> None:
+    taps = BlockTaps(nn.ModuleDict({"blocks": nn.ModuleList([ImageFirst()])}), Described())
+    block = taps._lists["blocks"][0]
+    image, text = torch.full((1, 4, 3), 2.0), torch.ones(1, 2, 3)
+    taps.run(lambda: block(image, text))
+    assert torch.equal(taps.residual, image)
+    streams = taps.run(lambda: block(image, text), image)
+    assert torch.equal(streams[0], image * 2)
+    assert torch.equal(streams[1], text)
+
+
+class Triple(SingleBlock):
+    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return encoder_hidden_states, hidden_states, hidden_states
+
+
+class PairWithoutText(SingleBlock):
+    def forward(self, hidden_states: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return hidden_states, hidden_states
+
+
+@pytest.mark.parametrize("kind", [Triple, PairWithoutText])
+def test_a_block_that_cannot_be_judged_says_what_to_do(kind: type[SingleBlock]) -> None:
+    taps = BlockTaps(nn.ModuleDict({"blocks": nn.ModuleList([kind()])}), RatiosOnly())
+    with pytest.raises(LookupError, match=rf"{kind.__name__}.*register_block_metadata"):
+        taps.run(lambda: taps._lists["blocks"][0](torch.ones(1, 4, 3), torch.ones(1, 2, 3)))
