@@ -4,6 +4,7 @@
 """
 
 import difflib
+import re
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, Self
 
@@ -218,6 +219,22 @@ class HttpSettings(Section):
         description="Silence on a stream after which a comment line is sent, well below the idle timeouts of proxies; "
         "also the longest that a stream's first byte waits for news of the request.",
     )
+    cors_origins: list[str] = Field(
+        default=[],
+        description="Origins of web pages whose scripts may call the service from a browser, for example "
+        "`https://app.example.com`; `*` allows all.",
+    )
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, value: list[str]) -> list[str]:
+        for origin in value:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*]+", origin):
+                raise ValueError(
+                    f"cors_origins has {origin!r}; write '*' or SCHEME://HOST[:PORT], for example "
+                    "'https://app.example.com'"
+                )
+        return value
 
 
 class TelemetrySettings(Section):

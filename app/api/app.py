@@ -9,6 +9,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from app.api import edits
@@ -42,6 +43,14 @@ def create_app(settings: Settings, get_backend: Callable[[], Backend], *, id_add
     app.add_middleware(
         RequestMiddleware, metrics=service.metrics, tracing=service.tracing, id_added_in_front=id_added_in_front
     )
+    if settings.http.cors_origins:  # outermost, so that a page's script can read every error
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.http.cors_origins,
+            allow_methods=["GET", "HEAD", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]

@@ -59,6 +59,7 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        scope = {**scope, "path": _plain_path(scope)}
         headers = Headers(scope=scope)
         given = headers.get("x-request-id")
         request_id = sane_request_id(given)
@@ -71,6 +72,7 @@ class RequestMiddleware:
         request_id: str = scope["state"]["request_id"]
         started = time.perf_counter()
         status = 0  # until the reply's start is sent
+        head = scope["method"] == "HEAD"
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -78,10 +80,12 @@ class RequestMiddleware:
                 status = message["status"]
                 if not (self.id_added_in_front and given == request_id):
                     MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            elif head:
+                message = {**message, "body": b""}
             await send(message)
 
         try:
-            await self.app(scope, receive, send_with_id)
+            await self.app({**scope, "method": "GET"} if head else scope, receive, send_with_id)
         except ClientDisconnect:
             status = CLIENT_CLOSED_REQUEST
         except asyncio.CancelledError:
@@ -116,7 +120,7 @@ class RequestMiddleware:
     def _record(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
         method, path = scope["method"], _path(scope)
         # Probes and scrapes come every few seconds for ever: not worth a line each unless they fail.
-        level = logging.DEBUG if method == "GET" and status < 400 else logging.INFO
+        level = logging.DEBUG if method in ("GET", "HEAD") and status < 400 else logging.INFO
         logger.log(level, "request %s: %s %.200r -> %d in %.3f s", request_id, method, path, status, seconds)
         if _asks_for_images(scope):
             code = scope["state"].get("error_code")
@@ -125,6 +129,12 @@ class RequestMiddleware:
             elif status >= 500 and code is None:
                 code = ServiceError.code
             self.metrics.observe_request(outcome(status), status, seconds, code=code, request_id=request_id)
+
+
+def _plain_path(scope: Scope) -> str:
+    """The path without doubled slashes and without one at its end, which base URLs that end with a slash bring."""
+    path = re.sub("/{2,}", "/", _path(scope)).removesuffix("/") or "/"
+    return f"{scope.get('root_path', '')}{path}"
 
 
 def _path(scope: Scope) -> str:
