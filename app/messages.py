@@ -17,16 +17,28 @@ UNCOND = "uncond"
 
 
 @dataclass(frozen=True)
+class TokenCount:
+    """The tokens of a prompt, and how many of them are read; ``clip`` is CLIP's own count, 0 where there is none."""
+
+    given: int
+    read: int
+    clip_given: int = 0
+    clip_read: int = 0
+
+
+@dataclass(frozen=True)
 class PromptEmbeddings:
     """One prompt, encoded by the text encoders.
 
     Attributes:
         tokens: (text_tokens, joint_attention_dim), the output of T5 or Qwen3, padding included.
         pooled: (pooled_projection_dim,), the CLIP pooled output; None for FLUX.2, which has no such input.
+        count: of the prompt's tokens.
     """
 
     tokens: torch.Tensor
     pooled: torch.Tensor | None = None
+    count: TokenCount = TokenCount(0, 0)
 
 
 @dataclass(frozen=True)
@@ -126,6 +138,11 @@ class Conditioning:
     prompt: PromptEmbeddings
     negative: PromptEmbeddings | None = None
     sources: tuple[SourceImage, ...] = ()
+
+    @property
+    def token_counts(self) -> tuple[TokenCount, ...]:
+        """Of the prompt, and of the negative one if there is one."""
+        return tuple(prompt.count for prompt in (self.prompt, self.negative) if prompt is not None)
 
     @property
     def nbytes(self) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from prometheus_client.metrics_core import Metric
 
 from app.engine.families import Family
-from app.messages import DenoiseReport, MagCacheOptions, Progress
+from app.messages import DenoiseReport, MagCacheOptions, Progress, TokenCount
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 
@@ -73,6 +73,7 @@ class GeneratedImage:
 
     Attributes:
         source_tokens: of the images that the request sent, as the model took them.
+        prompts: tokens of the prompt, and of the negative prompt if there is one.
     """
 
     data: bytes
@@ -82,6 +83,7 @@ class GeneratedImage:
     decode_seconds: float
     total_seconds: float
     source_tokens: int = 0
+    prompts: tuple[TokenCount, ...] = ()
 
     @cached_property
     def phases(self) -> dict[str, float]:

@@ -56,21 +56,30 @@ def images_response(resolved: ResolvedRequest, images: list[GeneratedImage]) -> 
 
 def all_warnings(resolved: ResolvedRequest, images: Sequence[GeneratedImage]) -> list[str]:
     """What the request asked for without effect, as far as it is known now."""
+    warnings = list(resolved.warnings)
+    for name, count in zip(("prompt", "negative_prompt"), images[0].prompts, strict=False):
+        if count.read < count.given:
+            warnings.append(f"{name} is cut: {count.read} of its {count.given} tokens are read")
+        if count.clip_read < count.clip_given:
+            warnings.append(
+                f"{name} is cut for CLIP: {count.clip_read} of its {count.clip_given} tokens are read there"
+            )
     reason = images[0].report.uncached_reason
-    if reason is None or resolved.quality == "auto":
-        return list(resolved.warnings)
-    return [*resolved.warnings, f"quality {resolved.quality!r} is ignored and every step computed: {reason}"]
+    if reason is not None and resolved.quality != "auto":
+        warnings.append(f"quality {resolved.quality!r} is ignored and every step computed: {reason}")
+    return warnings
 
 
 def usage(resolved: ResolvedRequest, images: Sequence[GeneratedImage]) -> Usage:
     """Tokens of the request's prompts, of the images that it sent, and of those that it gets."""
     sources = images[0].source_tokens
+    text = sum(count.read for count in images[0].prompts)
     output = len(images) * Geometry.of(resolved.job.width, resolved.job.height).tokens
     return Usage(
-        input_tokens=resolved.text_tokens + sources,
+        input_tokens=text + sources,
         output_tokens=output,
-        total_tokens=resolved.text_tokens + sources + output,
-        input_tokens_details=TokenDetails(text_tokens=resolved.text_tokens, image_tokens=sources),
+        total_tokens=text + sources + output,
+        input_tokens_details=TokenDetails(text_tokens=text, image_tokens=sources),
     )
 
 

@@ -15,7 +15,7 @@ from app.api.guidance import guidance_scale, true_cfg
 from app.api.schemas import DRAW_A_SEED, MAX_SEED, ImagesRequest, MagCacheBody, Quality
 from app.engine.families import Family
 from app.errors import InvalidRequestError, ModelNotFoundError
-from app.messages import COND, UNCOND, first_step
+from app.messages import first_step
 from app.settings import SamplingSettings, Settings
 
 # Drawn seeds stay exact in JSON readers whose only number is a double.
@@ -34,7 +34,6 @@ class ResolvedRequest:
         as_file: the reply is the bare file.
         as_url: the JSON reply has the file as a ``data:`` URL.
         stream: the reply is a stream of events, with ``progress`` of each step.
-        text_tokens: tokens that the model reads, padding and the negative prompt included.
     """
 
     job: ImagesJob
@@ -43,7 +42,6 @@ class ResolvedRequest:
     stream: bool
     progress: bool
     quality: Quality
-    text_tokens: int
     warnings: tuple[str, ...]
 
     @property
@@ -102,7 +100,6 @@ def resolve_request(
     if request.output_compression is not None and output_format == "png":
         warnings.append("output_compression is ignored: png is lossless")
     negative_prompt, true_cfg_scale = true_cfg(request, family, warnings)
-    branches = (COND,) if negative_prompt is None else (COND, UNCOND)
     quality = _quality(request, warnings)
     steps_to_run = steps - first_step(steps, strength)
     job = ImagesJob(
@@ -132,7 +129,6 @@ def resolve_request(
         stream=stream,
         progress=request.progress or False,
         quality=quality,
-        text_tokens=sampling.max_sequence_length * len(branches),
         warnings=tuple(warnings),
     )
 

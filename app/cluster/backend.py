@@ -124,7 +124,7 @@ class ServeBackend:
             call.stop_previews()
         image = GeneratedImage(
             data, context.job.seed + index, result.report, encode_s, decode_s, context.elapsed_s,
-            _source_tokens(conditioning),
+            _source_tokens(conditioning), conditioning.token_counts,
         )  # fmt: skip
         if context.emit is not None:
             context.emit(image)

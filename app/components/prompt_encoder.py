@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, Flux2KleinPipeline
@@ -15,7 +16,7 @@ from prometheus_client.metrics_core import Metric
 from torch import nn
 
 from app.logs import configure_logging
-from app.messages import PromptEmbeddings
+from app.messages import PromptEmbeddings, TokenCount
 from app.metrics import EncoderMetrics
 from app.model_files import model_folder
 from app.settings import Settings
@@ -51,9 +52,26 @@ class TextEncoders:
             options = {"device": self._device, "max_sequence_length": self._max_sequence_length}
             if isinstance(self._pipeline, Flux2KleinPipeline):
                 tokens, _ = self._pipeline.encode_prompt(prompt, **options)
-                return PromptEmbeddings(tokens[0].cpu())
+                return PromptEmbeddings(tokens[0].cpu(), count=self._count(prompt))
             tokens, pooled, _ = self._pipeline.encode_prompt(prompt, prompt_2=None, **options)
-            return PromptEmbeddings(tokens[0].cpu(), pooled[0].cpu())
+            return PromptEmbeddings(tokens[0].cpu(), pooled[0].cpu(), self._count(prompt))
+
+    def _count(self, prompt: str) -> TokenCount:
+        """The prompt's tokens, with what the tokenizers add to them; padding does not count."""
+        pipeline, longest = self._pipeline, self._max_sequence_length
+        if isinstance(pipeline, Flux2KleinPipeline):
+            messages = [{"role": "user", "content": prompt}]
+            text = pipeline.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+            given = _tokens(pipeline.tokenizer, text)
+            return TokenCount(given, min(given, longest))
+        given, clip = _tokens(pipeline.tokenizer_2, prompt), _tokens(pipeline.tokenizer, prompt)
+        return TokenCount(given, min(given, longest), clip, min(clip, pipeline.tokenizer_max_length))
+
+
+def _tokens(tokenizer: Any, text: str) -> int:
+    return len(tokenizer(text, verbose=False).input_ids)
 
 
 class PromptEncoder:

@@ -15,7 +15,7 @@ from app.api.backend import GeneratedImage, HealthReport, ImagesJob, Preview, St
 from app.control.counters import CoordinatorCounters
 from app.engine.families import FLUX_DEV, Family
 from app.errors import RequestCancelledError
-from app.messages import DenoiseReport, Progress
+from app.messages import DenoiseReport, Progress, TokenCount
 from app.metrics import CoordinatorMetrics
 
 SCHEDULE = "CCC..C.."
@@ -44,6 +44,7 @@ class FakeBackend:
         self.uncached_reason: str | None = None
         self.held: dict[str, asyncio.Event] = {}
         self.kind = FLUX_DEV
+        self.count = TokenCount(32, 32, 20, 20)
         self.registry = CollectorRegistry()
         self.coordinator = CoordinatorMetrics(self.registry, "flux-tiny", "r0", CoordinatorCounters())
 
@@ -109,7 +110,10 @@ class FakeBackend:
         )
         self.coordinator.observe_request(report)
         data = self._file(job, seed)
-        return GeneratedImage(data, seed, report, encode_seconds=0.02, decode_seconds=0.03, total_seconds=0.26)
+        prompts = (self.count,) * (1 if job.negative_prompt is None else 2)
+        return GeneratedImage(
+            data, seed, report, encode_seconds=0.02, decode_seconds=0.03, total_seconds=0.26, prompts=prompts
+        )
 
     def _file(self, job: ImagesJob, colour: int) -> bytes:
         file = io.BytesIO()

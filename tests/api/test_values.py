@@ -15,6 +15,7 @@ from PIL import Image
 
 from app.api.app import create_app
 from app.api.schemas import EditsRequest, ImagesRequest
+from app.messages import TokenCount
 from app.settings import Settings
 from tests.api.fake_backend import FakeBackend
 
@@ -164,3 +165,19 @@ async def test_names_of_the_model(backend: FakeBackend) -> None:
         assert (await client.get("/health")).json()["model"] == "flux"
         response = await client.post(EDITS, data={**PROMPT, "model": "dall-e-3"}, files={"image": png()})
         assert response.status_code == 200
+
+
+async def test_a_prompt_that_is_cut_is_said(client: httpx.AsyncClient, backend: FakeBackend) -> None:
+    backend.count = TokenCount(given=57, read=32, clip_given=90, clip_read=77)
+    response = await client.post(URL, json={**PROMPT, "negative_prompt": "blue"})
+    assert response.json()["warnings"] == [
+        "prompt is cut: 32 of its 57 tokens are read",
+        "prompt is cut for CLIP: 77 of its 90 tokens are read there",
+        "negative_prompt is cut: 32 of its 57 tokens are read",
+        "negative_prompt is cut for CLIP: 77 of its 90 tokens are read there",
+    ]
+    assert response.json()["usage"]["input_tokens_details"] == {"text_tokens": 64, "image_tokens": 0}
+    backend.count = TokenCount(given=5, read=5)
+    response = await client.post(URL, json={**PROMPT, "stream": True})
+    event = json.loads(response.text.strip().rpartition("data: ")[2])
+    assert (event["warnings"], event["usage"]["input_tokens"]) == ([], 5)

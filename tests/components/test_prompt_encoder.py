@@ -44,6 +44,25 @@ def test_it_encodes_as_the_models_own_pipeline(model: tuple[str, Path], offload:
     assert torch.equal(got.tokens, encoders.encode(PROMPT).tokens)
 
 
+def test_tokens_are_counted_as_the_pipeline_reads_them(model: tuple[str, Path]) -> None:
+    name, folder = model
+    length = POOLED_AND_TOKENS[name]
+    pipeline = DiffusionPipeline.from_pretrained(folder, transformer=None, vae=None, text_encoder=None)
+    encoders = TextEncoders(folder, length, torch.float32, "cpu", offload=False)
+    short, long = encoders.encode(PROMPT).count, encoders.encode(PROMPT * 80).count
+    if "klein" in name:
+        chat = [{"role": "user", "content": PROMPT}]
+        ids = pipeline.tokenizer.apply_chat_template(chat, add_generation_prompt=True, enable_thinking=False)
+        assert short.given == len(ids["input_ids"])
+        assert (long.clip_given, long.clip_read) == (0, 0)
+    else:
+        assert short.given == len(pipeline.tokenizer_2(PROMPT).input_ids)
+        assert short.clip_given == len(pipeline.tokenizer(PROMPT).input_ids)
+        assert long.clip_read == 77 < long.clip_given
+    assert (short.read, short.clip_read) == (short.given, short.clip_given)
+    assert long.read == length < long.given
+
+
 def test_visitors_are_elsewhere_only_for_a_while_and_keep_their_own_copies() -> None:
     shared = torch.nn.Linear(3, 3)
     module = torch.nn.Sequential(shared, torch.nn.BatchNorm1d(3), shared)
