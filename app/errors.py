@@ -76,6 +76,26 @@ class InvalidRequestError(ServiceError):
         return self._headers
 
 
+class UnauthorizedError(ServiceError):
+    """The request has no API key, or an unknown one: 401."""
+
+    status: int = HTTPStatus.UNAUTHORIZED
+    type: ErrorType = "invalid_request_error"
+    code = "invalid_api_key"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": "Bearer"}
+
+
+class ForbiddenError(ServiceError):
+    """The request's API key does not permit this: 403."""
+
+    status: int = HTTPStatus.FORBIDDEN
+    type: ErrorType = "invalid_request_error"
+    code = "not_permitted"
+
+
 class ModelNotFoundError(ServiceError):
     """The request names a model that is not served here."""
 

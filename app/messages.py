@@ -91,6 +91,7 @@ class DenoiseJob:
         deadline_s: seconds from the job's arrival at the coordinator to its last step; None for no deadline.
         partial_images: number of previews (x0 estimates), evenly spread over the steps.
         strength: image-to-image, in (0, 1]: the share of the steps that run on the source; None starts from noise.
+        key_name: the name of the API key that the request came with; empty where the service has none.
         computing: the steps that compute in some branch, counted from the job's first; None when any of them may.
         source_tokens: tokens of the reference images, which every step reads beside the image's own.
     """
@@ -110,6 +111,7 @@ class DenoiseJob:
     partial_images: int = 0
     strength: float | None = None
     source_tokens: int = 0
+    key_name: str = ""
     computing: tuple[int, ...] | None = None
 
     @property

@@ -219,6 +219,18 @@ class HttpSettings(Section):
         description="Silence on a stream after which a comment line is sent, well below the idle timeouts of proxies; "
         "also the longest that a stream's first byte waits for news of the request.",
     )
+    api_keys_file: str | None = Field(
+        default=None,
+        min_length=1,
+        description="File of API keys, one `NAME KEY` a line, for example a mounted secret; it is read again when it "
+        "changes. Then every route but `/health` and `/metrics` wants `Authorization: Bearer KEY`. null asks for none.",
+    )
+    metrics_need_key: bool = Field(default=False, description="Have `/metrics` want a key as well.")
+    allow_proxy_headers: bool = Field(
+        default=False,
+        description="Let clients send `x-request-timeout-seconds` and `x-request-disconnect-disabled`, which Ray "
+        "Serve's proxy obeys; with the latter a request goes on when its client is gone.",
+    )
     cors_origins: list[str] = Field(
         default=[],
         description="Origins of web pages whose scripts may call the service from a browser, for example "

@@ -13,8 +13,10 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from app.api import edits
+from app.api.access import AccessMiddleware
 from app.api.backend import Backend
 from app.api.events import STREAM_EVENTS
+from app.api.keys import ApiKeys
 from app.api.middleware import RequestMiddleware
 from app.api.replies import error_response
 from app.api.routes import new_service, router
@@ -40,6 +42,8 @@ def create_app(settings: Settings, get_backend: Callable[[], Backend], *, id_add
     app.state.service = service = new_service(settings, get_backend)
     app.include_router(router)
     app.include_router(edits.router)
+    keys = None if settings.http.api_keys_file is None else ApiKeys(settings.http.api_keys_file)
+    app.add_middleware(AccessMiddleware, http=settings.http, keys=keys)
     app.add_middleware(
         RequestMiddleware, metrics=service.metrics, tracing=service.tracing, id_added_in_front=id_added_in_front
     )

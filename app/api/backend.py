@@ -36,6 +36,7 @@ class ImagesJob:
         partial_images: previews wanted of each image.
         sources: images to edit; none for an image from a prompt alone.
         strength: image-to-image, in (0, 1]: the share of the steps that run on the one source.
+        key_name: the name of the API key that the request came with; empty where the service has none.
     """
 
     request_id: str
@@ -56,6 +57,7 @@ class ImagesJob:
     partial_images: int = 0
     sources: tuple[SourcePixels, ...] = ()
     strength: float | None = None
+    key_name: str = ""
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,12 @@ class Backend(Protocol):
         to ``job.partial_images`` times a `Preview` (a late one is left out) and, with ``progress``, more of `Progress`.
         """
 
-    async def cancel(self, request_id: str) -> int:
-        """End every request with this id, wherever it is; returns how many images that were."""
+    async def cancel(self, request_id: str, key_name: str = "") -> int:
+        """End every request with this id and key, wherever it is; returns how many images that were.
+
+        Raises:
+            ForbiddenError: there are such requests, and other keys made them all.
+        """
 
     async def family(self) -> Family:
         """What kind of model is served."""

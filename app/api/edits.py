@@ -15,7 +15,7 @@ from app.api.backend import SourcePixels
 from app.api.forms import Form, coerce_form_fields, read_form
 from app.api.middleware import EDITS_PATH
 from app.api.resolve import ResolvedRequest, resolve_request
-from app.api.routes import IMAGES_RESPONSES, Service, answer
+from app.api.routes import IMAGES_RESPONSES, Service, answer, key_name_of
 from app.api.schemas import EditsRequest
 from app.api.uploads import read_upload, size_like
 from app.api.validation import parse
@@ -65,7 +65,8 @@ async def edit(request: Request) -> Response:
 
     def resolve(body: EditsRequest, accept: str = "", sources: tuple[SourcePixels, ...] = ()) -> ResolvedRequest:
         strength = strength_of(body, family)
-        return resolve_request(body, settings, family, request.state.request_id, accept, sources, strength)
+        request_id, key_name = request.state.request_id, key_name_of(request)
+        return resolve_request(body, settings, family, request_id, accept, sources, strength, key_name)
 
     body = parse(coerce_form_fields(form.fields, EditsRequest), EditsRequest, resolve)
     resolve(body)  # refused before anything is decoded

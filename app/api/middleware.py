@@ -112,16 +112,18 @@ class RequestMiddleware:
             if not _asks_for_images(scope):
                 yield lambda status: None
                 return
-            with self.tracing.request(_path(scope), headers, {"flux.request_id": request_id}) as ended:
+            with self.tracing.request(path_of(scope), headers, {"flux.request_id": request_id}) as ended:
                 yield ended
         finally:
             REQUEST_ID.reset(token)
 
     def _record(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
-        method, path = scope["method"], _path(scope)
+        method, path = scope["method"], path_of(scope)
         # Probes and scrapes come every few seconds for ever: not worth a line each unless they fail.
         level = logging.DEBUG if method in ("GET", "HEAD") and status < 400 else logging.INFO
-        logger.log(level, "request %s: %s %.200r -> %d in %.3f s", request_id, method, path, status, seconds)
+        key = scope["state"].get("key_name")
+        by = f" by {key!r}" if key else ""
+        logger.log(level, "request %s%s: %s %.200r -> %d in %.3f s", request_id, by, method, path, status, seconds)
         if _asks_for_images(scope):
             code = scope["state"].get("error_code")
             if status == CLIENT_CLOSED_REQUEST:
@@ -133,15 +135,15 @@ class RequestMiddleware:
 
 def _plain_path(scope: Scope) -> str:
     """The path without doubled slashes and without one at its end, which base URLs that end with a slash bring."""
-    path = re.sub("/{2,}", "/", _path(scope)).removesuffix("/") or "/"
+    path = re.sub("/{2,}", "/", path_of(scope)).removesuffix("/") or "/"
     return f"{scope.get('root_path', '')}{path}"
 
 
-def _path(scope: Scope) -> str:
-    # Under a route prefix the path begins with it.
+def path_of(scope: Scope) -> str:
+    """The path of a request, without the route prefix that it begins with."""
     path: str = scope["path"].removeprefix(scope.get("root_path", ""))
     return path
 
 
 def _asks_for_images(scope: Scope) -> bool:
-    return scope["method"] == "POST" and _path(scope) in (IMAGES_PATH, EDITS_PATH)
+    return scope["method"] == "POST" and path_of(scope) in (IMAGES_PATH, EDITS_PATH)

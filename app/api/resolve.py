@@ -58,6 +58,7 @@ def resolve_request(
     accept: str = "",
     sources: tuple[SourcePixels, ...] = (),
     strength: float | None = None,
+    key_name: str = "",
 ) -> ResolvedRequest:
     """The job that ``request`` asks for.
 
@@ -65,6 +66,7 @@ def resolve_request(
         family: what kind of model is served.
         accept: the Accept header; an image type in it asks for the bare file.
         sources, strength: what an edit adds, see `ImagesJob`.
+        key_name: of the API key that the request came with.
 
     Raises:
         ServiceError: the request is beyond the server's limits or contradicts itself; ``param`` names the field.
@@ -121,6 +123,7 @@ def resolve_request(
         partial_images=request.partial_images or 0,
         sources=sources,
         strength=strength,
+        key_name=key_name,
     )
     return ResolvedRequest(
         job=job,

@@ -66,6 +66,12 @@ def _service(request: Request) -> Service:
     return service
 
 
+def key_name_of(request: Request) -> str:
+    """The name of the request's API key; empty where the service has none."""
+    name: str = getattr(request.state, "key_name", "")
+    return name
+
+
 def _errors(**descriptions: str) -> dict[int | str, dict[str, Any]]:
     return {code.lstrip("s"): {"model": ErrorReply, "description": text} for code, text in descriptions.items()}
 
@@ -122,6 +128,7 @@ async def generate(request: Request) -> Response:
         settings=service.settings,
         family=await service.get_backend().family(),
         request_id=request.state.request_id,
+        key_name=key_name_of(request),
     )
     body = parse(fields, ImagesRequest, resolve)
     return await answer(request, resolve(body, accept=request.headers.get("accept", "")))
@@ -151,11 +158,11 @@ async def answer(request: Request, resolved: ResolvedRequest, kind: Kind = "imag
     "/v1/requests/{request_id}",
     summary="Cancel a request",
     tags=["images"],
-    responses=_errors(s404="No such request is under way."),
+    responses=_errors(s403="Another API key made the request.", s404="No such request is under way."),
 )
 async def cancel(request_id: str, request: Request) -> CancelReply:
-    """End every request whose `X-Request-Id` is this; the calls that wait for them get 409."""
-    images = await _service(request).get_backend().cancel(request_id)
+    """End every request whose `X-Request-Id` is this; a client that waits for one gets 409."""
+    images = await _service(request).get_backend().cancel(request_id, key_name_of(request))
     if images == 0:
         raise RequestNotFoundError(f"no request {request_id[:128]!r} is under way; it may be over already")
     logger.info("request %s: %d image(s) cancelled by %s", request_id[:128], images, request.state.request_id)

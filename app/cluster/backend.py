@@ -21,7 +21,7 @@ from app.cluster.request_tasks import RequestRegistry, RequestTask
 from app.components.prompt_encoder import PromptEncoder
 from app.components.vae import ImageDecoder
 from app.engine.families import Family
-from app.errors import BusyError, UnavailableError
+from app.errors import BusyError, ForbiddenError, UnavailableError
 from app.messages import Conditioning, DenoiseJob, DenoiseResult
 from app.metrics import merge_families
 from app.settings import Settings
@@ -81,14 +81,18 @@ class ServeBackend:
         finally:
             await task.cancel_and_wait()
 
-    async def cancel(self, request_id: str) -> int:
+    async def cancel(self, request_id: str, key_name: str = "") -> int:
         """End it at the coordinators, and in this process also before and after its time there."""
-        at_coordinators: int = sum(await call_all_coordinators("cancel_request", request_id))
-        return max(at_coordinators, self._requests.cancel(request_id))
+        answers = await call_all_coordinators("cancel_request", request_id, key_name)
+        here, others_here = self._requests.cancel(request_id, key_name)
+        ended: int = max(sum(ended for ended, _ in answers), here)
+        if not ended and (others_here or any(others for _, others in answers)):
+            raise ForbiddenError("the request was made with another API key, which alone can cancel it")
+        return ended
 
     def _start(self, job: ImagesJob, emit: OnEvent | None, progress: bool) -> RequestTask:
         return self._requests.start(
-            job.request_id, job.n, self._make(RequestContext(job, time.perf_counter(), emit, progress))
+            job.request_id, job.n, self._make(RequestContext(job, time.perf_counter(), emit, progress)), job.key_name
         )
 
     async def _make(self, context: RequestContext) -> list[GeneratedImage]:
@@ -173,6 +177,7 @@ class ServeBackend:
             deadline_s=self._left_s(context),
             partial_images=job.partial_images,
             strength=job.strength,
+            key_name=job.key_name,
             # With strength the one source turns into the image, and no step reads it beside.
             source_tokens=0 if job.strength else _source_tokens(conditioning),
         )

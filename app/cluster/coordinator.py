@@ -225,13 +225,18 @@ class Coordinator:
         if image is not None:
             image.done.cancel()  # which ends its `denoise`, and with it the row
 
-    async def cancel_request(self, request_id: str) -> int:
-        """End all images of a request at the next step boundary on every rank; returns how many."""
+    async def cancel_request(self, request_id: str, key_name: str = "") -> tuple[int, int]:
+        """End all images of a request at the next step boundary on every rank.
+
+        Returns:
+            How many images that are, and how many with the same id stay, since another API key asked for them.
+        """
         images = [image for image in self._images.values() if image.entry.job.request_id == request_id]
-        ended = [image for image in images if not image.done.done()]
+        under_way = [image for image in images if not image.done.done()]
+        ended = [image for image in under_way if image.entry.job.key_name == key_name]
         for image in ended:
             image.fail(RequestCancelledError(f"request {request_id} was cancelled"))
-        return len(ended)
+        return len(ended), len(under_way) - len(ended)
 
     async def load(self) -> dict[str, float]:
         """Images ``waiting`` and ``running``, and ``eta_s``, the estimate that a request of no wishes would get."""

@@ -1,7 +1,11 @@
 """The Serve ingress: the HTTP application over the encoder, the replicas and the decoder."""
 
+import ipaddress
+import logging
+
 from fastapi import FastAPI
 from ray import serve
+from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
 from app.api.app import create_app
@@ -12,6 +16,8 @@ from app.components.vae import ImageDecoder
 from app.logs import configure_logging
 from app.settings import Settings
 
+logger = logging.getLogger(__name__)
+
 _backend: ServeBackend | None = None  # one per process; Serve builds the ASGI app after the deployment's constructor
 
 
@@ -20,6 +26,25 @@ def build_http_app() -> FastAPI:
     backend = _backend
     assert backend is not None
     return create_app(backend.settings, lambda: backend, id_added_in_front=True)
+
+
+def warn_of_strangers(host: str) -> None:
+    """Warn when a service that wants no API keys listens elsewhere than on this machine alone."""
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost"
+    if not local:
+        logger.warning(
+            "The service listens on %s and wants no API keys: set http.api_keys_file, or let a gateway ask for them.",
+            host,
+        )
+
+
+def _listens_on() -> str:
+    """The address of Serve's HTTP proxies, which Serve tells its own parts only."""
+    client = _get_global_client()
+    return "" if client is None else str(client.http_config.host)
 
 
 @serve.ingress(build_http_app)
@@ -35,6 +60,8 @@ class ImagesApi:
     ) -> None:
         global _backend
         configure_logging(settings)
+        if settings.http.api_keys_file is None:
+            warn_of_strangers(_listens_on())
         _backend = ServeBackend(
             settings,
             PromptEncoder(settings) if encoder is None else remote(encoder, PromptEncoder),

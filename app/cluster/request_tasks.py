@@ -11,8 +11,9 @@ from app.errors import RequestCancelledError
 class RequestTask:
     """One request and the task that works on it."""
 
-    def __init__(self, images: int, work: Coroutine[Any, Any, list[GeneratedImage]]) -> None:
+    def __init__(self, images: int, work: Coroutine[Any, Any, list[GeneratedImage]], key_name: str = "") -> None:
         self.images = images
+        self.key_name = key_name
         self.task = asyncio.create_task(work)
         # Retrieved, so that asyncio does not warn when the client left before the task failed.
         self.task.add_done_callback(lambda task: task.cancelled() or task.exception())
@@ -49,19 +50,23 @@ class RequestRegistry:
     def __init__(self) -> None:
         self._by_id: dict[str, list[RequestTask]] = {}
 
-    def start(self, request_id: str, images: int, work: Coroutine[Any, Any, list[GeneratedImage]]) -> RequestTask:
+    def start(
+        self, request_id: str, images: int, work: Coroutine[Any, Any, list[GeneratedImage]], key_name: str = ""
+    ) -> RequestTask:
         """Begin ``work``, and know it until it is done."""
-        task = RequestTask(images, work)
+        task = RequestTask(images, work, key_name)
         self._by_id.setdefault(request_id, []).append(task)
         task.task.add_done_callback(lambda _: self._forget(request_id, task))
         return task
 
-    def cancel(self, request_id: str) -> int:
-        """End every request with this id; returns how many images that were."""
+    def cancel(self, request_id: str, key_name: str = "") -> tuple[int, int]:
+        """End every request with this id and key; returns how many images that were, and how many have other keys."""
         tasks = [task for task in self._by_id.get(request_id, ()) if not task.task.done()]
-        for task in tasks:
+        own = [task for task in tasks if task.key_name == key_name]
+        for task in own:
             task.cancel()
-        return sum(task.images for task in tasks)
+        ended = sum(task.images for task in own)
+        return ended, sum(task.images for task in tasks) - ended
 
     def _forget(self, request_id: str, task: RequestTask) -> None:
         self._by_id[request_id].remove(task)

@@ -14,7 +14,7 @@ from prometheus_client.metrics_core import Metric
 from app.api.backend import GeneratedImage, HealthReport, ImagesJob, Preview, StreamItem
 from app.control.counters import CoordinatorCounters
 from app.engine.families import FLUX_DEV, Family
-from app.errors import RequestCancelledError
+from app.errors import ForbiddenError, RequestCancelledError
 from app.messages import DenoiseReport, Progress, TokenCount
 from app.metrics import CoordinatorMetrics
 
@@ -69,7 +69,9 @@ class FakeBackend:
             await asyncio.sleep(self.silence_s)
             yield self._image(job, job.seed + index)
 
-    async def cancel(self, request_id: str) -> int:
+    async def cancel(self, request_id: str, key_name: str = "") -> int:
+        if any(job.request_id == request_id and job.key_name != key_name for job in self.jobs):
+            raise ForbiddenError("the request was made with another API key, which alone can cancel it")
         ended = self.held.pop(request_id, None)
         if ended is None:
             return 0

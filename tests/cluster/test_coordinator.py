@@ -84,7 +84,7 @@ class Group:
 
     async def cancel(self, request_id: str, *calls: asyncio.Task[DenoiseResult]) -> None:
         """Cancel a request, and see that all of its images and nothing else is over."""
-        assert await self.coordinator.cancel_request(request_id) == len(calls)
+        assert await self.coordinator.cancel_request(request_id) == (len(calls), 0)
         for call in calls:
             with pytest.raises(RequestCancelledError):
                 await call
@@ -187,13 +187,25 @@ async def test_a_streams_request_is_cancelled(group: Group) -> None:
         await asyncio.wait_for(exhausted(stream), 60)
 
 
+async def test_only_the_key_that_made_a_request_ends_it(group: Group) -> None:
+    calls = {key: group.start(f"a/{key}", steps=LONG, key_name=key) for key in ("alice", "bob")}
+    await group.wait_until("running", 2)
+    assert await group.coordinator.cancel_request("a", "eve") == (0, 2)
+    assert await group.coordinator.cancel_request("a", "bob") == (1, 1)
+    with pytest.raises(RequestCancelledError):
+        await calls["bob"]
+    assert await group.coordinator.cancel_request("a", "alice") == (1, 0)
+    with pytest.raises(RequestCancelledError):
+        await calls["alice"]
+
+
 async def test_a_request_is_ended_whole_and_leaves_nothing_on_the_rank(group: Group) -> None:
     calls = [group.start(f"a/{i}", steps=LONG, magcache=MagCacheOptions()) for i in range(3)]
     await group.wait_until("running", 2)
     other = group.start("ab/0", steps=3)
     await group.cancel("a", *calls)
     assert (await other).report.schedule == "CCC"
-    assert await group.coordinator.cancel_request("a") == 0
+    assert await group.coordinator.cancel_request("a") == (0, 0)
     assert await group.coordinator.load() == {**await group.coordinator.load(), "running": 0, "waiting": 0}
     assert not group.rank._engine.rows
     assert group.coordinator.counts.cancelled == 3

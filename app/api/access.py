@@ -1,0 +1,46 @@
+"""ASGI middleware: who may use the service, by API key, and which headers only operators may send."""
+
+from __future__ import annotations
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from app.api.keys import ApiKeys
+from app.api.middleware import path_of
+from app.api.replies import error_response
+from app.errors import InvalidRequestError, ServiceError
+from app.settings import HttpSettings
+
+PROXY_HEADERS = ("x-request-disconnect-disabled", "x-request-timeout-seconds")
+"""Ray Serve's proxy obeys them from any client: with them a request stays queued when its connection is gone."""
+_OPEN = ("/health", "/ready")
+
+
+class AccessMiddleware:
+    """Refuses requests before their body is read; ``state.key_name`` is the name of a request's key."""
+
+    def __init__(self, app: ASGIApp, http: HttpSettings, keys: ApiKeys | None) -> None:
+        self._app = app
+        self._http = http
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, or refuse it."""
+        if scope["type"] == "http":
+            try:
+                self._check(scope, Headers(scope=scope))
+            except ServiceError as error:
+                scope["state"]["error_code"] = error.code
+                await error_response(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _check(self, scope: Scope, headers: Headers) -> None:
+        path = path_of(scope)
+        if self._keys is not None and path not in _OPEN and (path != "/metrics" or self._http.metrics_need_key):
+            scope["state"]["key_name"] = self._keys.name_of(headers.get("authorization"))
+        for name in PROXY_HEADERS:
+            if name in headers and not self._http.allow_proxy_headers:
+                raise InvalidRequestError(
+                    f"the header {name} is the operator's to send; leave it out", param=name, code="header_not_allowed"
+                )
