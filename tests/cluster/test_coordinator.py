@@ -169,7 +169,7 @@ async def test_a_stream_that_is_closed_ends_its_image(group: Group) -> None:
     assert await anext(stream)
     await stream.aclose()
     await group.wait_until("running", 0)
-    assert await group.coordinator.cancel_request("a") == 0
+    assert await group.coordinator.cancel_request("a") == (0, 0)
     assert (await group.start("b/0", steps=2)).report.schedule == "CC"
     assert not group.rank._engine.rows
 
@@ -182,7 +182,7 @@ async def exhausted(stream: AsyncGenerator[Any, None]) -> None:
 async def test_a_streams_request_is_cancelled(group: Group) -> None:
     stream = group.stream("a/0", steps=LONG)
     assert await anext(stream)
-    assert await group.coordinator.cancel_request("a") == 1
+    assert await group.coordinator.cancel_request("a") == (1, 0)
     with pytest.raises(RequestCancelledError):
         await asyncio.wait_for(exhausted(stream), 60)
 

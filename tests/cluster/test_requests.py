@@ -25,12 +25,12 @@ async def test_a_flight_is_ended_by_its_id() -> None:
     tasks = RequestRegistry()
     mine = [tasks.start("mine", images, forever()) for images in (2, 1)]
     others = tasks.start("others", 1, forever())
-    assert tasks.cancel("nobody") == 0
-    assert tasks.cancel("mine") == 3
+    assert tasks.cancel("nobody") == (0, 0)
+    assert tasks.cancel("mine") == (3, 0)
     for task in mine:
         with pytest.raises(RequestCancelledError):
             await task.result()
-    assert tasks.cancel("mine") == 0
+    assert tasks.cancel("mine") == (0, 0)
     assert not others.task.done()
     await others.cancel_and_wait()
     assert tasks._by_id == {}
