@@ -159,7 +159,8 @@ class Conditioning:
 class BranchStep:
     """What one CFG branch of a row does at one step.
 
-    ``weights`` are empty when the branch computes; else the factors of its last computed residuals, newest first.
+    ``weights`` are empty when the branch computes; else the factors of its last computed residuals, newest first, or
+    none where the row's velocities are reused and nothing runs.
     ``residuals_kept`` is how many computed residuals the branch has to keep afterwards for its later reuse.
     """
 
@@ -168,12 +169,21 @@ class BranchStep:
     weights: tuple[float, ...] = ()
     residuals_kept: int = 1
 
+    @property
+    def runs(self) -> bool:
+        """Whether the transformer, or its ends around a reused residual, run."""
+        return self.compute or bool(self.weights)
+
 
 @dataclass(frozen=True)
 class RowStep:
     """One row in a plan: run ``step``, counted from the job's first, with a decision per branch.
 
     With ``last`` the result has its latents, with ``preview`` its x0 estimate at this step.
+
+    A row that predicts and corrects velocities (`magcache_core.correct`) has factors of its last computed guided
+    velocities, newest first: ``move``, at a computed step, of what is added to the latents for this step and the
+    reused ones after it; and ``estimate``, at every step, of what is added to the latents for an x0 estimate.
     """
 
     row_id: str
@@ -181,6 +191,8 @@ class RowStep:
     branches: tuple[BranchStep, ...]
     last: bool = False
     preview: bool = False
+    move: tuple[float, ...] = ()
+    estimate: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -249,7 +261,7 @@ def chained(plans: Iterable[StepPlan]) -> list[StepPlan]:
 def _row_text(row: RowStep) -> str:
     # Ranks hash every plan between steps, and a dataclass's own repr takes five times as long.
     parts = ",".join(f"{b.branch} {b.compute} {b.weights} {b.residuals_kept}" for b in row.branches)
-    return f"{row.row_id!r} {row.step} {row.last} {row.preview} {parts}"
+    return f"{row.row_id!r} {row.step} {row.last} {row.preview} {row.move} {row.estimate} {parts}"
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from magcache_core import (
     MagCacheConfig,
     Profile,
     apply_mag_cache,
+    evenly_corrected,
     evenly_spaced,
     fill,
     load_profile,
@@ -62,7 +63,7 @@ def cases(profile: Profile, budgets: tuple[int, ...]) -> Iterator[Case]:
     """All lines of the table, the ones that are compared most first."""
     for budget in budgets:
         yield cached(budget, "tried out", plan(profile, STEPS, budget=budget))
-        for reuse in ("fitted", "linear", "residual"):
+        for reuse in ("corrected", "fitted", "linear", "residual"):
             yield from followed(profile, budget, reuse)
         yield cached(budget, "planned on ratios", fill(profile, ratio_schedule(profile, budget), "residual"))
         yield taylor(budget, lite=True)
@@ -76,7 +77,8 @@ def followed(profile: Profile, budget: int, reuse: str) -> Iterator[Case]:
     """The three schedules with one reuse mode."""
     yield cached(budget, "planned", plan(profile, STEPS, budget=budget, reuse=reuse))
     yield cached(budget, "threshold", fill(profile, threshold_schedule(profile, budget), reuse))
-    yield cached(budget, "even", fill(profile, evenly_spaced(STEPS, budget), reuse))
+    even = evenly_corrected if reuse == "corrected" else evenly_spaced
+    yield cached(budget, "even", fill(profile, even(STEPS, budget), reuse))
 
 
 def cached(budget: int, method: str, chosen: Any) -> Case:
@@ -211,7 +213,7 @@ def plot(out: Path) -> Path:
         "TaylorSeer lite": "tab:orange",
         "fewer steps": "tab:brown",
     }
-    styles = {"residual": "-", "scaled": ":", "linear": "--", "fitted": "-."}
+    styles = {"residual": "-", "scaled": ":", "linear": "--", "fitted": "-.", "corrected": "-"}
     figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
     for label, points in series.items():
         method, _, reuse = label.partition(", ")

@@ -3,7 +3,7 @@
 Carries flux-tiny's 28-step curve to other step counts by nearest index and by interpolating the cumulative
 log-magnitude over sigma, and compares both with the curve measured there, and the images of the threshold rule at
 equal computed steps. Then, for several shares of computed steps, plans from the interpolated costs against evenly
-spaced schedules with ``linear`` reuse.
+spaced schedules, with residuals and with velocities.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from magcache_core import (
     Plan,
     Profile,
     apply_mag_cache,
+    evenly_corrected,
     evenly_spaced,
     fill,
     load_profile,
@@ -100,6 +101,8 @@ def main() -> None:
                 "computed": budget,
                 "planned, fitted": decibels(plan(profile, steps, budget=budget, reuse="fitted")),
                 "even, linear": decibels(fill(profile, evenly_spaced(steps, budget), "linear")),
+                "planned, corrected": decibels(plan(profile, steps, budget=budget, reuse="corrected")),
+                "even, corrected": decibels(fill(profile, evenly_corrected(steps, budget), "corrected")),
             }
             plans.append(compared)
             print(json.dumps(compared), flush=True)

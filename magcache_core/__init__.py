@@ -6,6 +6,7 @@ hooks and the strategies work on diffusers' models.
 
 from magcache_core.choice import choose
 from magcache_core.config import ConfigError, MagCacheConfig
+from magcache_core.correct import VELOCITY_MODES, VelocityStep, evenly_corrected, velocity_steps
 from magcache_core.hooks import apply_mag_cache, remove_mag_cache
 from magcache_core.plan_data import Plan, Trial
 from magcache_core.planner import evenly_spaced, fewest_steps, fill, plan
@@ -24,6 +25,7 @@ from magcache_core.strategies import (
 
 __all__ = [
     "REUSE_MODES",
+    "VELOCITY_MODES",
     "BlockMetadata",
     "BranchCurve",
     "ConfigError",
@@ -36,9 +38,11 @@ __all__ = [
     "ProfileError",
     "ResidualError",
     "Trial",
+    "VelocityStep",
     "apply_mag_cache",
     "choose",
     "decisions",
+    "evenly_corrected",
     "evenly_spaced",
     "fewest_steps",
     "fill",
@@ -53,5 +57,6 @@ __all__ = [
     "remove_mag_cache",
     "reuse_weights",
     "schedule",
+    "velocity_steps",
     "write_profile",
 ]

@@ -20,6 +20,7 @@ import torch
 
 from magcache_core.measure import BranchMeasurement, measure_sensitivity, recording
 from magcache_core.profile_data import BranchCurve, Profile, write_profile
+from magcache_core.profiles import load_profile
 from magcache_core.reuse import REUSE_MODES
 from magcache_core.trials import try_schedules
 
@@ -113,7 +114,15 @@ def calibrate(pipe: Any, job: CalibrationJob, name: str, model: str, progress: b
     )
 
 
-def try_out(pipe: Any, job: CalibrationJob, profile: Profile, runs: int, moves: int, progress: bool = True) -> Profile:
+def try_out(
+    pipe: Any,
+    job: CalibrationJob,
+    profile: Profile,
+    runs: int,
+    moves: int,
+    budgets: Sequence[int] | None = None,
+    progress: bool = True,
+) -> Profile:
     """``profile`` with the schedules that came closest on the job's first ``runs`` runs; see `try_schedules`."""
     from tqdm import tqdm
 
@@ -125,7 +134,7 @@ def try_out(pipe: Any, job: CalibrationJob, profile: Profile, runs: int, moves: 
         return torch.cat([pipe(**arguments).images for arguments in asked])
 
     with tqdm(unit="budget", disable=not progress, desc="trying schedules") as bar:
-        trials = try_schedules(pipe.transformer, run, profile, moves, progress=lambda: bar.update(1))
+        trials = try_schedules(pipe.transformer, run, profile, moves, budgets, progress=lambda: bar.update(1))
     return replace(profile, trials=trials)
 
 
@@ -215,12 +224,14 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1, help="runs of each prompt")
     parser.add_argument("--batch", type=int, default=1, help="runs at once")
     parser.add_argument("--max-sequence-length", type=int, help="text tokens; the pipeline's default otherwise")
-    parser.add_argument("--reuse", choices=REUSE_MODES, default="fitted", help="reuse mode to recommend")
+    parser.add_argument("--reuse", choices=REUSE_MODES, default="corrected", help="reuse mode to recommend")
     parser.add_argument("--budget", type=int, help="computed steps to recommend; without it, the threshold rule")
     parser.add_argument(
         "--trials", type=int, default=4, metavar="RUNS", help="runs to try schedules out on; 0 only predicts errors"
     )
     parser.add_argument("--moves", type=int, default=6, help="neighbours of each best schedule to try out as well")
+    parser.add_argument("--refine", metavar="PROFILE", help="measure nothing and only try schedules of this one again")
+    parser.add_argument("--budgets", type=int, nargs="+", help="with --refine: numbers of computed steps to try again")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
@@ -245,10 +256,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_sequence_length=args.max_sequence_length,
     )
     pipe = DiffusionPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(args.device)
-    measured = calibrate(pipe, job, args.name or args.out.stem, args.model_id or args.model)
-    profile = replace(measured, reuse=args.reuse, budget=args.budget)
+    if args.refine is None:
+        measured = calibrate(pipe, job, args.name or args.out.stem, args.model_id or args.model)
+        profile = replace(measured, reuse=args.reuse, budget=args.budget)
+    else:
+        profile = load_profile(args.refine)
+        profile.check_transformer(type(pipe.transformer).__name__)
+        job = replace(job, steps=profile.steps, width=profile.width, height=profile.height)
+        again = {"budgets": args.budgets, "runs": args.trials, "moves": args.moves}
+        profile = replace(profile, provenance={**profile.provenance, "refined": again})
     if args.trials > 0:
-        profile = try_out(pipe, job, profile, args.trials, args.moves)
+        profile = try_out(pipe, job, profile, args.trials, args.moves, args.budgets)
     write_profile(profile, args.out)
     print(f"wrote {args.out}: {len(job.runs)} runs, branches {', '.join(profile.branches)}")
 

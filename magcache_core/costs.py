@@ -29,6 +29,7 @@ class CostTable:
             all of a + 1 ... a + l reused: the norm of the summed error vectors, which may cancel.
         gram: (steps, steps), mean inner product per token of the residuals of two steps.
         sensitivity: (steps,), how much a displacement of the latents made at a step has grown by the end of the run.
+        velocities: (steps, steps), mean inner product per image of the velocities of two steps; None when not measured.
 
     Entries that don't exist (past the last step, gaps larger than a) are infinite; l = 0 costs nothing.
     """
@@ -37,6 +38,7 @@ class CostTable:
     segments: Mapping[str, torch.Tensor]
     gram: torch.Tensor
     sensitivity: torch.Tensor
+    velocities: torch.Tensor | None = None
 
     @property
     def steps(self) -> int:
@@ -63,7 +65,13 @@ class CostTable:
                 table[0, 0] = kept["residual"][0, 0]
             return kept
 
-        return CostTable(cut(self.pairwise), cut(self.segments), self.gram[first:, first:], self.sensitivity[first:])
+        return CostTable(
+            cut(self.pairwise),
+            cut(self.segments),
+            self.gram[first:, first:],
+            self.sensitivity[first:],
+            None if self.velocities is None else self.velocities[first:, first:],
+        )
 
     def nearest_mode(self, mode: str) -> str:
         """The measured mode that stands for ``mode``: itself, or plain reuse."""
@@ -106,6 +114,7 @@ class CostTable:
             "segments": {mode: _ragged(mode, table) for mode, table in self.segments.items()},
             "gram": [[_short(value) for value in row] for row in self.gram.tolist()],
             "sensitivity": [_short(value) for value in self.sensitivity.tolist()],
+            "velocities": None if self.velocities is None else self.velocities.tolist(),
         }
 
     @classmethod
@@ -115,6 +124,11 @@ class CostTable:
         gram = torch.tensor(document["gram"], dtype=torch.float64)
         if gram.shape != (steps, steps):
             raise ValueError(f"costs.gram has shape {tuple(gram.shape)}, not {(steps, steps)}")
+        velocities = document.get("velocities")
+        if velocities is not None:
+            velocities = torch.tensor(velocities, dtype=torch.float64)
+            if velocities.shape != (steps, steps):
+                raise ValueError(f"costs.velocities has shape {tuple(velocities.shape)}, not {(steps, steps)}")
         sensitivity = torch.tensor(document["sensitivity"])
         if sensitivity.shape != (steps,):
             raise ValueError(f"costs.sensitivity has {len(sensitivity)} values for {steps} steps")
@@ -122,7 +136,7 @@ class CostTable:
             kind: {mode: _dense(mode, document[kind][mode], steps, max_skip) for mode in COST_MODES}
             for kind in ("pairwise", "segments")
         }
-        return cls(tables["pairwise"], tables["segments"], gram, sensitivity)
+        return cls(tables["pairwise"], tables["segments"], gram, sensitivity, velocities)
 
 
 def empty_table(steps: int, max_skip: int) -> torch.Tensor:

@@ -1,29 +1,32 @@
 """MagCache on a plain diffusers transformer: `apply_mag_cache` and `remove_mag_cache`.
 
 One hook on the transformer decides each call (compute or reuse) and, through `BlockTaps`, takes the block stack's input
-at its head and its output at its tail. It is registered with diffusers' own hook registry, under the name of
-diffusers' leading hook, so ``cache_context``, ``disable_cache`` and ``reset_stateful_hooks`` work on it.
+at its head and its output at its tail; or, where velocities are reused, answers without the transformer. It is
+registered with diffusers' own hook registry, under the name of diffusers' leading hook, so ``cache_context``,
+``disable_cache`` and ``reset_stateful_hooks`` work on it.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from magcache_core.config import ConfigError, MagCacheConfig
+from magcache_core.correct import VELOCITY_MODES
 from magcache_core.diffusers_bridge import StatefulHook, attach, detach, enter_default_context, new_states
 from magcache_core.plan_data import COMPUTE, Plan
 from magcache_core.residual_stats import StepStatistics
 from magcache_core.reuse import EXTRAPOLATING, check_reuse, reuse_weights
 from magcache_core.run_position import Position, locate
-from magcache_core.state import MagCacheState
+from magcache_core.state import MagCacheState, schedule
 from magcache_core.strategies import MagCacheStrategy, get_strategy
 from magcache_core.taps import BlockTaps
+from magcache_core.velocity_run import VelocityRun
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +49,8 @@ def apply_mag_cache(
             runs must have its number of steps).
         reuse: one of `REUSE_MODES`; by default the plan's, or ``residual``.
         sigmas: noise levels of a run, for the extrapolating modes outside of a diffusers pipeline; by default the
-            scheduler's, or the ``timestep`` that the transformer gets.
+            scheduler's, or the ``timestep`` that the transformer gets. Where velocities are reused, those of the whole
+            run are needed (a final 0 may follow), and its steps must be Euler's.
 
     Raises:
         ConfigError: ``reuse`` is unknown, or there is no curve.
@@ -76,6 +80,7 @@ class BranchRun:
     Attributes:
         next_step: the step that the next call of this run would be.
         residuals: (sigma or None, residual (rows, image_tokens, dim)) of the last computed steps, newest first.
+        ahead: the run where velocities are reused.
         statistics: what calibration measured so far in this run.
     """
 
@@ -91,6 +96,7 @@ class BranchRun:
         self.growth = 1.0
         self.deviated = False  # other residuals are at hand than the plan's weights are fitted to
         self.residuals: list[tuple[float | None, Any]] = []
+        self.ahead: VelocityRun | None = None
         self.statistics = StepStatistics()
 
 
@@ -106,6 +112,8 @@ class MagCacheHook(StatefulHook):
         self.sigmas = None if sigmas is None else [float(sigma) for sigma in sigmas]
         self._mode = check_reuse(reuse or (config.reuse if isinstance(config, Plan) else "residual"))
         self._fitted = config.weights if isinstance(config, Plan) and reuse in (None, config.reuse) else ()
+        if isinstance(config, MagCacheConfig) and config.calibrate:
+            self._mode = "residual"  # every step computes, and is measured
         self._history = max([2 if self._mode in EXTRAPOLATING else 1, *map(len, self._fitted)])
         self._signature: inspect.Signature | None = None
 
@@ -128,6 +136,10 @@ class MagCacheHook(StatefulHook):
 
         sigma = self._sigma(position)
         external = _has_controlnet(arguments)
+        if self._mode in VELOCITY_MODES:
+            output = self._corrected(run, position, forward, external)
+            self._advance(run, position)
+            return output
         if external:
             # They were added between blocks, so the stack's residual would hold them a second time.
             run.residuals.clear()
@@ -138,10 +150,28 @@ class MagCacheHook(StatefulHook):
                 self._store(run, sigma)
         else:
             output = self.taps.run(forward, self._replacement(run, position, sigma))
+        self._advance(run, position)
+        return output
+
+    def _advance(self, run: BranchRun, position: Position) -> None:
         run.next_step = position.step + 1
         if run.next_step >= run.steps:
             self._end(run, position)
-        return output
+
+    def _corrected(self, run: BranchRun, position: Position, forward: Callable[[], Any], external: bool) -> Any:
+        """A step of a run that reuses velocities. After a call that must compute as it is, the run begins anew."""
+        if external or position.step >= run.steps:
+            run.ahead = None
+            return forward()
+        if run.ahead is None:
+            levels = position.levels if self.sigmas is None else (*self.sigmas, 0.0)[: run.steps + 1]
+            if len(levels) != run.steps + 1:
+                raise ConfigError("sigmas", None, f"given for reuse={self._mode!r}, one per step of the run")
+            config = self.config
+            marks = config.schedule if isinstance(config, Plan) else schedule(config.resampled(run.steps))
+            marks = COMPUTE + marks[position.step + 1 :]
+            run.ahead = VelocityRun(marks, levels[position.step :], self._mode, position.step)
+        return run.ahead.take(position.step, forward)
 
     @property
     def _steps(self) -> int:
@@ -208,6 +238,7 @@ class MagCacheHook(StatefulHook):
         else:
             # Only a rising timestep will tell whether the next call begins a run or goes on with a longer one.
             run.residuals.clear()
+            run.ahead = None
             run.statistics = StepStatistics()
 
 

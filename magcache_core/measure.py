@@ -25,6 +25,7 @@ from magcache_core.residual_stats import StepStatistics
 from magcache_core.reuse import reuse_weights
 from magcache_core.strategies import get_strategy
 from magcache_core.taps import BlockTaps
+from magcache_core.velocity_run import sample_of
 
 RECORD_HOOK = "mag_cache_record_hook"
 
@@ -62,18 +63,13 @@ class _Recorder(StatefulHook):
         original = self.fn_ref.original_forward
 
         def replay(residual: torch.Tensor) -> torch.Tensor:
-            return _sample(self._taps.run(lambda: original(*args, **kwargs), residual))
+            return sample_of(self._taps.run(lambda: original(*args, **kwargs), residual))
 
         output = self._taps.run(lambda: original(*args, **kwargs))
         trace.replays.append(replay)
         trace.residuals.append(self._taps.residual)
-        trace.velocities.append(_sample(output))
+        trace.velocities.append(sample_of(output))
         return output
-
-
-def _sample(output: Any) -> torch.Tensor:
-    sample: torch.Tensor = output[0] if isinstance(output, tuple) else output.sample
-    return sample
 
 
 @contextmanager
@@ -103,6 +99,7 @@ class BranchMeasurement:
         self._rows = 0
         self._statistics = torch.zeros(3, self.steps, dtype=torch.float64)
         self._gram = torch.zeros(self.steps, self.steps, dtype=torch.float64)
+        self._velocities = torch.zeros(self.steps, self.steps, dtype=torch.float64)
         self._pairwise = {mode: empty_table(self.steps, self.max_skip) for mode in COST_MODES}
         self._segments = {mode: empty_table(self.steps, self.max_skip) for mode in COST_MODES}
 
@@ -119,6 +116,9 @@ class BranchMeasurement:
         for row in range(rows):
             flat = torch.stack([residual[row].float().flatten() for residual in trace.residuals])
             self._gram += (flat @ flat.T).double().cpu() / trace.residuals[0].shape[1]
+            # Velocities are alike, and their differences are what counts, so single precision would not do.
+            moving = torch.stack([velocity[row].double().flatten() for velocity in trace.velocities])
+            self._velocities += (moving @ moving.T).cpu()
         for a in range(self.steps):
             for mode in COST_MODES:
                 gaps = range(1, min(a, self.max_skip + 1) + 1) if mode != "residual" and a else range(1)
@@ -165,6 +165,7 @@ class BranchMeasurement:
             {mode: table(sums) for mode, sums in self._segments.items()},
             self._gram / self._rows,
             torch.tensor(sensitivity),
+            self._velocities / self._rows,
         )
 
 

@@ -9,17 +9,22 @@ trajectory at once is the idea of LeMiCa and DPCache (arXiv 2602.22654); the cos
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
 
 from magcache_core.config import ConfigError, MagCacheConfig
+from magcache_core.correct import VELOCITY_MODES, evenly_corrected
+from magcache_core.costs import CostTable
 from magcache_core.fit import fitted_weights, resample_gram
 from magcache_core.plan_data import COMPUTE, REUSE, Plan
 from magcache_core.profile_data import Profile
+from magcache_core.resample import interpolate, positions
 from magcache_core.reuse import check_reuse
+from magcache_core.velocity_costs import velocity_costs
 
 
 def plan(
@@ -36,10 +41,10 @@ def plan(
     """The schedule with the least predicted error for a budget, or the cheapest within an error.
 
     Where the profile has trials, and neither a reuse mode nor bounds are asked for, a budget gets what came closest
-    when it was tried out. At other step counts than the profile's that is an evenly spaced schedule with ``linear``
-    reuse, as long as no more than half of the steps compute: trials come near it, and pictures are closer than with a
-    plan (docs/magcache.md has the figures). ``predicted_error`` is what is predicted for that schedule: among plans it
-    falls with the budget, among trials the measured error does.
+    when it was tried out. At other step counts than the profile's that is an evenly spaced schedule, with ``linear``
+    reuse as long as no more than half of the steps compute, and two fifths where the profile reuses velocities: trials
+    come near it, and images are closer than with a plan (docs/magcache.md has the figures). ``predicted_error`` is what
+    is predicted for that schedule: among plans it falls with the budget, among trials the measured error does.
 
     Args:
         profile: costs to plan with. Where it has only ratios, a reused step costs |1 - product of ratios|.
@@ -86,8 +91,11 @@ def _tried(profile: Profile, steps: int, budget: int) -> tuple[str, str] | None:
     """The schedule and the reuse mode that trials recommend, if they do."""
     if steps == profile.steps:
         return next(((one.schedule, one.reuse) for one in profile.trials if one.computed == budget), None)
-    even = profile.trials and not profile.protected_steps and 2 * budget <= steps
-    return (evenly_spaced(steps, budget), "linear") if even else None
+    if not profile.trials or profile.protected_steps:
+        return None
+    if profile.reuse in VELOCITY_MODES:
+        return (evenly_corrected(steps, budget), profile.reuse) if 5 * budget <= 2 * steps else None
+    return (evenly_spaced(steps, budget), "linear") if 2 * budget <= steps else None
 
 
 def fewest_steps(
@@ -226,8 +234,31 @@ def segment_costs(profile: Profile, config: MagCacheConfig, reuse: str, branch: 
     table = profile.branch(branch).costs
     if table is None:
         return SegmentCosts(_ratio_costs(config), "ratio")
+    if reuse in VELOCITY_MODES and table.velocities is not None and profile.sigmas:
+        return SegmentCosts(_corrected_costs(table, profile.sigmas, config.num_inference_steps, lengths), "latent")
     costs = table.final(table.nearest_mode(reuse), config.num_inference_steps, lengths)
     return SegmentCosts(costs.square(), "latent")
+
+
+def corrected_plans(profile: Profile, budget: int) -> Iterator[Plan]:
+    """Plans at the profile's step count that weigh predictions differently; none where velocities weren't measured."""
+    config, table = _bounds(profile, None, None, None, "cond"), profile.branch().costs
+    if table is None or table.velocities is None:
+        return
+    for weighing in ((0.3, False), (1.0, False), (3.0, False), (5.0, True), (10.0, True)):
+        values = _corrected_costs(table, profile.sigmas, profile.steps, config.max_skip_steps + 1, *weighing)
+        yield _Search(SegmentCosts(values, "latent"), config).plan(budget, "corrected")
+
+
+@lru_cache(maxsize=64)
+def _corrected_costs(
+    table: CostTable, sigmas: tuple[float, ...], steps: int, lengths: int, share: float = 1.0, by_span: bool = False
+) -> torch.Tensor:
+    """`velocity_costs` of a run of ``steps`` steps; ``sigmas`` are the measured run's."""
+    assert table.velocities is not None
+    at = positions(steps, len(sigmas))
+    levels = [interpolate(range(0, -len(sigmas), -1), sigmas, -position) for position in at]
+    return velocity_costs(resample_gram(table.velocities, steps), [*levels, 0.0], lengths, share, by_span).float()
 
 
 def _ratio_costs(config: MagCacheConfig) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a reused step adds: weights of the last computed residuals, by reuse mode."""
+"""What a reused step adds, by reuse mode: weights of the last computed residuals or of the last velocities."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from magcache_core.config import ConfigError, MagCacheConfig
-from magcache_core.plan_data import COMPUTE, Plan
+from magcache_core.correct import VELOCITY_MODES, velocity_steps
+from magcache_core.plan_data import COMPUTE, REUSE, Plan
 from magcache_core.state import Decision, MagCacheState
 
-REUSE_MODES = ("residual", "scaled", "linear", "fitted")
+REUSE_MODES = ("residual", "scaled", "linear", "fitted", *VELOCITY_MODES)
 """``residual``: the last computed residual as it is. ``scaled``: times the product of ratios since. ``linear``: first
 order in sigma through the last two computed residuals. ``fitted``: the mix of the last three that was closest in
-calibration, which a `Plan` carries; where nothing was fitted (a bare config) it is ``linear``."""
+calibration, which a `Plan` carries; where nothing was fitted (a bare config) it is ``linear``. ``corrected`` and
+``integrated`` reuse velocities: see `magcache_core.correct`."""
 
-EXTRAPOLATING = ("linear", "fitted")
+EXTRAPOLATING = ("linear", "fitted", *VELOCITY_MODES)
 """Modes whose formula needs noise levels."""
 
 
@@ -29,7 +31,7 @@ def reuse_weights(mode: str, at: float, computed: Sequence[float], growth: float
     """Factors of the computed residuals, newest first, that stand in for the residual at noise level ``at``.
 
     Args:
-        mode: one of `REUSE_MODES`; the formula of ``fitted`` is that of ``linear``.
+        mode: one of `REUSE_MODES` that reuses residuals; the formula of ``fitted`` is that of ``linear``.
         at: sigma of the reused step.
         computed: sigmas of the steps whose residuals are at hand, newest first.
         growth: product of the ratios since the newest of them (for ``scaled``).
@@ -37,6 +39,8 @@ def reuse_weights(mode: str, at: float, computed: Sequence[float], growth: float
     Returns:
         One factor, or two when extrapolating and two residuals exist.
     """
+    if mode in VELOCITY_MODES:
+        raise ConfigError("reuse", mode, "a mode that reuses residuals")
     if mode == "scaled":
         return (growth,)
     if check_reuse(mode) not in EXTRAPOLATING or len(computed) < 2:
@@ -53,8 +57,8 @@ def decisions(
 
     Args:
         source: the threshold rule's settings, or a plan.
-        sigmas: the noise level of each step, falling (at least one per step; a final 0 may follow). The extrapolating
-            modes need them.
+        sigmas: the noise level of each step, falling (at least one per step; the final one may follow, and is 0 where
+            it doesn't). The extrapolating modes need them.
         reuse: one of `REUSE_MODES`; by default what the plan says, or ``residual``.
 
     Raises:
@@ -69,7 +73,12 @@ def decisions(
         mode = check_reuse(reuse or "residual")
         state = MagCacheState(source)
         steps = [state.step() for _ in range(source.num_inference_steps)]
-    return _with_weights(steps, _levels(sigmas, len(steps), mode), source.ratios, mode)
+    levels = _levels(sigmas, len(steps), mode)
+    if mode in VELOCITY_MODES:
+        schedule = "".join(COMPUTE if decision.compute else REUSE for decision in steps)
+        moves = velocity_steps(schedule, [*levels, 0.0][: len(steps) + 1], mode)
+        return tuple(replace(step, weights=(), velocity=move) for step, move in zip(steps, moves, strict=True))
+    return _with_weights(steps, levels, source.ratios, mode)
 
 
 def _levels(sigmas: Sequence[float] | None, steps: int, mode: str) -> Sequence[float]:

@@ -22,6 +22,7 @@ class Position:
         sigma: noise level, or a value proportional to it; None when not known.
         timestep: the call's own ``timestep`` argument; None when it wasn't needed.
         restart: a new run begins here although the step index doesn't show it.
+        levels: noise levels of the run's steps and the final one; empty when not known.
     """
 
     step: int
@@ -29,6 +30,7 @@ class Position:
     sigma: float | None = None
     timestep: float | None = None
     restart: bool = False
+    levels: tuple[float, ...] = ()
 
 
 class Progress(Protocol):
@@ -62,7 +64,10 @@ def locate(
         step = scheduler.step_index if scheduler.step_index is not None else scheduler.begin_index or 0
         steps = len(scheduler.timesteps)
         sigmas = getattr(scheduler, "sigmas", None)
-        return Position(step, steps, None if sigmas is None else float(sigmas[step]))
+        if sigmas is None:
+            return Position(step, steps)
+        levels = tuple(float(sigma) for sigma in sigmas)
+        return Position(step, steps, levels[step], levels=levels)
     timestep = _first(arguments.get("timestep"))
     last = progress.last_timestep
     progress.last_timestep = timestep

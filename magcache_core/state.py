@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from magcache_core.config import ConfigError, MagCacheConfig
+from magcache_core.correct import VelocityStep
 from magcache_core.plan_data import COMPUTE, REUSE
 
 
@@ -18,12 +19,14 @@ class Decision:
         weights: for a reused step, the factors of the last computed residuals, newest first, whose sum stands in for
             the block stack's residual; empty for a computed step.
         accumulated_error: the rule's e after this step (0.0 when computing, or when a plan decided).
+        velocity: the step's part in a run that predicts and corrects velocities; None where residuals are reused.
     """
 
     step: int
     compute: bool
     weights: tuple[float, ...] = ()
     accumulated_error: float = 0.0
+    velocity: VelocityStep | None = None
 
 
 class MagCacheState:

@@ -9,19 +9,20 @@ local search around the best.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import nn
 
+from magcache_core.correct import VELOCITY_MODES, evenly_corrected
 from magcache_core.hooks import apply_mag_cache, remove_mag_cache
 from magcache_core.plan_data import COMPUTE, REUSE, Plan, Trial
-from magcache_core.planner import evenly_spaced, fewest_steps, fill, plan
+from magcache_core.planner import corrected_plans, evenly_spaced, fewest_steps, fill, plan
 from magcache_core.profile_data import Profile
 
-MODES = ("linear", "fitted")
-"""Reuse modes that are tried; plain reuse was never the closest."""
+MODES = ("linear", "corrected")
+"""Reuse modes that are tried; plain reuse was never the closest, and ``fitted`` at one number of computed steps."""
 LEAST = 1e-5
 """Distance (100 dB) at which equal images count, so that its logarithm is finite."""
 
@@ -31,6 +32,7 @@ def try_schedules(
     run: Callable[[], torch.Tensor],
     profile: Profile,
     moves: int = 6,
+    budgets: Sequence[int] | None = None,
     seed: int = 0,
     progress: Callable[[], object] = lambda: None,
 ) -> tuple[Trial, ...]:
@@ -42,6 +44,7 @@ def try_schedules(
             width).
         profile: measured costs, which name candidates and fit weights.
         moves: schedules to try beside the candidates, each with one computed step of the best so far moved.
+        budgets: numbers of computed steps to try again; the others keep the profile's trials. By default all.
         seed: of the moves.
         progress: called after each number of computed steps.
 
@@ -64,28 +67,36 @@ def try_schedules(
         return known[key]
 
     found: list[Trial] = []
+    kept = {trial.computed: trial for trial in profile.trials}
     for budget in range(fewest_steps(profile), profile.steps):
         before = found[-1] if found else None
-        best = min(map(tried, _candidates(profile, budget, before)), key=_error)
-        for _ in range(moves):
-            moved = fill(profile, _moved(best.schedule, profile.protected_steps, rng), best.reuse)
-            best = min(best, tried(moved), key=_error)
+        if budget in kept and budgets is not None and budget not in budgets:
+            best = kept[budget]
+        else:
+            best = min(map(tried, _candidates(profile, budget, before, kept.get(budget))), key=_error)
+            for _ in range(moves):
+                moved = fill(profile, _moved(best.schedule, profile.protected_steps, rng), best.reuse)
+                best = min(best, tried(moved), key=_error)
         # A smaller budget that did better by luck bounds what this one is expected to do.
         found.append(best if before is None else replace(best, error=min(best.error, before.error)))
         progress()
     return tuple(found)
 
 
-def _candidates(profile: Profile, budget: int, before: Trial | None) -> Iterator[Plan]:
-    """Planned and evenly spaced schedules, and the best with a step less and its longest segment halved."""
-    schedules = [evenly_spaced(profile.steps, budget)]
+def _candidates(profile: Profile, budget: int, before: Trial | None, known: Trial | None) -> Iterator[Plan]:
+    """Planned and evenly spaced schedules, the best with a step less and its longest segment halved, and ``known``."""
+    if known is not None:
+        yield fill(profile, known.schedule, known.reuse)
+    yield from corrected_plans(profile, budget)
+    halved = []
     if before is not None:
         longest = max(before.schedule.split(COMPUTE), key=len)
         middle = before.schedule.index(COMPUTE + longest) + 1 + len(longest) // 2
-        schedules.append(_with(before.schedule, middle, COMPUTE))
+        halved.append(_with(before.schedule, middle, COMPUTE))
     for mode in MODES:
+        even = evenly_corrected if mode in VELOCITY_MODES else evenly_spaced
         yield plan(profile, budget=budget, reuse=mode)
-        for schedule in schedules:
+        for schedule in (even(profile.steps, budget), *halved):
             if all(schedule[step] == COMPUTE for step in profile.protected_steps):
                 yield fill(profile, schedule, mode)
 

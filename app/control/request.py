@@ -108,7 +108,9 @@ class RequestState:
         """The row's part of the next plan."""
         step = self.step
         last = self.remaining == 1
-        return RowStep(self.job.row_id, step, self.row_schedule.steps[step], last, step in self.previews)
+        move, estimate = self.row_schedule.velocities[step]
+        branches = self.row_schedule.steps[step]
+        return RowStep(self.job.row_id, step, branches, last, step in self.previews, move, estimate)
 
     def report(self, finished_s: float) -> DenoiseReport:
         """How the image was denoised; only after its admission."""

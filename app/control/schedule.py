@@ -14,6 +14,7 @@ from app.errors import InvalidRequestError
 from app.messages import BranchStep, DenoiseJob, MagCacheOptions
 from app.settings import Settings
 from magcache_core import (
+    VELOCITY_MODES,
     ConfigError,
     Decision,
     Profile,
@@ -21,6 +22,7 @@ from magcache_core import (
     choose,
     decisions,
     fewest_steps,
+    fill,
     load_profile,
     pick_profile,
 )
@@ -53,6 +55,7 @@ class RowSchedule:
 
     Attributes:
         steps: what each branch does, by step.
+        velocities: ``move`` and ``estimate`` of a `RowStep`, by step; empty where residuals are reused.
         computing: how many branches compute, by step.
         computed: branch evaluations computed before each step, and in all.
         rounds: steps before each step at which some branch computed, and in all.
@@ -60,6 +63,7 @@ class RowSchedule:
     """
 
     steps: tuple[tuple[BranchStep, ...], ...]
+    velocities: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...]
     computing: tuple[int, ...]
     computed: tuple[int, ...]
     rounds: tuple[int, ...]
@@ -88,13 +92,17 @@ def _combine(schedules: tuple[tuple[str, BranchSchedule], ...]) -> RowSchedule:
         for name, schedule in schedules
     ]
     steps = tuple(zip(*by_branch, strict=True))
+    velocities = tuple(
+        ((), ()) if made.velocity is None else (made.velocity.move, made.velocity.estimate)
+        for made in schedules[0][1].decisions
+    )
     computing = tuple(sum(part.compute for part in parts) for parts in steps)
     computed = [0]
     for count in computing:
         computed.append(computed[-1] + count)
     round_steps = tuple(step for step, count in enumerate(computing) if count)
     rounds = tuple(bisect_left(round_steps, step) for step in range(len(steps) + 1))
-    return RowSchedule(steps, computing, tuple(computed), rounds, round_steps)
+    return RowSchedule(steps, velocities, computing, tuple(computed), rounds, round_steps)
 
 
 class NoiseSchedule(Protocol):
@@ -132,7 +140,8 @@ class SchedulePlanner:
         """
         followed = self._with_budget(job, job.magcache if options is None else options)
         key = followed, job.num_inference_steps, job.first_step, job.width, job.height
-        return {branch: self._plan(*key, branch) for branch in job.branches}
+        guided = len(job.branches) > 1
+        return {branch: self._plan(*key, branch, guided) for branch in job.branches}
 
     def _with_budget(self, job: DenoiseJob, options: MagCacheOptions) -> MagCacheOptions:
         """``options`` with the number of computed steps that their share stands for; none without a profile."""
@@ -178,7 +187,7 @@ class SchedulePlanner:
         return profile.tail(first_step, steps)
 
     def _plan_branch(
-        self, options: MagCacheOptions, steps: int, first_step: int, width: int, height: int, branch: str
+        self, options: MagCacheOptions, steps: int, first_step: int, width: int, height: int, branch: str, guided: bool
     ) -> BranchSchedule:
         profile = self._profile(steps, first_step, width, height) if options.enabled else None
         if profile is None:
@@ -187,15 +196,21 @@ class SchedulePlanner:
                 raise ConfigError("computed_steps", options.computed_steps, allowed)
             every = tuple(Decision(step, compute=True) for step in range(steps - first_step))
             return BranchSchedule(every, 0, 0.0, self._noise.uncached_reason if options.enabled else None)
+        # True CFG multiplies what separates the branches, and with it what a prediction gets wrong: there residuals are
+        # reused, on the schedule that is planned for velocities (what trials found goes with their mode).
+        without_correction = guided and profile.reuse in VELOCITY_MODES
         plan = choose(
             profile,
             steps - first_step,
             branch=branch,
+            reuse=profile.reuse if without_correction else None,
             threshold=options.mag_threshold,
             max_skip_steps=options.mag_max_skip_steps,
             retention_ratio=options.mag_retention_ratio,
             budget=options.computed_steps,
         )
+        if without_correction:
+            plan = fill(profile, plan.schedule, "residual", branch)
         sigmas = self._noise.sigmas(steps, Geometry.of(width, height).tokens)[first_step:].tolist()
         decided = decisions(plan, sigmas)
         residuals_kept = max(len(decision.weights) for decision in decided)

@@ -189,29 +189,38 @@ class Engine:
         return Branch(context, modulation, self.strategy.output_modulation(self.transformer, temb))
 
     def _step(self, row_steps: Sequence[RowStep]) -> dict[str, torch.Tensor]:
-        """Take one step of rows of equal shapes: forward pass, true CFG, Euler step; returns previews."""
+        """Take one step of rows of equal shapes: forward pass, true CFG, move; returns previews."""
         parts = [
             BatchItem(row, row.branches[step.branch], row_step, step)
             for row_step in row_steps
             for row in [self.rows[row_step.row_id]]
             for step in row_step.branches
         ]
-        velocity = self._velocity(parts)  # (parts, image_tokens, channels)
-        first = 0
+        running = [part for part in parts if part.step.runs]
+        velocities = iter(self._velocity(running) if running else ())
         previews = {}
         for row_step in row_steps:
             row = self.rows[row_step.row_id]
-            guided = velocity[first]
-            if len(row_step.branches) == 2:
-                negative = velocity[first + 1]
-                guided = negative + row.job.true_cfg_scale * (guided - negative)
-            if row_step.preview:  # the velocity points from data to noise, so this is where it ends at sigma 0
-                estimate = row.latents.float() - row.sigmas[row_step.step] * guided.float()
+            made = [next(velocities) for step in row_step.branches if step.runs]  # each (image_tokens, channels)
+            if row_step.estimate:
+                estimate = self._correct(row, row_step, made)
+            else:
+                guided = row.guided(made).float()
+                before, after = row.sigmas[row_step.step], row.sigmas[row_step.step + 1]
+                # The velocity points from data to noise, so this is where it ends at sigma 0.
+                estimate = row.latents.float() - before * guided if row_step.preview else None
+                row.latents = (row.latents.float() + (after - before) * guided).to(self.dtype)
+            if estimate is not None:
                 previews[row_step.row_id] = estimate.to(self.dtype).cpu()
-            delta = row.sigmas[row_step.step + 1] - row.sigmas[row_step.step]
-            row.latents = (row.latents.float() + delta * guided.float()).to(self.dtype)
-            first += len(row_step.branches)
         return previews
+
+    def _correct(self, row: Row, row_step: RowStep, made: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """Move a row that predicts and corrects, from a computed step to the next; the estimate if one is wanted."""
+        if row_step.move:
+            # A copy, so that a kept row does not hold the whole batch's memory.
+            row.velocities.appendleft(row.guided(made).clone())
+            row.latents = row.displaced(row_step.move).to(self.dtype)
+        return row.displaced(row_step.estimate) if row_step.preview else None
 
     def _velocity(self, parts: Sequence[BatchItem]) -> torch.Tensor:
         """Predicted velocities, (parts, image_tokens, channels), each computed or with a reused residual."""

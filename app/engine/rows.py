@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from app.engine.geometry import Geometry
 from app.messages import BranchStep, DenoiseJob
+from magcache_core.correct import CORRECTING
 
 BatchKey = tuple[Geometry, int, tuple[Geometry, ...]]
 """An image's geometry, its number of text tokens, and the geometries of its reference images."""
@@ -76,6 +77,8 @@ class Row:
         references: (reference tokens, inner_dim), the embedded reference images one after another; they are the same
             at every step, so they are embedded once. Empty for most images.
         reference_geometries: of the images in ``references``.
+        velocities: the last computed guided velocities, newest first, each (image_tokens, channels), of a row that
+            predicts and corrects them.
     """
 
     job: DenoiseJob
@@ -85,6 +88,7 @@ class Row:
     branches: dict[str, Branch]
     references: torch.Tensor
     reference_geometries: tuple[Geometry, ...]
+    velocities: deque[torch.Tensor] = field(default_factory=lambda: deque(maxlen=CORRECTING))
 
     @property
     def batch_key(self) -> BatchKey:
@@ -93,5 +97,28 @@ class Row:
 
     @property
     def residual_bytes(self) -> int:
-        """Memory that the stored residuals take."""
-        return sum(r.nbytes for branch in self.branches.values() for r in branch.residuals)
+        """Memory that the stored residuals and velocities take."""
+        residuals = sum(r.nbytes for branch in self.branches.values() for r in branch.residuals)
+        return residuals + sum(velocity.nbytes for velocity in self.velocities)
+
+    def guided(self, velocities: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The branches' velocities as one, by true CFG where there are two."""
+        if len(velocities) == 1:
+            return velocities[0]
+        conditional, negative = velocities
+        return negative + self.job.true_cfg_scale * (conditional - negative)
+
+    def displaced(self, weights: Sequence[float]) -> torch.Tensor:
+        """The latents and the weighted sum of stored velocities, (image_tokens, channels) in float32.
+
+        Raises:
+            LookupError: the plan weighs other velocities than this row holds.
+        """
+        if len(weights) != len(self.velocities):
+            raise LookupError(
+                f"row {self.job.row_id} has {len(self.velocities)} velocities, the plan weighs {len(weights)}"
+            )
+        total = self.latents.float()
+        for weight, velocity in zip(weights, self.velocities, strict=True):
+            total = total + weight * velocity.float()
+        return total

@@ -180,7 +180,7 @@ CATALOGUE: tuple[Spec, ...] = (
         "Tokens that went through the block stack in one step plan, if any did.",
     ),
     _gauge(
-        "coordinator", "flux_residual_bytes", "bytes", "Memory that kept residuals take on one rank, the largest."
+        "coordinator", "flux_residual_bytes", "bytes", "Memory of kept residuals and velocities, largest rank."
     ),
     # Images.
     _gauge("coordinator", "flux_running_pictures", "images", "Images being denoised now."),

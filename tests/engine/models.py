@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from app.engine.families import Edits, Family, family_of
 from app.engine.geometry import Geometry
 from app.engine.layouts import Flux2Layout, unpack
 from app.messages import (
+    COND,
     BranchStep,
     Conditioning,
     DenoiseJob,
@@ -125,14 +126,19 @@ def image(width: int, height: int, seed: int = 0) -> Image.Image:
     return coarse.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def plans(job: DenoiseJob, decided: Mapping[str, Sequence[Decision]] | None = None) -> list[StepPlan]:
+def plans(
+    job: DenoiseJob, decided: Mapping[str, Sequence[Decision]] | None = None, previews: Container[int] = ()
+) -> list[StepPlan]:
     """The plans of one job alone; every step computes unless ``decided`` says otherwise, per branch."""
     formed = []
     for step in range(job.steps_to_run):
         branches = tuple(_branch_step(name, decided[name], step) if decided else BranchStep(name, True, (), 0)
                          for name in job.branches)  # fmt: skip
         last = step + 1 == job.steps_to_run
-        formed.append(StepPlan(0, "", (job,) if step == 0 else (), (RowStep(job.row_id, step, branches, last),)))
+        ahead = decided[COND][step].velocity if decided else None
+        moves = (ahead.move, ahead.estimate) if ahead else ((), ())
+        row = RowStep(job.row_id, step, branches, last, step in previews, *moves)
+        formed.append(StepPlan(0, "", (job,) if step == 0 else (), (row,)))
     return chained(formed)
 
 

@@ -19,8 +19,8 @@ from tests.local_group import MODEL, Formed, decode, embed, execute, form, job, 
 from tests.ranks import on_ranks, relative_error
 
 PROFILE = load_profile("flux-tiny")
-CHANNELS = 192
-"""Inner width of flux-tiny, in float32."""
+CHANNELS, LATENT_CHANNELS = 192, 64
+"""Of flux-tiny: its inner width, and what it predicts per token; in float32."""
 
 job_options = st.fixed_dictionaries(
     {
@@ -53,13 +53,16 @@ def conditionings(pipeline: FluxPipeline) -> list[Conditioning]:
 
 
 def expected_bytes(formed: Formed, taken: dict[str, int]) -> int:
-    """Memory of the residuals that rows under way must hold after ``taken`` steps, told from their schedules."""
+    """Memory of what rows under way must hold after ``taken`` steps, told from their schedules."""
     total = 0
     for row_id, steps in taken.items():
         entry = formed.entries[row_id]
         for schedule in entry.schedules.values():
-            kept = min(schedule.text[:steps].count("C"), schedule.residuals_kept)
-            total += kept * entry.shape.geometry.tokens * CHANNELS * 4
+            computed = schedule.text[:steps].count("C")
+            kept = min(computed, schedule.residuals_kept) * CHANNELS
+            if schedule.decisions[0].velocity is not None:
+                kept = min(computed, 3) * LATENT_CHANNELS
+            total += kept * entry.shape.geometry.tokens * 4
     return total
 
 
@@ -116,6 +119,7 @@ def library_schedule(asked: DenoiseJob, branch: str) -> str:
         PROFILE,
         asked.num_inference_steps,
         branch=branch,
+        reuse=PROFILE.reuse if len(asked.branches) > 1 else None,
         threshold=options.mag_threshold,
         max_skip_steps=options.mag_max_skip_steps,
         retention_ratio=options.mag_retention_ratio,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,12 @@ IMAGES = (image(64, 80, seed=1), image(80, 64, seed=2))
 Work = list[tuple[list[StepPlan], Conditioning]]
 
 
-def _cached(asked: DenoiseJob) -> Plan | None:
-    """Few-step models run with the cache off."""
-    return choose(load_profile("flux.1-dev"), asked.num_inference_steps) if asked.num_inference_steps > 8 else None
+def _cached(asked: DenoiseJob) -> list[Plan]:
+    """Residuals reused, and velocities; few-step models run with the cache off."""
+    if asked.num_inference_steps <= 8:
+        return []
+    plan = choose(load_profile("flux.1-dev"), asked.num_inference_steps)
+    return [plan, replace(plan, reuse="corrected")]
 
 
 def _run_all(group: TensorParallelGroup, folder: Path, work: dict[str, Work]) -> dict[str, list[torch.Tensor]]:
@@ -59,9 +63,9 @@ def expected(models: dict[str, TinyModel]) -> dict[str, list[torch.Tensor]]:
     """What diffusers makes, first with every step computed, then with the cache where the model has one."""
     found = {}
     for name, (asked, sources) in CASES.items():
-        model, plan = models[name], _cached(asked)
+        model = models[name]
         found[name] = [model.reference(asked, IMAGES[:sources])]
-        if plan is not None:
+        for plan in _cached(asked):
             apply_mag_cache(model.pipeline.transformer, plan)
             found[name].append(model.reference(asked, IMAGES[:sources]))
             remove_mag_cache(model.pipeline.transformer)
@@ -76,8 +80,7 @@ def test_sharded_equals_the_pipelines(
     for name, (asked, sources) in CASES.items():
         tensors = models[name].conditioning(asked, IMAGES[:sources])
         work[name] = [(plans(asked), tensors)]
-        plan = _cached(asked)
-        if plan is not None:
+        for plan in _cached(asked):
             sigmas = Engine(models[name].folder).sampler.sigmas(asked.num_inference_steps, 20).tolist()
             work[name].append((plans(asked, dict.fromkeys(asked.branches, decisions(plan, sigmas))), tensors))
     made = on_ranks(size, tmp_path, _run_all, next(iter(models.values())).folder.parent, work)

@@ -11,7 +11,7 @@ from app.engine.engine import Engine
 from app.engine.sampling import FlowMatchSampler
 from app.messages import Conditioning, MagCacheOptions
 from app.settings import MagCacheSettings, Settings
-from magcache_core import apply_mag_cache, decisions, fill, load_profile, remove_mag_cache
+from magcache_core import REUSE_MODES, apply_mag_cache, decisions, fill, load_profile, remove_mag_cache
 from tests.local_group import MODEL, decode, embed, execute, job, plans, psnr, reference
 
 PROMPT = "a red circle on a blue background"
@@ -80,13 +80,13 @@ def test_cache_on_equals_diffusers_hooks(engine: Engine, pipeline: FluxPipeline,
     assert psnr(decode(pipeline, latents["a/0"], asked), decode(pipeline, expected, asked)) >= 60
 
 
-@pytest.mark.parametrize("reuse", ["residual", "scaled", "linear", "fitted"])
+@pytest.mark.parametrize("reuse", REUSE_MODES)
 def test_every_reuse_mode_equals_the_hooks(engine: Engine, pipeline: FluxPipeline, reuse: str) -> None:
     plan = fill(load_profile("flux-tiny"), "CCC..C...C..C...C.C..C...C.C", reuse)
     asked = job("a/0")
     decided = decisions(plan, engine.sampler.sigmas(28, 64).tolist())
     residuals_kept = max(len(decision.weights) for decision in decided)
-    assert residuals_kept == {"residual": 1, "scaled": 1, "linear": 2, "fitted": 3}[reuse]
+    assert residuals_kept == {"residual": 1, "scaled": 1, "linear": 2, "fitted": 3}.get(reuse, 0)
     scheduler = StepScheduler(Settings())
     scheduler.submit(asked, {"cond": BranchSchedule(decided, residuals_kept, 0.0)})
     formed = list(iter(scheduler.next_plan, None))

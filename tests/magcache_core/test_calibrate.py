@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,17 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from magcache_core import MagCacheConfig, Plan, apply_mag_cache, choose, load_profile, plan, remove_mag_cache, schedule
+from magcache_core import (
+    MagCacheConfig,
+    Plan,
+    apply_mag_cache,
+    choose,
+    fill,
+    load_profile,
+    plan,
+    remove_mag_cache,
+    schedule,
+)
 from magcache_core import calibrate as calibration
 from magcache_core.calibrate import CalibrationJob, calibrate, packaged_prompts, read_prompts
 from magcache_core.profile_data import Profile, parse, to_json
@@ -106,6 +117,7 @@ def test_batching_does_not_change_the_numbers(pipe: FluxPipeline, measured: Prof
     assert a is not None
     assert b is not None
     torch.testing.assert_close(a.gram, b.gram, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(a.velocities, b.velocities, rtol=1e-4, atol=1e-4)
     for mode in ("residual", "linear"):  # fitted weights come from the runs so far, which batches cut differently
         torch.testing.assert_close(a.segments[mode], b.segments[mode], rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(a.pairwise[mode], b.pairwise[mode], rtol=1e-3, atol=1e-5)
@@ -158,6 +170,24 @@ def test_a_segment_cost_is_the_latents_drift(pipe: FluxPipeline, measured: Profi
     assert costs.pairwise[reuse][STEPS - 2, 1, 1] == pytest.approx(float(drift), rel=1e-3)
 
 
+def test_the_cost_of_a_predicted_end_is_its_drift(pipe: FluxPipeline, measured: Profile) -> None:
+    """Nothing corrects the last segment, so its measured cost has no approximation either."""
+    arguments: dict[str, Any] = {
+        "prompt": ["a", "b"], "num_inference_steps": STEPS, "width": 32, "height": 32, "guidance_scale": 3.5,
+        "output_type": "latent",
+    }  # fmt: skip
+
+    def latents() -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+        return PromptPipe(pipe)(generator=generators, **arguments).images
+
+    uncached = latents()
+    marks = "C" * (STEPS - 2) + ".."
+    apply_mag_cache(pipe.transformer, Plan(marks, "corrected"))
+    drift = (latents() - uncached).square().sum(dim=(1, 2)).mean().sqrt()
+    assert fill(measured, marks, "corrected").predicted_error == pytest.approx(float(drift), rel=2e-3)
+
+
 def test_sensitivity_is_the_growth_of_a_displacement(pipe: FluxPipeline, measured: Profile) -> None:
     """The drift at the end of a run that reuses one step is the table's drift there times the step's sensitivity."""
     arguments: dict[str, Any] = {
@@ -199,6 +229,7 @@ def test_costs_survive_the_file_and_plan_alike(measured: Profile) -> None:
     for mode in before.segments:
         finite = torch.isfinite(before.segments[mode]) & torch.isfinite(after.segments[mode])
         torch.testing.assert_close(before.segments[mode][finite], after.segments[mode][finite], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(before.velocities, after.velocities, rtol=1e-9, atol=0.0)
     for reuse in ("residual", "linear", "fitted"):
         assert plan(read, budget=4, reuse=reuse).schedule == plan(measured, budget=4, reuse=reuse).schedule
         assert plan(read, budget=4, reuse=reuse).unit == "latent"
@@ -224,7 +255,16 @@ def test_command_line(pipe: FluxPipeline, tmp_path: Path, monkeypatch: pytest.Mo
     assert profile.provenance["runs"] == 4
     assert json.loads(out.read_text())["version"] == 1
     assert schedule(profile.config()).startswith("C")
-    assert (choose(profile).computed, choose(profile).reuse) == (2, "fitted")
+    assert (choose(profile).computed, profile.reuse) == (2, "corrected")
+    refined = tmp_path / "refined.json"
+    again = ["--refine", str(out), "--budgets", "2", "--trials", "3", "--seeds", "2", "--batch", "3", "--device", "cpu"]
+    calibration.main(["--model", "some/model", "--prompts", str(prompts), "--out", str(refined), *again])
+    found = load_profile(refined)
+    assert found.provenance["refined"] == {"budgets": [2], "runs": 3, "moves": 6}
+    assert replace(found, trials=(), provenance={}, branches={}) == replace(
+        profile, trials=(), provenance={}, branches={}
+    )
+    assert [trial.computed for trial in found.trials] == [trial.computed for trial in profile.trials]
 
 
 def test_arguments_are_checked(pipe: FluxPipeline) -> None:

@@ -25,6 +25,8 @@ from magcache_core import (
     plan,
 )
 from magcache_core.costs import CostTable, empty_table
+from magcache_core.planner import segments
+from magcache_core.velocity_costs import velocity_costs
 
 FLUX = load_profile("flux.1-dev")
 
@@ -206,3 +208,26 @@ def test_a_longer_run_than_measured_costs_more() -> None:
     profile = load_profile("flux-tiny")
     errors = [fill(profile, "CCC" + "." * n + "C" * (9 - n), "residual").predicted_error for n in range(1, 10)]
     assert all(shorter < longer for shorter, longer in pairwise(errors))
+
+
+@settings(max_examples=15)
+@given(st.integers(0, 1000), st.integers(4, 8), st.data())
+def test_no_corrected_schedule_is_better_than_the_plan(seed: int, steps: int, data: st.DataObject) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    velocities = torch.randn(steps, 9, dtype=torch.float64, generator=generator)
+    bare = measured_profile(steps, 3, seed)
+    table = replace(bare.branch().costs, velocities=velocities @ velocities.T)
+    sigmas = tuple(1 - (i / steps) ** 1.3 for i in range(steps))
+    profile = replace(bare, sigmas=sigmas, branches={"cond": BranchCurve((1.0,) * steps, costs=table)})
+    costs = velocity_costs(table.velocities, [*sigmas, 0.0], 4)
+
+    def error(marks: str) -> float:
+        return math.sqrt(sum(float(costs[segment]) for segment in segments(marks)))
+
+    budget = data.draw(st.integers(math.ceil(steps / 4), steps))
+    found = plan(profile, budget=budget, reuse="corrected")
+    best = min(error(marks) for marks in schedules(steps, budget, 3, 1))
+    assert found.reuse == "corrected"
+    assert found.predicted_error == pytest.approx(best, rel=1e-4, abs=1e-5)
+    assert error(found.schedule) == pytest.approx(best, rel=1e-4, abs=1e-5)
+    assert fill(profile, found.schedule, "corrected").predicted_error == pytest.approx(best, rel=1e-4, abs=1e-5)

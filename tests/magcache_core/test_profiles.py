@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from magcache_core import (
     BranchCurve,
@@ -183,6 +184,7 @@ def test_a_tail_is_the_end_of_the_curve(name: str, first: int) -> None:
     if costs is not None and known is not None and 0 < first < whole.steps - 3:
         assert costs.segments["fitted"][2, 2, 1] == known.segments["fitted"][first + 2, 2, 1]
         assert costs.segments["fitted"][0, 0, 1] == known.segments["residual"][first, 0, 1]
+        assert torch.equal(costs.velocities, known.velocities[first:, first:])
 
 
 def test_a_tail_of_another_step_count_begins_at_the_nearest_step() -> None:

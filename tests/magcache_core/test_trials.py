@@ -21,6 +21,8 @@ from magcache_core import (
     remove_mag_cache,
 )
 from magcache_core.calibrate import calibrate, try_out
+from magcache_core.correct import evenly_corrected
+from magcache_core.planner import corrected_plans
 from magcache_core.profile_data import ProfileError, parse, to_json
 from tests.magcache_core.test_calibrate import STEPS, PromptPipe, embeddings, job
 
@@ -69,10 +71,10 @@ def test_no_candidate_was_closer(pipe: FluxPipeline, tried: Profile) -> None:
     for trial in tried.trials:
         found = drift(pipe, plan(tried, budget=trial.computed))
         assert trial.error <= found * LEVELS
-        for mode in ("linear", "fitted"):
+        for mode, even in (("linear", evenly_spaced), ("corrected", evenly_corrected)):
             for other in (
                 plan(bare, budget=trial.computed, reuse=mode),
-                fill(bare, evenly_spaced(STEPS, trial.computed), mode),
+                fill(bare, even(STEPS, trial.computed), mode),
             ):
                 assert found <= drift(pipe, other) * LEVELS
 
@@ -105,3 +107,20 @@ def test_trials_survive_the_file(tried: Profile) -> None:
     for wrong in (Trial("C.", "linear", 1.0), Trial("C......X", "linear", 1.0), Trial("C.......", "no", 1.0)):
         with pytest.raises(ProfileError, match="trial"):
             parse(to_json(replace(tried, trials=(wrong,))), "it")
+
+
+def test_refining_tries_only_what_is_named_and_never_forgets_a_better_one(pipe: FluxPipeline, tried: Profile) -> None:
+    again = try_out(PromptPipe(pipe), job(batch=1), tried, runs=2, moves=4, budgets=[4], progress=False)
+    for before, after in zip(tried.trials, again.trials, strict=True):
+        assert after.error <= before.error * (1 + 1e-6)
+        if after.computed != 4:
+            assert (after.schedule, after.reuse) == (before.schedule, before.reuse)
+
+
+def test_candidates_weigh_predictions_differently(tried: Profile) -> None:
+    found = list(corrected_plans(tried, 4))
+    assert len(found) == 5
+    assert {(one.computed, one.reuse) for one in found} == {(4, "corrected")}
+    assert plan(replace(tried, trials=()), budget=4, reuse="corrected") in found
+    bare = replace(tried, branches={"cond": replace(tried.branch(), costs=None)})
+    assert list(corrected_plans(bare, 4)) == []
