@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.nn.functional import ScalingType, linear, scaled_mm
+from torch.nn.functional import linear
 
 Quantization = Literal["fp8"]
 FLOAT8 = torch.float8_e4m3fn
@@ -38,14 +38,13 @@ def product(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
         output = linear(input, module.weight)
         return output
     tokens, token_scale = to_float8(input.flatten(0, -2))
-    output = scaled_mm(
+    # The public form of it, torch.nn.functional.scaled_mm, cannot be compiled in torch 2.11.
+    output = torch._scaled_mm(
         tokens,
         module.weight.T,
         token_scale,
-        ScalingType.RowWise,
         module.scale.T,  # type: ignore[arg-type]
-        ScalingType.RowWise,
-        output_dtype=input.dtype,
+        out_dtype=input.dtype,
     )
     return output.view(*input.shape[:-1], -1)
 

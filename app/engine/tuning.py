@@ -72,9 +72,9 @@ def tune(transformer: Any, tuning: Tuning, device: torch.device, dtype: torch.dt
     if tuning.compile:
         # Block by block: two kinds are compiled, not 57 copies. Numbers of rows and tokens are symbolic, so that one
         # graph serves every batch without padding.
-        transformer.compile_repeated_blocks(
-            fullgraph=True, dynamic=True, backend=tuning.compiler, recompile_limit=GRAPHS_PER_BLOCK
-        )
+        # A setting of the process, since torch.compile itself takes no limit in torch 2.11.
+        torch._dynamo.config.recompile_limit = GRAPHS_PER_BLOCK
+        transformer.compile_repeated_blocks(fullgraph=True, dynamic=True, backend=tuning.compiler)
 
 
 def _set_attention(transformer: Any, backend: AttentionBackend, device: torch.device, dtype: torch.dtype) -> None:
