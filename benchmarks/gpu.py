@@ -1,197 +1,171 @@
-"""What a step costs on one card, and what MagCache and compiling save there, against bare diffusers in the same run.
+"""What a step costs on one card, what the cache, the compiler and fp8 save there, and what bare diffusers takes.
 
-    python -m benchmarks.gpu                          # FLUX.1-dev's geometry, 1024x1024, 28 steps, bfloat16, cuda
-    python -m benchmarks.gpu --scale tiny --device cpu --size 64      # the same path, small
+    bash benchmarks/gpu_run.sh                                            # on a machine with a GPU
+    python -m benchmarks.gpu --only bf16 diffusers                        # some of it
+    python -m benchmarks.gpu --scale tiny --device cpu --size 64 --small 32        # the same path, small
 
-The weights are random and drawn on the device: a step's time does not depend on them, and neither do MagCache's
-decisions. No Ray, no text encoders and no VAE. Variants that there is no time left for by ``--budget-s`` are named as
-left out. Figures of one run are comparable with each other; those of two machines are not.
+Weights are random and drawn on the device: a step's time does not depend on them, and neither do MagCache's decisions.
+The variants (`benchmarks.gpu_variants`) run one after another in a process of their own, and the report is written
+after each. One that fails or takes too long is named in ``left_out``, and the rest goes on in a new process, since an
+error on a GPU often leaves the process unusable. Figures of one run are comparable with each other; those of two
+machines are not.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import platform
-import tempfile
+import signal
+import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-import diffusers
-import torch
+from benchmarks.gpu_process import Worker
+from benchmarks.gpu_variants import chosen
 
-from app.engine.geometry import Geometry
-from app.engine.tuning import AttentionBackend, Tuning, TuningError, tune
-from app.messages import PromptEmbeddings
-from benchmarks.checkpoints import weights
-from benchmarks.checkpoints.geometry import SCALES, repository
-from benchmarks.gpu_runs import Bare, Ours, Request, random_transformer, timed
-from benchmarks.make_checkpoint import make_checkpoint
-from benchmarks.roofline import matmul_flops_per_second, step_flops
-from magcache_core import schedule
-
-MODEL = "flux.1-dev"
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
-TEXT_TOKENS = 512
+OWN = ("out", "only", "resume", "budget_s", "variant_s")
+"""Options that say how to run, not what is measured."""
 
 
-class Benchmark:
-    """All variants on one device; `report` grows as they finish, so that a run cut short has what it measured."""
+class Run:
+    """One run: which variants are left, and the report, which is on disk after each of them."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self._started = time.monotonic()
         self._args = args
-        self._device = torch.device(args.device)
-        self._dtype = getattr(torch, args.dtype)
-        self._part = repository(MODEL, args.scale).parts["transformer"]
-        self._folder = Path(tempfile.mkdtemp(prefix="flux-gpu-"))
-        make_checkpoint(MODEL, args.scale, self._folder, components=["scheduler"])
-        model: Any = weights.build(self._part)
-        model.save_config(self._folder / "transformer")
-        generator = torch.Generator().manual_seed(1)
-        tokens = torch.randn(args.text_tokens, model.config.joint_attention_dim, generator=generator)
-        pooled = torch.randn(model.config.pooled_projection_dim, generator=generator)
-        self._request = Request(args.size, args.steps, PromptEmbeddings(tokens.to(self._dtype), pooled.to(self._dtype)))
+        self._ends = time.monotonic() + args.budget_s
+        self._stopped = ""
+        self._settings = {name: value for name, value in vars(args).items() if name not in OWN}
+        self._earlier: dict[str, Any] = {"machine": "", "results": {}}
+        if args.resume is not None:
+            self._earlier = json.loads(args.resume.read_text(encoding="utf-8"))
+        self._todo = chosen(args.only, self._earlier["results"])
         self.report: dict[str, Any] = {
-            "machine": self._machine(),
+            "machine": self._earlier["machine"],
             "date": time.strftime("%Y-%m-%d"),
-            "model": f"{MODEL} at scale {args.scale}, random weights",
-            "picture": {"size": args.size, "steps": args.steps, "text_tokens": args.text_tokens},
-            "dtype": args.dtype,
-            "schedule": schedule(self._request.config),
-            "variants": [],
+            "model": f"flux.1-dev at scale {args.scale}, random weights",
+            "settings": self._settings,
+            "results": dict(self._earlier["results"]),
             "left_out": {},
         }
 
-    def run(self) -> None:
-        """Roofline, then every attention backend, eager and compiled."""
-        self._roofline()
-        drawn = random_transformer(weights.build(self._part), self._device, self._dtype)
-        for backend in self._args.attention:
-            try:
-                for compiled in (False,) if self._args.no_compile else (False, True):
-                    self._variant(backend, drawn, compiled=compiled)
-            except TuningError as error:
-                self.report["left_out"][backend] = str(error)
-            gc.collect()
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
+    def stop(self, number: int, _: FrameType | None = None) -> None:
+        """End soon, because of signal ``number``."""
+        self._stopped = f"the run was stopped by {signal.Signals(number).name}"
 
-    def _machine(self) -> str:
-        name = torch.cuda.get_device_name() if self._device.type == "cuda" else platform.machine()
-        return f"{name}, torch {torch.__version__}, diffusers {diffusers.__version__}"
+    def all(self) -> None:
+        """Measure until nothing is left to measure, or no time to do it."""
+        while self._todo and not self._over() and self._one_process():
+            pass
+        self._leave_out(self._stopped or f"no time was left of {self._args.budget_s:g} s")
 
-    def _twin(self, drawn: Any) -> Any:
-        """The same weights in modules of their own: kernels and compilation are set on modules."""
-        twin: Any = weights.build(self._part)
-        twin.load_state_dict(drawn.state_dict(), assign=True)
-        return twin.requires_grad_(False).eval()
+    def _over(self) -> bool:
+        return bool(self._stopped) or time.monotonic() > self._ends
 
-    def _roofline(self) -> None:
-        size = self._args.size
-        flops = step_flops(self._part, Geometry.of(size, size), self._args.text_tokens)
-        side = 8192 if self._device.type == "cuda" else 512
-        peak = matmul_flops_per_second(self._device, self._dtype, side)
-        self.report["roofline"] = {
-            "step_tflop": flops / 1e12,
-            "matmul_side": side,
-            "matmul_tflops_per_s": peak / 1e12,
-            "least_step_s": flops / peak,
-        }
+    def _one_process(self) -> bool:
+        """Measure with one process until all is done or something goes wrong; whether another should go on."""
+        worker = Worker(self._settings, self._todo, self.report["results"], self._args.out.with_suffix(".log"))
+        began, failed, ready = time.monotonic(), "", False
+        while self._todo and not worker.ended and not failed and not self._over():
+            line = worker.next(timeout_s=0.5)  # so that a signal is noticed
+            if line is None:
+                if time.monotonic() - began > self._args.variant_s:
+                    failed = f"it took more than {self._args.variant_s:g} s"
+                continue
+            if "machine" in line:
+                failed = self._other_machine(line["machine"])
+                ready = not failed
+            else:
+                self._note(line, time.monotonic() - began)
+            began = time.monotonic()
+        ended = worker.end()
+        if not self._todo or self._over():
+            return False
+        if not ready:
+            self._leave_out(failed or ended)
+        elif failed or not worker.gave_error:
+            self._note({"variant": self._todo[0], "error": failed or ended}, time.monotonic() - began)
+        return True
 
-    def _variant(self, backend: AttentionBackend, drawn: Any, *, compiled: bool) -> None:
-        name = f"{backend}, {'compiled' if compiled else 'eager'}"
-        left = self._args.budget_s - (time.monotonic() - self._started)
-        if left < 0:
-            self.report["left_out"][name] = f"no time left of {self._args.budget_s:g} s"
-            return
-        tuning = Tuning(attention_backend=backend, compile=compiled, compiler=self._args.compiler)
-        tuned, transformer = self._twin(drawn), self._twin(drawn)
-        tune(tuned, tuning, self._device, self._dtype)
-        ours = Ours(self._folder, tuned, self._device, self._dtype)
-        if backend != "native":
-            transformer.set_attention_backend(backend)
-        if compiled:
-            transformer.compile_repeated_blocks(fullgraph=True, dynamic=True, backend=self._args.compiler)
-        bare = Bare(self._folder, transformer, self._device)
-        warm = time.perf_counter()
-        ours.run(self._request, cached=True)  # compiles, and settles the allocator
-        warm_s = time.perf_counter() - warm
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        whole = self._best(lambda: ours.run(self._request, cached=False))
-        cached = self._best(lambda: ours.run(self._request, cached=True))
-        steps = ours.run(self._request, cached=True, each_step=True)
-        memory = torch.cuda.max_memory_allocated() / 1e9 if self._device.type == "cuda" else None
-        bare.run(self._request, cached=False)
-        bare_whole = self._best(lambda: bare.run(self._request, cached=False))
-        if compiled:
-            # Its hooks are excluded from compilation, and one graph per block is impossible with them.
-            transformer.compile_repeated_blocks(dynamic=True, backend=self._args.compiler)
-        bare.run(self._request, cached=True)
-        bare_cached = self._best(lambda: bare.run(self._request, cached=True))
-        computed_s = timed(steps["step_seconds"], steps["schedule"], "C")
-        count = cached["schedule"].count("C")
-        entry = {
-            "name": name,
-            "first_picture_s": warm_s,
-            "computed_step_s": computed_s,
-            "reused_step_s": timed(steps["step_seconds"], steps["schedule"], "."),
-            "picture_s": whole["seconds"],
-            "picture_magcache_s": cached["seconds"],
-            "speed_up": whole["seconds"] / cached["seconds"],
-            "total_over_computed": len(cached["schedule"]) / count,
-            "fraction_of_roofline": self.report["roofline"]["least_step_s"] / computed_s if computed_s else None,
-            "peak_memory_gb": memory,
-            "diffusers_s": bare_whole["seconds"],
-            "diffusers_magcache_s": bare_cached["seconds"],
-            "diffusers_magcache_schedule": bare_cached["schedule"],
-            "speed_up_over_diffusers": bare_whole["seconds"] / cached["seconds"],
-            "difference_to_diffusers": _difference(whole["latents"], bare_whole["latents"]),
-        }
-        self.report["variants"].append(entry)
-        print(json.dumps(entry), flush=True)
+    def _other_machine(self, machine: str) -> str:
+        """Why this process's results don't belong into the report; empty when they do."""
+        self.report["machine"] = self.report["machine"] or machine
+        if self.report["machine"] != machine:
+            return f"this machine is {machine}, the report to resume was made on {self.report['machine']}"
+        return ""
 
-    def _best(self, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        return min((run() for _ in range(self._args.repeats)), key=lambda result: result["seconds"])
+    def _note(self, line: dict[str, Any], seconds: float) -> None:
+        """Take in what became of a variant, and write the report."""
+        name = line["variant"]
+        self._todo.remove(name)
+        if "error" in line:
+            self.report["left_out"][name] = line["error"]
+        else:
+            self.report["results"][name] = line["result"] | {"took_s": round(seconds, 1)}
+        self._write()
+        print(f"{name}: {_short(line)}", flush=True)
+
+    def _leave_out(self, why: str) -> None:
+        self.report["left_out"] |= dict.fromkeys(self._todo, why)
+        self._todo.clear()
+        self._write()
+
+    def _write(self) -> None:
+        out: Path = self._args.out
+        new = out.with_suffix(".new")
+        new.write_text(json.dumps(self.report, indent=1) + "\n", encoding="utf-8")
+        new.replace(out)  # so that the file is whole at every moment
 
 
-def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Norm of the difference of two pictures' latents over the norm of the second."""
-    return float((ours - theirs).norm() / theirs.norm())
+def _short(line: dict[str, Any]) -> str:
+    """A variant's figures in a line."""
+    if "error" in line:
+        return f"left out: {line['error']}"
+    said = []
+    for name, value in line["result"].items():
+        if isinstance(value, float):
+            said.append(f"{name} {value:.4g}")
+        elif isinstance(value, int | str):
+            said.append(f"{name} {value}")
+    return ", ".join(said)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", choices=SCALES, default="full")
+    parser.add_argument("--only", nargs="+", default=[], metavar="START", help="the variants whose names begin so")
+    parser.add_argument("--resume", type=Path, metavar="REPORT", help="measure what this report of the machine lacks")
+    parser.add_argument("--scale", choices=("full", "1/8", "tiny"), default="full")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--size", type=int, default=1024, help="side of the square picture in pixels")
+    parser.add_argument("--size", type=int, default=1024, help="side of the square image in pixels")
+    parser.add_argument("--small", type=int, default=512, help="side of the small image")
     parser.add_argument("--steps", type=int, default=28)
-    parser.add_argument("--text-tokens", type=int, default=TEXT_TOKENS)
-    parser.add_argument("--attention", nargs="+", default=["native", "xformers"], metavar="BACKEND")
+    parser.add_argument("--text-tokens", type=int, default=512)
     parser.add_argument("--compiler", default="inductor", help="torch.compile's backend")
-    parser.add_argument("--no-compile", action="store_true", help="eager variants only")
-    parser.add_argument("--repeats", type=int, default=2, help="pictures per figure; the fastest counts")
-    parser.add_argument("--budget-s", type=float, default=420.0, help="start no variant after so many seconds")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--repeats", type=int, default=2, help="images per figure; the fastest counts")
+    parser.add_argument("--budget-s", type=float, default=450.0, help="end after so many seconds, whatever is left")
+    parser.add_argument("--variant-s", type=float, default=150.0, help="longest time for one variant")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the report; a log of the same name stands beside it")
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measure and write the report, also of a run that fails on its way."""
+def main(argv: list[str] | None = None) -> int:
+    """Measure; returns the process's exit code."""
     args = parse(argv)
-    benchmark = Benchmark(args)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    run = Run(args)
+    previous = {number: signal.signal(number, run.stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        benchmark.run()
+        run.all()
     finally:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(benchmark.report, indent=1) + "\n", encoding="utf-8")
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    print(f"{len(run.report['results'])} variants measured, {len(run.report['left_out'])} left out: {args.out}")
+    return 0 if run.report["results"] else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

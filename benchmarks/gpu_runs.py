@@ -1,8 +1,9 @@
-"""One picture by this engine and by bare diffusers, from the same noise and the same prompt embedding, timed."""
+"""One image by this engine and by bare diffusers, from the same noise and the same prompt embedding, timed."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -24,8 +25,9 @@ from app.messages import (
     chained,
 )
 from benchmarks.checkpoints import weights
+from benchmarks.checkpoints.geometry import Part
 from benchmarks.roofline import synchronize
-from magcache_core import MagCacheConfig, decisions, load_profile, schedule
+from magcache_core import MagCacheConfig, Plan, decisions, load_profile
 
 SEED = 7
 GUIDANCE = 3.5
@@ -33,7 +35,7 @@ GUIDANCE = 3.5
 
 @dataclass(frozen=True)
 class Request:
-    """The picture: ``size`` x ``size`` pixels; ``prompt`` as the text encoders would give it."""
+    """The image: ``size`` x ``size`` pixels; ``prompt`` as the text encoders would give it."""
 
     size: int
     steps: int
@@ -44,58 +46,87 @@ class Request:
         """The authors' curve and settings for FLUX.1-dev."""
         return load_profile("flux.1-dev").config(self.steps)
 
+    def job(self, row_id: str, computing: tuple[int, ...] | None = None) -> DenoiseJob:
+        """As the coordinator hands it to the ranks."""
+        return DenoiseJob(row_id, self.size, self.size, self.steps, GUIDANCE, 1.0, SEED, computing=computing)
 
-def random_transformer(model: Any, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Any:
-    """Give ``model``, built on the meta device, random weights that are drawn on ``device``."""
-    for tensor in weights.tensors(model):
-        owner, _, leaf = tensor.name.rpartition(".")
-        values = weights.draw(tensor, seed, device).to(dtype)
-        setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(values, requires_grad=False))
+
+def random_model(part: Part, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Any:
+    """``part`` with random weights that are drawn on ``device``; tied ones stay tied."""
+    model: Any = weights.build(part)
+    described = dict(zip(map(id, model.parameters()), weights.tensors(model), strict=False))  # buffers come last
+    drawn: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            key = id(parameter)
+            if key not in drawn:
+                values = weights.draw(described[key], seed, device).to(dtype)
+                drawn[key] = torch.nn.Parameter(values, requires_grad=False)
+            setattr(module, leaf, drawn[key])
     return model.eval()
 
 
 class Ours:
-    """This repository's engine: one rank, one row, plans formed ahead as the coordinator does."""
+    """This repository's engine: one rank, plans formed ahead as the coordinator does."""
 
-    def __init__(self, folder: Path, transformer: Any, device: torch.device, dtype: torch.dtype) -> None:
-        """``folder`` holds a checkpoint's configuration; the weights are those of ``transformer``."""
-        self._engine = Engine(folder, device=device, dtype=dtype, transformer=transformer)
-        self._device = device
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._device = engine.device
 
-    def run(self, request: Request, *, cached: bool, each_step: bool = False) -> dict[str, Any]:
-        """Denoise once; ``each_step`` waits for the device after every step, to time it alone.
+    def run(self, request: Request, plan: Plan, *, rows: int = 1, each_step: bool = False) -> dict[str, Any]:
+        """Denoise ``rows`` images at once; ``each_step`` waits for the device after every step, to time it alone.
 
         Returns:
-            ``seconds`` in all, ``step_seconds`` (with ``each_step``), ``schedule``, and ``latents`` on the CPU.
+            ``seconds`` in all, ``step_seconds`` (with ``each_step``), and on rank 0 the first one's ``latents``, on the
+            CPU.
         """
-        marks = schedule(request.config) if cached else "C" * request.steps
-        weights_of = [one.weights for one in decisions(request.config)] if cached else [()] * request.steps
-        job = DenoiseJob("benchmark/0", request.size, request.size, request.steps, GUIDANCE, 1.0, SEED)
+        computing = tuple(step for step, mark in enumerate(plan.schedule) if mark == "C")
+        jobs = tuple(request.job(f"benchmark/{row}", computing) for row in range(rows))
+        kept = int("." in plan.schedule)
         branches = [
-            BranchStep(COND, mark == "C", used, residuals_kept=int(cached))
-            for mark, used in zip(marks, weights_of, strict=True)
+            BranchStep(COND, decision.compute, decision.weights, residuals_kept=kept) for decision in decisions(plan)
         ]
-        rows = [RowStep(job.row_id, step, (branch,)) for step, branch in enumerate(branches)]
-        rows[-1] = replace(rows[-1], last=True)
-        plans = chained(StepPlan(0, "", (job,) if row.step == 0 else (), (row,)) for row in rows)
+        steps = [[RowStep(job.row_id, step, (branch,)) for job in jobs] for step, branch in enumerate(branches)]
+        steps[-1] = [replace(row, last=True) for row in steps[-1]]
+        plans = chained(StepPlan(0, "", jobs if step == 0 else (), tuple(of)) for step, of in enumerate(steps))
         self._engine.restart()
         result, step_seconds = None, []
         synchronize(self._device)
         started = time.perf_counter()
-        for plan in plans:
+        for one in plans:
             at = time.perf_counter()
-            result = self._engine.execute(plan, [Conditioning(request.prompt) for _ in plan.admit])
+            result = self._engine.execute(one, [Conditioning(request.prompt) for _ in one.admit])
             if each_step:
                 synchronize(self._device)
                 step_seconds.append(time.perf_counter() - at)
         synchronize(self._device)
         assert result is not None
+        latents = result.latents.get(jobs[0].row_id)
         return {
             "seconds": time.perf_counter() - started,
             "step_seconds": step_seconds,
-            "schedule": marks,
-            "latents": result.latents[job.row_id].float(),
+            "latents": None if latents is None else latents.float(),
         }
+
+    def one_step(self, request: Request, *, computed: bool) -> Callable[[], None]:
+        """One step of one row, as often as it is called: what it starts from stays as it is."""
+        engine, job = self._engine, request.job("benchmark/0")
+        first = RowStep(job.row_id, 0, (BranchStep(COND, True, (), residuals_kept=1),))
+        (plan,) = chained([StepPlan(0, "", (job,), (first,))])
+        engine.restart()
+        engine.execute(plan, [Conditioning(request.prompt)])
+        row = engine.rows[job.row_id]
+        latents, residuals = row.latents, list(row.branches[COND].residuals)
+        step = RowStep(job.row_id, 1, (BranchStep(COND, computed, () if computed else (1.0,), residuals_kept=1),))
+
+        @torch.inference_mode()
+        def again() -> None:
+            engine._step([step])
+            row.latents = latents
+            row.branches[COND].residuals.clear()
+            row.branches[COND].residuals.extend(residuals)
+
+        return again
 
 
 class Bare:
@@ -109,13 +140,15 @@ class Bare:
         self._device = device
 
     def run(self, request: Request, *, cached: bool) -> dict[str, Any]:
-        """Denoise once; as `Ours.run`, with ``schedule`` as it was seen to happen."""
+        """Denoise once; as `Ours.run`, when ``cached`` with ``schedule`` as it was seen to happen."""
         transformer = self._pipeline.transformer
         ran: list[bool] = []
-        # The last block runs in every step that computes and in no other, whatever skips it.
-        inner = transformer.single_transformer_blocks[-1].attn.register_forward_pre_hook(lambda *_: ran.append(True))
         marks = []
+        inner = None
         if cached:
+            # The last block runs in every step that computes and in no other, whatever skips it.
+            last = transformer.single_transformer_blocks[-1].attn
+            inner = last.register_forward_pre_hook(lambda *_: ran.append(True))
             config = request.config
             transformer.enable_cache(
                 DiffusersMagCacheConfig(
@@ -149,10 +182,14 @@ class Bare:
             synchronize(self._device)
             seconds = time.perf_counter() - started
         finally:
-            inner.remove()
-            if cached:
+            if inner is not None:
+                inner.remove()
                 transformer.disable_cache()
-        return {"seconds": seconds, "schedule": "".join(marks), "latents": latents[0].float().cpu()}
+        return {
+            "seconds": seconds,
+            "schedule": "".join(marks) if cached else "C" * request.steps,
+            "latents": latents[0].float().cpu(),
+        }
 
 
 def timed(seconds: list[float], marks: str, mark: str) -> float | None:

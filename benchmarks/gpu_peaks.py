@@ -1,0 +1,115 @@
+"""What a device can do at most, and where a step's time goes: products, copies, attention, launches, kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend
+from torch.nn.functional import scaled_dot_product_attention
+
+from app.engine.fp8 import to_float8
+from benchmarks.roofline import best_seconds, matmul_flops_per_second, synchronize
+
+KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+REPEATS = 20
+MOST_KERNELS = 25
+
+
+class Unavailable(Exception):  # noqa: N818 - nothing went wrong
+    """This device has no such thing to measure."""
+
+
+def side(device: torch.device) -> int:
+    """Of square matrices that fill the device."""
+    return 8192 if device.type == "cuda" else 512
+
+
+def matmul(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Large matrix products."""
+    rate = matmul_flops_per_second(device, dtype, side(device), REPEATS)
+    return {"side": side(device), "tflops_per_s": rate / 1e12}
+
+
+def matmul_fp8(device: torch.device) -> dict[str, Any]:
+    """Large products of float8 matrices with a scale per row, quantized before; with exact sums and with fast ones."""
+    size = side(device)
+    left, right = (to_float8(torch.randn(size, size, device=device, dtype=torch.bfloat16)) for _ in range(2))
+
+    def product(*, fast: bool) -> torch.Tensor:
+        return torch._scaled_mm(left[0], right[0].T, left[1], right[1].T, out_dtype=torch.bfloat16, use_fast_accum=fast)
+
+    seconds = {fast: best_seconds(lambda fast=fast: product(fast=fast), device, REPEATS) for fast in (False, True)}
+    rate = {fast: 2 * size**3 / one / 1e12 for fast, one in seconds.items()}
+    return {"side": size, "tflops_per_s": rate[False], "tflops_per_s_fast_accumulation": rate[True]}
+
+
+def copy(device: torch.device) -> dict[str, Any]:
+    """A large copy within the device, counting bytes read and bytes written."""
+    source = torch.empty(2**31 if device.type == "cuda" else 2**24, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = best_seconds(lambda: target.copy_(source), device, REPEATS)
+    return {"gb": source.nbytes / 1e9, "gb_per_s": 2 * source.nbytes / seconds / 1e9}
+
+
+def check_kernel(kernel: str, device: torch.device) -> None:
+    """Refuse an attention kernel that ``device`` lacks.
+
+    Raises:
+        Unavailable: cuDNN is for CUDA.
+    """
+    if kernel == "cudnn" and device.type != "cuda":
+        raise Unavailable("attention by cuDNN needs CUDA")
+
+
+def prefer(kernel: str) -> None:
+    """From now on torch's attention tries ``kernel`` before all others."""
+    order = [KERNELS[kernel], *(other for name, other in KERNELS.items() if name != kernel)]
+    order += [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    torch._C._set_sdp_priority_order([int(one) for one in order])
+
+
+def attention(
+    kernel: str, tokens: int, heads: int, channels: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Joint attention of one image, in the layout in which the blocks call it, by ``kernel`` alone."""
+    check_kernel(kernel, device)
+    query, key, value = (
+        torch.randn(1, tokens, heads, channels, device=device, dtype=dtype).transpose(1, 2) for _ in range(3)
+    )
+    with torch.nn.attention.sdpa_kernel(KERNELS[kernel]):
+        seconds = best_seconds(lambda: scaled_dot_product_attention(query, key, value), device, REPEATS)
+    flops = 4 * tokens**2 * heads * channels
+    return {"tokens": tokens, "heads": heads, "seconds": seconds, "tflops_per_s": flops / seconds / 1e12}
+
+
+def replayed(work: Callable[[], object], device: torch.device) -> dict[str, Any]:
+    """The time of ``work`` as it is, and as a CUDA graph, which needs no launches; a CPU has none: it runs it again."""
+    launched_s = best_seconds(work, device, REPEATS)
+    if device.type != "cuda":
+        return {"launched_s": launched_s, "replayed_s": best_seconds(work, device, REPEATS), "graph": False}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return {"launched_s": launched_s, "replayed_s": best_seconds(graph.replay, device, REPEATS), "graph": True}
+
+
+def kernels(work: Callable[[], object], device: torch.device) -> list[dict[str, Any]]:
+    """The kernels (on a CPU: operators) in which ``work`` spends most of its time."""
+    on_gpu = device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    work()
+    synchronize(device)
+    with torch.profiler.profile(activities=[activity]) as profile:
+        work()
+        synchronize(device)
+    events = [
+        {
+            "name": event.key[:120],
+            "calls": event.count,
+            "ms": (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3,
+        }
+        for event in profile.key_averages()
+    ]
+    return sorted(events, key=lambda event: -event["ms"])[:MOST_KERNELS]
