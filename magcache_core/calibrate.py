@@ -20,7 +20,7 @@ import torch
 
 from magcache_core.measure import BranchMeasurement, measure_sensitivity, recording
 from magcache_core.profile_data import BranchCurve, Profile, write_profile
-from magcache_core.profiles import load_profile
+from magcache_core.profile_store import load_profile
 from magcache_core.reuse import REUSE_MODES
 from magcache_core.trials import try_schedules
 
@@ -261,7 +261,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         profile = replace(measured, reuse=args.reuse, budget=args.budget)
     else:
         profile = load_profile(args.refine)
-        profile.check_transformer(type(pipe.transformer).__name__)
         job = replace(job, steps=profile.steps, width=profile.width, height=profile.height)
         again = {"budgets": args.budgets, "runs": args.trials, "moves": args.moves}
         profile = replace(profile, provenance={**profile.provenance, "refined": again})

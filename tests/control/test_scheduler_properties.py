@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -167,6 +167,9 @@ def test_nobody_starves_under_endless_urgent_traffic() -> None:
 def test_schedules_are_the_librarys() -> None:
     for steps in (1, 4, 9, 14, 28, 50):
         expected = choose(PROFILE, steps).schedule
+        guided = choose(PROFILE, steps, reuse=PROFILE.reuse).schedule  # true CFG follows a plan, not a trial
         for size in SIZES:
-            both = PLANNER.schedules(job("a/0", steps=steps, size=size, magcache=OPTIONS[0], true_cfg_scale=2.0))
-            assert [schedule.text for schedule in both.values()] == [expected, expected]
+            asked = job("a/0", steps=steps, size=size, magcache=OPTIONS[0])
+            assert PLANNER.schedules(asked)["cond"].text == expected
+            both = PLANNER.schedules(replace(asked, true_cfg_scale=2.0))
+            assert [schedule.text for schedule in both.values()] == [guided, guided]
