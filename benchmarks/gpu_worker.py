@@ -124,7 +124,8 @@ class Bench:
         """This repository's engine, the last one of them is kept.
 
         Args:
-            kind: ``compiled`` as the service does it, ``fixed`` (for the size that comes), ``fp8`` (compiled), ``eager``.
+            kind: ``compiled`` as the service does it, ``fixed`` (for the size that comes), ``fp8`` (compiled) or
+                ``eager``.
         """
         if self._ours[0] != kind:
             if "fixed" in (kind, self._ours[0]):
