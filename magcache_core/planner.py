@@ -42,7 +42,7 @@ def plan(
 
     Where the profile has trials, and neither a reuse mode nor bounds are asked for, a budget gets what came closest
     when it was tried out. At other step counts than the profile's that is an evenly spaced schedule, with ``linear``
-    reuse as long as no more than half of the steps compute, and two fifths where the profile reuses velocities: trials
+    reuse up to half of the steps, and below two fifths of them where the profile reuses velocities: trials
     come near it, and images are closer than with a plan (docs/magcache.md has the figures). ``predicted_error`` is what
     is predicted for that schedule: among plans it falls with the budget, among trials the measured error does.
 
@@ -94,7 +94,7 @@ def _tried(profile: Profile, steps: int, budget: int) -> tuple[str, str] | None:
     if not profile.trials or profile.protected_steps:
         return None
     if profile.reuse in VELOCITY_MODES:
-        return (evenly_corrected(steps, budget), profile.reuse) if 5 * budget <= 2 * steps else None
+        return (evenly_corrected(steps, budget), profile.reuse) if 5 * budget < 2 * steps else None
     return (evenly_spaced(steps, budget), "linear") if 2 * budget <= steps else None
 
 

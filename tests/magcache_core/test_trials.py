@@ -124,3 +124,11 @@ def test_candidates_weigh_predictions_differently(tried: Profile) -> None:
     assert plan(replace(tried, trials=()), budget=4, reuse="corrected") in found
     bare = replace(tried, branches={"cond": replace(tried.branch(), costs=None)})
     assert list(corrected_plans(bare, 4)) == []
+
+
+def test_other_step_counts_are_even_below_two_fifths_and_planned_beyond(tried: Profile) -> None:
+    corrected = replace(tried, reuse="corrected")
+    for steps, budget in ((STEPS + 4, 4), (STEPS + 12, 7)):
+        assert plan(corrected, steps, budget=budget) == fill(corrected, evenly_corrected(steps, budget), "corrected")
+    for steps, budget in ((STEPS + 2, 4), (STEPS + 4, 5)):
+        assert plan(corrected, steps, budget=budget) == plan(corrected, steps, budget=budget, reuse="corrected")
