@@ -1,4 +1,4 @@
-"""ASGI middleware: who may use the service, by API key, and which headers only operators may send."""
+"""ASGI middleware: access by API key, and headers that only operators may send."""
 
 from __future__ import annotations
 
