@@ -1,8 +1,8 @@
 """Server-sent events over HTTP: a real status before the first byte, signs of life, and an end that ends the work.
 
-sse-starlette (3.7) would not make this shorter: it pings at fixed intervals instead of after a silence, begins the reply
-before the first item is there, and ends the generator within a cancelled scope, as Starlette does; what this module has
-is what would remain beside it.
+sse-starlette (3.7) would not make this shorter: it pings at fixed intervals instead of after a silence, begins the
+reply before the first item is there, and ends the generator within a cancelled scope, as Starlette does; what this
+module has is what would remain beside it.
 """
 
 from __future__ import annotations
