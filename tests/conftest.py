@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,15 +15,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # several workers share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-RAY = Path(__file__).parent / "cluster"
+CLUSTER = "tests/cluster/"
 PACKAGE = re.compile(r"(\S+) is not installed \(Debian's package (\S+)\)")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """One worker has all tests that share a running service; of the others each file stays together."""
-    for item in items:
-        together = "ray" if RAY in item.path.parents else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(together))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByService(LoadScopeScheduling):  # "loadgroup" of xdist 3.8 does not group with pytest 9.2
+        def _split_scope(self, nodeid: str) -> str:
+            return CLUSTER if nodeid.startswith(CLUSTER) else nodeid.partition("::")[0]
+
+    return ByService(config, log)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
