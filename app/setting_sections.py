@@ -249,6 +249,22 @@ class HttpSettings(Section):
         return value
 
 
+class KeySettings(Section):
+    """Limits of each API key of `http.api_keys_file` in each tensor-parallel group."""
+
+    max_waiting_pictures: PositiveInt | None = Field(
+        default=None,
+        description="Images of one key that wait in one group's queue before its new ones are refused with 429; null "
+        "leaves only the limit of the whole queue.",
+    )
+    megapixel_steps_per_minute: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="Computed work that one key may ask of one group: width x height in millions, times the computed "
+        "steps of both CFG branches. A minute's worth may come at once; beyond it the answer is 429. null sets none.",
+    )
+
+
 class TelemetrySettings(Section):
     """Traces of requests."""
 

@@ -14,6 +14,7 @@ from app.setting_sections import (
     Device,
     ElasticSettings,
     HttpSettings,
+    KeySettings,
     MagCacheSettings,
     PositiveInt,
     QualitySettings,
@@ -29,6 +30,7 @@ __all__ = [
     "AutoscalingSettings",
     "ElasticSettings",
     "HttpSettings",
+    "KeySettings",
     "MagCacheSettings",
     "QualitySettings",
     "SamplingSettings",
@@ -187,6 +189,7 @@ class Settings(Section):
     elastic: ElasticSettings = Field(default=ElasticSettings(), description="Quality under load.")
     quality: QualitySettings = Field(default=QualitySettings(), description="What `quality` means.")
     http: HttpSettings = Field(default=HttpSettings(), description="Limits on one HTTP request; streams.")
+    keys: KeySettings = Field(default=KeySettings(), description="Limits of each API key.")
     telemetry: TelemetrySettings = Field(default=TelemetrySettings(), description="Traces of requests.")
     autoscaling: AutoscalingSettings = Field(
         default=AutoscalingSettings(), description="How the number of groups follows the load."

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from app.control.counters import CoordinatorCounters
 from app.control.forecast import Forecast
+from app.control.key_limits import KeyLimits
 from app.control.quality import Choice, ScheduleSelector
 from app.control.request import RequestState, RowShape
 from app.control.schedule import BranchSchedule, SchedulePlanner, make_row_schedule
@@ -46,6 +47,7 @@ class AdmissionController:
         self.counts = CoordinatorCounters()
         self._settings = settings
         self._planner = planner
+        self._key_limits = KeyLimits(settings.keys, clock)
         self._selector = ScheduleSelector(settings.magcache, planner)
         self._clock = clock
         self._sent_s = 0.0
@@ -55,7 +57,7 @@ class AdmissionController:
         """Queue an image.
 
         Raises:
-            BusyError: the queue is full.
+            BusyError: the queue is full, or the limits of the API key are reached.
             DeadlineImpossibleError: no schedule that client and server allow is estimated to meet the deadline.
             InvalidRequestError: one step of it does not fit into a batch.
             magcache_core.ConfigError: ``computed_steps`` cannot be met with the other settings.
@@ -66,6 +68,12 @@ class AdmissionController:
             self._rejected += 1
             # Each rejected client gets a later place in Retry-After, which spreads their retries.
             raise BusyError(self._forecast().place_s(self._rejected))
+        try:
+            waiting = len(self.scheduler.waiting_of(job.key_name))
+            self._key_limits.check(job, waiting, free, lambda: self._forecast().place_s(1))
+        except BusyError:
+            self.counts.refused += 1
+            raise
         entry = self.scheduler.submit(job, self._planner.schedules(job))
         position = self.scheduler.position(entry)
         at_once = position <= self.scheduler.free_places(entry.tokens)
@@ -83,6 +91,7 @@ class AdmissionController:
                 "lower magcache.min_computed_steps",
                 soonest_s=entry.eta_s,
             )
+        self._key_limits.take(entry)
         return entry
 
     def next_message(self, shape_of: Callable[[str], RowShape]) -> list[SentPlan]:

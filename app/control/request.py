@@ -37,6 +37,7 @@ class RequestState:
 
     Attributes:
         key: its place in the order, least first.
+        urgency_s: due time by patience, deadline and priority.
         admitted_s: when it joined the batch; None while it waits.
         step: steps planned so far.
         deferred: its computed step did not fit into the last batch; it goes first in the next.
@@ -55,6 +56,7 @@ class RequestState:
     eta_s: float = 0.0
     position: int = 0
     lowered_by: str | None = None
+    urgency_s: float = 0.0
     previews: frozenset[int] = field(init=False)
     row_schedule: RowSchedule = field(init=False)
 
@@ -77,6 +79,11 @@ class RequestState:
     def cost(self) -> int:
         """Tokens that the next step takes of the budget: those of the branches that compute."""
         return self.shape.tokens * self.row_schedule.computing[self.step]
+
+    @property
+    def work(self) -> int:
+        """Tokens of all its computed steps."""
+        return self.shape.tokens * self.row_schedule.computed[-1]
 
     @property
     def coming_cost(self) -> int:

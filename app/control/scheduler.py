@@ -11,6 +11,11 @@ token budget.
 Images are ordered by *due time*: the deadline, or ``patience_s`` after the arrival if that is sooner, and
 ``patience_s`` earlier for each level of priority. So priority goes first, then the deadline, then the arrival; and
 since a due time never changes while those of later arrivals grow, no image waits for ever.
+
+With API keys, the keys share the group equally: images are ordered by start-time fair queueing (Goyal, Vin and Cheng,
+1996). Each gets a tag, the work that its key was granted before it; a key that was idle begins at the tag of the image
+that joined last, so that it is served next and has no claim on the past. Among the images of one key, the more urgent
+by due time has the lower tag. No rate is estimated, so the shares hold however fast the steps are.
 """
 
 import time
@@ -57,6 +62,9 @@ class StepScheduler:
         self._deadlines: SortedDict[DueKey, RequestState] = SortedDict()
         self._tokens = 0  # of the running rows, all branches
         self._arrivals = 0
+        self._fair = settings.http.api_keys_file is not None
+        self._tag = 0.0  # of the image that joined last
+        self._granted: dict[str, float] = {}  # work of each key's images that joined, on the scale of the tags
         self._dropped: list[str] = []
         self._too_late: list[RequestState] = []
         self._sequence = 0
@@ -96,14 +104,36 @@ class StepScheduler:
         now = self._clock()
         patience = self._settings.patience_s
         allowed = patience if job.deadline_s is None else min(patience, job.deadline_s)
-        key = now + allowed - job.priority * patience, self._arrivals
-        entry = RequestState(job, RowShape.of(job, self._settings), schedules, now, key)
+        urgency_s = now + allowed - job.priority * patience
+        key = self._fair_tag(job.key_name) if self._fair else urgency_s, self._arrivals
+        entry = RequestState(job, RowShape.of(job, self._settings), schedules, now, key, urgency_s=urgency_s)
         self._arrivals += 1
         self._entries[job.row_id] = entry
         self._waiting[key] = entry
         if entry.deadline_key is not None:
             self._deadlines[entry.deadline_key] = entry
+        if self._fair:
+            self._order_by_urgency(job.key_name)
         return entry
+
+    def waiting_of(self, key_name: str) -> list[RequestState]:
+        """Waiting images of one API key, in their order."""
+        return [entry for entry in self._waiting.values() if entry.job.key_name == key_name]
+
+    def _fair_tag(self, key_name: str) -> float:
+        ends = [entry.key[0] + entry.work for entry in self.waiting_of(key_name)]
+        return max([self._tag, self._granted.get(key_name, 0.0), *ends])
+
+    def _order_by_urgency(self, key_name: str) -> None:
+        """Give a key's waiting images new tags by urgency, from the lowest that one of them has."""
+        waiting = self.waiting_of(key_name)
+        tag = waiting[0].key[0]
+        for entry in waiting:
+            del self._waiting[entry.key]
+        for entry in sorted(waiting, key=lambda one: (one.urgency_s, one.key[1])):
+            entry.key = tag, entry.key[1]
+            self._waiting[entry.key] = entry
+            tag += entry.work
 
     def free_places(self, tokens: int) -> int:
         """How many images of ``tokens`` tokens would fit into the batch beside the running rows."""
@@ -229,6 +259,10 @@ class StepScheduler:
         del self._waiting[entry.key]
         entry.admitted_s = now
         self._on_admit(entry)
+        if self._fair:
+            self._tag = max(self._tag, entry.key[0])
+            granted = self._granted.get(entry.job.key_name, 0.0)
+            self._granted[entry.job.key_name] = max(granted, entry.key[0] + entry.work)
         self._running[entry.key] = entry
         self._tokens += entry.tokens
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Any
 
 import httpx
 import pytest
@@ -31,6 +32,23 @@ async def test_head_is_get_without_a_body(client: httpx.AsyncClient, path: str) 
     assert head.headers["content-type"] == got.headers["content-type"]
     assert head.headers["x-request-id"]
     assert got.content
+
+
+async def test_no_body_is_sent_to_the_server(app: FastAPI) -> None:
+    """Test clients leave out the body of a HEAD by themselves."""
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "HEAD", "path": "/v1/models", "headers": [], "query_string": b""}
+    await app(scope, receive, send)
+    start, *rest = sent
+    assert start["status"] == 200
+    assert [message["body"] for message in rest] == [b""]
 
 
 def test_every_get_route_is_tried(app: FastAPI) -> None:

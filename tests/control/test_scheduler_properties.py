@@ -13,7 +13,7 @@ from app.control.schedule import SchedulePlanner
 from app.control.scheduler import StepScheduler
 from app.engine.sampling import FlowMatchSampler
 from app.messages import DenoiseJob, MagCacheOptions, StepPlan
-from app.settings import MagCacheSettings, Settings
+from app.settings import HttpSettings, MagCacheSettings, Settings
 from magcache_core import choose, load_profile
 from tests.local_group import MODEL, job
 
@@ -76,6 +76,7 @@ class Simulation:
             true_cfg_scale=draw.choice((1.0, 1.0, 2.0)),
             priority=draw.choice((0, 0, 0, 0, 1, 2)),
             deadline_s=draw.choice((None, None, None, draw.uniform(0.1, 60))),
+            key_name=draw.choice(("alice", "alice", "bob", "carol")),
         )
 
     def _end(self, row_id: str, how: str) -> None:
@@ -145,6 +146,15 @@ def test_ten_thousand_requests() -> None:
 )
 def test_any_limits(rows: int, tokens: int, seed: int, rate: float) -> None:
     simulation = Simulation(Settings(max_batch_rows=rows, max_batch_tokens=tokens), seed)
+    simulation.run(60, rate, cancelled=0.2)
+    assert len(simulation.ended) == 60
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), rate=st.sampled_from([2.0, 20.0, 500.0]))
+def test_with_api_keys(seed: int, rate: float) -> None:
+    limits = Settings(max_batch_rows=5, max_batch_tokens=700, http=HttpSettings(api_keys_file="keys"))
+    simulation = Simulation(limits, seed)
     simulation.run(60, rate, cancelled=0.2)
     assert len(simulation.ended) == 60
 
