@@ -76,6 +76,7 @@ def _errors(**descriptions: str) -> dict[int | str, dict[str, Any]]:
     return {code.lstrip("s"): {"model": ErrorReply, "description": text} for code, text in descriptions.items()}
 
 
+_NO_KEY = "The service wants an API key, and this one is missing or unknown."
 IMAGES_RESPONSES: Mapping[int | str, dict[str, Any]] = {
     200: {
         "model": ImagesReply,
@@ -92,6 +93,7 @@ IMAGES_RESPONSES: Mapping[int | str, dict[str, Any]] = {
     },
     **_errors(
         s400="A field is wrong; `param` names it.",
+        s401=_NO_KEY,
         s404="No such model.",
         s406="`Accept` asks for an image type that does not exist here.",
         s409="The request was cancelled.",
@@ -158,7 +160,7 @@ async def answer(request: Request, resolved: ResolvedRequest, kind: Kind = "imag
     "/v1/requests/{request_id}",
     summary="Cancel a request",
     tags=["images"],
-    responses=_errors(s403="Another API key made the request.", s404="No such request is under way."),
+    responses=_errors(s401=_NO_KEY, s403="Another API key made the request.", s404="No such request is under way."),
 )
 async def cancel(request_id: str, request: Request) -> CancelReply:
     """End every request whose `X-Request-Id` is this; a client that waits for one gets 409."""
@@ -187,14 +189,17 @@ async def health(request: Request) -> Response:
     return AsciiJSONResponse(reply.model_dump(mode="json"), status_code=status)
 
 
-@router.get("/v1/models", summary="List the served models", tags=["models"])
+@router.get("/v1/models", summary="List the served models", tags=["models"], responses=_errors(s401=_NO_KEY))
 async def list_models(request: Request) -> ModelList:
     """One model is served, under its name and its aliases."""
     return ModelList(data=_service(request).cards)
 
 
 @router.get(
-    "/v1/models/{model_id:path}", summary="One served model", tags=["models"], responses=_errors(s404="No such model.")
+    "/v1/models/{model_id:path}",
+    summary="One served model",
+    tags=["models"],
+    responses=_errors(s401=_NO_KEY, s404="No such model."),
 )
 async def get_model(model_id: str, request: Request) -> ModelCard:
     """The model named ``model_id``."""

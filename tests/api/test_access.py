@@ -77,6 +77,12 @@ async def test_every_route_wants_a_key(client: httpx.AsyncClient, method: str, p
     assert response.status_code != 401
 
 
+def test_the_schema_declares_it(app: FastAPI) -> None:
+    for path, operations in app.openapi()["paths"].items():
+        for operation in operations.values():
+            assert ("401" in operation["responses"]) == path.startswith("/v1/")
+
+
 async def test_probes_and_scrapes_want_none(client: httpx.AsyncClient, strict: httpx.AsyncClient) -> None:
     for path in ("/health", "/health/", "/metrics"):
         assert (await client.get(path)).status_code == 200

@@ -201,7 +201,7 @@ async def test_the_openapi_document_is_whole(client: httpx.AsyncClient, app: Fas
     references = {part.split("'")[0] for part in text.split("#/components/schemas/")[1:]}
     assert references == set(schemas)
     post = document["paths"][URL]["post"]
-    errors = {"400", "404", "406", "409", "413", "415", "422", "429", "500", "503", "504"}
+    errors = {"400", "401", "404", "406", "409", "413", "415", "422", "429", "500", "503", "504"}
     assert set(post["responses"]) == {"200", *errors}
     images = {"image/png", "image/jpeg", "image/webp"}
     assert set(post["responses"]["200"]["content"]) == {"application/json", "text/event-stream", *images}
