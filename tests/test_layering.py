@@ -173,7 +173,7 @@ def test_every_library_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     listed = project["dependencies"] + [name for extra in project["optional-dependencies"].values() for name in extra]
     declared = {re.split(r"[^\w.-]", entry)[0].lower().replace("-", "_") for entry in listed}
-    modules = {"pil": "pillow", "yaml": "pyyaml", "opentelemetry": "opentelemetry_sdk"}
+    modules = {"pil": "pillow", "yaml": "pyyaml", "opentelemetry": "opentelemetry_sdk", "xdist": "pytest_xdist"}
     used = {found.name.partition(".")[0].lower() for found in all_imports(FOLDERS)} - set(FOLDERS)
     third_party = {modules.get(name, name) for name in used if name not in {*map(str.lower, sys.stdlib_module_names)}}
     assert third_party - declared == set()
