@@ -10,7 +10,7 @@ from app.engine.parallel import TensorParallelGroup
 from benchmarks import fits, memory
 from benchmarks.checkpoints import weights
 from benchmarks.checkpoints.geometry import MODELS, repository
-from benchmarks.gpu_runs import random_transformer
+from benchmarks.gpu_runs import random_model
 from magcache_core import get_strategy
 
 REPORT = json.loads(fits.RESULTS.read_text(encoding="utf-8"))
@@ -38,7 +38,7 @@ def test_weights_do_not_count_as_work() -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_a_step_of_real_tensors_holds_what_fake_ones_say(model: str) -> None:
     part = repository(model, "tiny").parts["transformer"]
-    transformer = random_transformer(weights.build(part), torch.device("cpu"), torch.bfloat16)
+    transformer = random_model(part, torch.device("cpu"), torch.bfloat16)
     config = transformer.config
     rotary = transformer.pos_embed(torch.zeros(16 + 4, len(config.axes_dims_rope)))
 
