@@ -18,10 +18,10 @@ from app.cluster.coordinator import Coordinator
 from app.cluster.rank import Rank
 from app.control.admission import default_job
 from app.errors import BusyError, DeadlineImpossibleError, DeadlinePassedError, GroupFailedError, RequestCancelledError
-from app.messages import Conditioning, DenoiseResult, MagCacheOptions, PromptEmbeddings
+from app.messages import Conditioning, DenoiseResult, MagCacheOptions
 from app.settings import MagCacheSettings, Settings
 from magcache_core import ConfigError
-from tests.local_group import job
+from tests.local_group import job, random_conditioning
 
 SETTINGS = Settings(
     threads_per_rank=1, magcache=MagCacheSettings(profile="flux-tiny"), max_batch_rows=2, max_waiting_pictures=3
@@ -53,10 +53,7 @@ class Handle:
 
 @pytest.fixture(scope="module")
 def conditioning() -> Conditioning:
-    generator = torch.Generator().manual_seed(0)
-    return Conditioning(
-        PromptEmbeddings(torch.randn(32, 128, generator=generator), torch.randn(128, generator=generator))
-    )
+    return random_conditioning()
 
 
 class Group:

@@ -8,9 +8,8 @@ import torch
 from app.cluster.rank import Rank
 from app.engine.engine import Engine
 from app.errors import PlanMismatchError
-from app.messages import Conditioning, PromptEmbeddings
 from app.settings import MagCacheSettings, Settings
-from tests.local_group import MODEL, execute, job, plans
+from tests.local_group import MODEL, execute, job, plans, random_conditioning
 
 
 @pytest.fixture
@@ -20,16 +19,9 @@ def rank() -> Rank:
     return made
 
 
-def conditioning(seed: int) -> Conditioning:
-    generator = torch.Generator().manual_seed(seed)
-    return Conditioning(
-        PromptEmbeddings(torch.randn(32, 128, generator=generator), torch.randn(128, generator=generator))
-    )
-
-
 def test_a_message_carries_plans_and_the_tensors_of_all_that_they_admit(rank: Rank) -> None:
     jobs = [job("a/0", steps=4), job("b/0", steps=2), job("c/0", steps=1)]
-    tensors = {one.row_id: conditioning(number) for number, one in enumerate(jobs)}
+    tensors = {one.row_id: random_conditioning(seed=number) for number, one in enumerate(jobs)}
     formed = plans(jobs, arrivals=[0, 1, 1])
     results = rank.execute(formed, tensors["a/0"], tensors["b/0"], tensors["c/0"])
     assert [result.sequence for result in results] == [plan.sequence for plan in formed]
@@ -41,7 +33,7 @@ def test_a_message_carries_plans_and_the_tensors_of_all_that_they_admit(rank: Ra
 
 def test_idle_is_what_a_rank_with_rows_waits_for_a_message(rank: Rank) -> None:
     first, second, third = plans([job("a/0", steps=5)])[:3]
-    assert [result.idle_seconds for result in rank.execute((first,), conditioning(0))] == [0.0]
+    assert [result.idle_seconds for result in rank.execute((first,), random_conditioning(seed=0))] == [0.0]
     later = rank.execute((second, third))
     assert later[0].idle_seconds > 0
     assert later[1].idle_seconds == 0.0
@@ -49,12 +41,12 @@ def test_idle_is_what_a_rank_with_rows_waits_for_a_message(rank: Rank) -> None:
 
 def test_a_rank_without_rows_is_not_kept_waiting(rank: Rank) -> None:
     formed = plans([job("a/0", steps=1), job("b/0", steps=1)], arrivals=[0, 3])
-    rank.execute(formed[:1], conditioning(0))
-    assert [result.idle_seconds for result in rank.execute(formed[1:], conditioning(1))] == [0.0]
+    rank.execute(formed[:1], random_conditioning(seed=0))
+    assert [result.idle_seconds for result in rank.execute(formed[1:], random_conditioning(seed=1))] == [0.0]
 
 
 def test_a_message_out_of_order_is_refused(rank: Rank) -> None:
     first, second, third = plans([job("a/0", steps=3)])
-    rank.execute((first,), conditioning(0))
+    rank.execute((first,), random_conditioning(seed=0))
     with pytest.raises(PlanMismatchError, match="expected plan 1"):
         rank.execute((third, second))
