@@ -12,6 +12,8 @@ import torch
 
 from magcache_core.profile_store import load_profile
 
+Embedded = torch.Tensor | tuple[torch.Tensor, ...]
+"""What modulates the blocks, (rows, dim); or one tensor per block."""
 Rotary = tuple[torch.Tensor, torch.Tensor] | torch.Tensor
 """Positions for the blocks: diffusers' cosines and sines, each (text_tokens + image_tokens, head_dim), or the form that
 a custom attention processor takes."""
@@ -151,12 +153,7 @@ class MagCacheStrategy:
         raise self._no_split()
 
     def blocks(
-        self,
-        transformer: Any,
-        hidden: torch.Tensor,
-        context: torch.Tensor,
-        temb: torch.Tensor | tuple[torch.Tensor, ...],
-        rotary: Rotary,
+        self, transformer: Any, hidden: torch.Tensor, context: torch.Tensor, temb: Embedded, rotary: Rotary
     ) -> torch.Tensor:
         """The block stack, the part that reuse saves: image stream in, image stream out, (rows, image_tokens, dim).
 
@@ -233,12 +230,7 @@ class FluxStrategy(_FluxFamily):
         return temb
 
     def blocks(
-        self,
-        transformer: Any,
-        hidden: torch.Tensor,
-        context: torch.Tensor,
-        temb: torch.Tensor | tuple[torch.Tensor, ...],
-        rotary: Rotary,
+        self, transformer: Any, hidden: torch.Tensor, context: torch.Tensor, temb: Embedded, rotary: Rotary
     ) -> torch.Tensor:
         """See `MagCacheStrategy.blocks`."""
         stack = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
@@ -271,12 +263,7 @@ class Flux2Strategy(_FluxFamily):
         return temb
 
     def blocks(
-        self,
-        transformer: Any,
-        hidden: torch.Tensor,
-        context: torch.Tensor,
-        temb: torch.Tensor | tuple[torch.Tensor, ...],
-        rotary: Rotary,
+        self, transformer: Any, hidden: torch.Tensor, context: torch.Tensor, temb: Embedded, rotary: Rotary
     ) -> torch.Tensor:
         """See `MagCacheStrategy.blocks`."""
         image_tokens = hidden.shape[1]

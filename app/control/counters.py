@@ -16,7 +16,7 @@ class CoordinatorCounters:
         computed_seconds, reused_seconds: time of the slowest rank on branch evaluations of either kind, estimated
             where a plan mixed them.
         saved_seconds: estimated time that the reused evaluations would have taken longer had they been computed.
-        idle_seconds: time that the ranks waited for a plan while they deferred rows to step, the longest of each plan.
+        idle_seconds: time that the ranks waited for a plan while they held rows to step, the longest of each plan.
         rank_seconds: time that each rank worked on plans.
         messages, plans: what was sent; a message carries a run of plans.
     """

@@ -8,7 +8,6 @@ blocks is a look-up, so the weights need not lie whole on every rank, nor on the
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -45,29 +44,27 @@ class Modulation:
         """
         self._group = group
         self._device = device
-        by_block = [[transformer.get_submodule(name) for name in names] for names in modulation_linears(transformer)]
-        self._linears: list[nn.Linear] = [linear for linears in by_block for linear in linears]
-        widths = [len(linear.weight) * group.size for linear in self._linears]
-        self._columns = [end - width for end, width in zip(accumulate(widths), widths, strict=True)]
-        self.width = sum(widths)
+        self.width = 0
+        self._linears: list[tuple[int, nn.Linear]] = []  # each with the first of its columns
         self._block_widths: list[int] = []
         for names in modulation_linears(transformer):
-            begin = 0
+            first = self.width
             for name in names:
                 owner = transformer.get_submodule(name.rpartition(".")[0])
-                end = begin + len(owner.linear.weight) * group.size
-                owner.linear = LookUp(begin, end)
+                begin = self.width
+                self.width += len(owner.linear.weight) * group.size
+                self._linears.append((begin, owner.linear))
+                owner.linear = LookUp(begin - first, self.width - first)
                 for activation in ("silu", "act_fn"):
                     if hasattr(owner, activation):
                         setattr(owner, activation, nn.Identity())
-                begin = end
-            self._block_widths.append(begin)
+            self._block_widths.append(self.width - first)
 
     def ahead(self, temb: torch.Tensor) -> torch.Tensor:
         """The modulation of steps, equal on all ranks: (steps, dim) of `embed_time` -> (steps, width)."""
         activated = F.silu(temb)
         modulation = temb.new_zeros(len(temb), self.width)
-        for linear, column in zip(self._linears, self._columns, strict=True):
+        for column, linear in self._linears:
             here = {name: tensor.to(self._device, non_blocking=True) for name, tensor in linear.named_parameters()}
             part = F.linear(activated, here["weight"], here.get("bias"))
             begin = column + self._group.rank * part.shape[1]

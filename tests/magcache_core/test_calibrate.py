@@ -145,68 +145,55 @@ def test_ratios_equal_what_the_hooks_log(
     assert measured.ratios == pytest.approx(mean, abs=2e-5)
 
 
+def drift_of(pipe: FluxPipeline, followed: Plan) -> float:
+    """How far the latents of a run with ``followed`` end from those of an uncached one, root mean square over runs."""
+
+    def latents() -> torch.Tensor:
+        return PromptPipe(pipe)(
+            prompt=["a", "b"],
+            num_inference_steps=STEPS,
+            width=32,
+            height=32,
+            guidance_scale=3.5,
+            output_type="latent",
+            generator=[torch.Generator().manual_seed(0) for _ in range(2)],
+        ).images
+
+    uncached = latents()
+    apply_mag_cache(pipe.transformer, followed)
+    drift = (latents() - uncached).square().sum(dim=(1, 2)).mean().sqrt()
+    remove_mag_cache(pipe.transformer)
+    return float(drift)
+
+
 @pytest.mark.parametrize("reuse", ["residual", "linear"])
 def test_a_segment_cost_is_the_latents_drift(pipe: FluxPipeline, measured: Profile, reuse: str) -> None:
     """A run whose only reuse is the last segment ends exactly as far away as the table says.
 
     With one reused step the measured cost has no approximation: the step starts from the uncached run's latents.
     """
-    arguments: dict[str, Any] = {
-        "prompt": ["a", "b"], "num_inference_steps": STEPS, "width": 32, "height": 32, "guidance_scale": 3.5,
-        "output_type": "latent",
-    }  # fmt: skip
-
-    def latents() -> torch.Tensor:
-        generators = [torch.Generator().manual_seed(0) for _ in range(2)]
-        return PromptPipe(pipe)(generator=generators, **arguments).images
-
-    uncached = latents()
-    apply_mag_cache(pipe.transformer, Plan("C" * (STEPS - 1) + ".", reuse))
-    drift = (latents() - uncached).square().sum(dim=(1, 2)).mean().sqrt()
-    remove_mag_cache(pipe.transformer)
+    drift = drift_of(pipe, Plan("C" * (STEPS - 1) + ".", reuse))
     costs = measured.branch().costs
     assert costs is not None
-    assert costs.segments[reuse][STEPS - 2, 1, 1] == pytest.approx(float(drift), rel=1e-3)
-    assert costs.pairwise[reuse][STEPS - 2, 1, 1] == pytest.approx(float(drift), rel=1e-3)
+    assert costs.segments[reuse][STEPS - 2, 1, 1] == pytest.approx(drift, rel=1e-3)
+    assert costs.pairwise[reuse][STEPS - 2, 1, 1] == pytest.approx(drift, rel=1e-3)
 
 
 def test_the_cost_of_a_predicted_end_is_its_drift(pipe: FluxPipeline, measured: Profile) -> None:
     """Nothing corrects the last segment, so its measured cost has no approximation either."""
-    arguments: dict[str, Any] = {
-        "prompt": ["a", "b"], "num_inference_steps": STEPS, "width": 32, "height": 32, "guidance_scale": 3.5,
-        "output_type": "latent",
-    }  # fmt: skip
-
-    def latents() -> torch.Tensor:
-        generators = [torch.Generator().manual_seed(0) for _ in range(2)]
-        return PromptPipe(pipe)(generator=generators, **arguments).images
-
-    uncached = latents()
     marks = "C" * (STEPS - 2) + ".."
-    apply_mag_cache(pipe.transformer, Plan(marks, "corrected"))
-    drift = (latents() - uncached).square().sum(dim=(1, 2)).mean().sqrt()
-    assert fill(measured, marks, "corrected").predicted_error == pytest.approx(float(drift), rel=2e-3)
+    drift = drift_of(pipe, Plan(marks, "corrected"))
+    assert fill(measured, marks, "corrected").predicted_error == pytest.approx(drift, rel=2e-3)
 
 
 def test_sensitivity_is_the_growth_of_a_displacement(pipe: FluxPipeline, measured: Profile) -> None:
     """The drift at the end of a run that reuses one step is the table's drift there times the step's sensitivity."""
-    arguments: dict[str, Any] = {
-        "prompt": ["a", "b"], "num_inference_steps": STEPS, "width": 32, "height": 32, "guidance_scale": 3.5,
-        "output_type": "latent",
-    }  # fmt: skip
-
-    def latents() -> torch.Tensor:
-        generators = [torch.Generator().manual_seed(0) for _ in range(2)]
-        return PromptPipe(pipe)(generator=generators, **arguments).images
-
-    uncached = latents()
-    apply_mag_cache(pipe.transformer, Plan("CCCC.CCC"))
-    drift = (latents() - uncached).square().sum(dim=(1, 2)).mean().sqrt()
+    drift = drift_of(pipe, Plan("CCCC.CCC"))
     costs = measured.branch().costs
     assert costs is not None
     assert costs.sensitivity[-1] == 1.0
-    assert costs.segments["residual"][3, 1, 1] * costs.sensitivity[4] == pytest.approx(float(drift), rel=1e-3)
-    assert costs.final("residual", STEPS, 3)[3, 1, 1] == pytest.approx(float(drift), rel=1e-3)
+    assert costs.segments["residual"][3, 1, 1] * costs.sensitivity[4] == pytest.approx(drift, rel=1e-3)
+    assert costs.final("residual", STEPS, 3)[3, 1, 1] == pytest.approx(drift, rel=1e-3)
 
 
 def test_segments_are_no_longer_than_their_steps_together(measured: Profile) -> None:
