@@ -1,6 +1,6 @@
 """How long the scheduler takes, by images under way and waiting: ``python -m benchmarks.scheduler_sim``.
 
-The coordinator's own table (`app/serving/scheduler.py`) on simulated requests: unlike sizes, step counts, thresholds,
+The coordinator's own table (`app/control/scheduler.py`) on simulated requests: unlike sizes, step counts, thresholds,
 CFG and priorities, a budget that some of them have to wait for, and an arrival for every image that leaves. One
 tick forms one plan, digest included. Pure Python, one process, no ranks; times are the thread's CPU time, so that other
 work on the machine does not count.

@@ -123,7 +123,7 @@ def image(url: str, options: argparse.Namespace) -> None:
     image = reply["data"][0]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_bytes(base64.b64decode(image["b64_json"]))
-    print(f"Image   {_short(options.out)} ({reply['size']}, seed {image['seed']})")
+    print(f"Image     {_short(options.out)} ({reply['size']}, seed {image['seed']})")
     print("\n".join(describe(image)), flush=True)
 
 

@@ -1,4 +1,4 @@
-"""From settings to what Serve is told; the running service is tested in tests/serving and tests/ops."""
+"""From settings to what Serve is told; the running service is tested in tests/cluster and tests/ops."""
 
 from __future__ import annotations
 

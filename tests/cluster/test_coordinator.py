@@ -1,6 +1,6 @@
 """The coordinator with a real rank in this process, in place of actors: what it tells of images and how it ends them.
 
-tests/serving/test_group.py and test_service.py have the same parts on Ray.
+tests/cluster/test_group.py and test_service.py have the same parts on Ray.
 """
 
 from __future__ import annotations

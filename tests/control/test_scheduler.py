@@ -1,4 +1,4 @@
-"""The scheduler's table, case by case; tests/serving/test_scheduler_properties.py has its invariants."""
+"""The scheduler's table, case by case; tests/control/test_scheduler_properties.py has its invariants."""
 
 from __future__ import annotations
 
