@@ -31,6 +31,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByService(config, log)
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """No bytes in a test's name: compressed ones hold the time, and workers would collect different names."""
+    return argname if isinstance(val, bytes) else None
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say how many tests were left out because a program is not installed, and how to have it."""
     reasons = (report.longrepr[2] for report in terminalreporter.stats.get("skipped", []))
