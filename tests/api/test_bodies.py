@@ -107,3 +107,19 @@ async def test_a_compressed_form(client: httpx.AsyncClient) -> None:
     headers = {"Content-Type": "multipart/form-data; boundary=x", "Content-Encoding": "gzip"}
     response = await client.post("/v1/images/edits", content=gzip.compress(form), headers=headers)
     assert response.json()["error"]["message"] == "image: this field is required"
+
+
+async def test_a_wrong_content_type_is_415(client: httpx.AsyncClient) -> None:
+    response = await client.post(URL, data={"prompt": "a"})
+    assert response.status_code == 415
+    assert response.json()["error"]["param"] == "Content-Type"
+    charset = {"Content-Type": "application/json; charset=utf-8"}
+    assert (await client.post(URL, content=b'{"prompt": "a"}', headers=charset)).status_code == 200
+
+
+async def test_a_large_body_is_413(client: httpx.AsyncClient, backend: FakeBackend) -> None:
+    response = await client.post(URL, json={"prompt": "x" * (1 << 20)})
+    assert response.status_code == 413
+    assert response.json()["error"]["code"] == "body_too_large"
+    assert "1048576" in response.json()["error"]["message"]
+    assert backend.jobs == []

@@ -1,4 +1,4 @@
-"""What guidance does for each kind of model; FLUX.1-dev's true CFG is in test_images.py."""
+"""What guidance does for each kind of model."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ from typing import Any
 import httpx
 import pytest
 
-from app.api.guidance import guidance_scale, true_cfg
+from app.api.guidance import DEFAULT_TRUE_CFG_SCALE, guidance_scale, true_cfg
 from app.api.schemas import ImagesRequest
 from app.engine.families import FLUX2_KLEIN, FLUX2_KLEIN_BASE, FLUX_DEV, FLUX_SCHNELL
 from app.errors import InvalidRequestError
 from app.settings import SamplingSettings
 from tests.api.fake_backend import FakeBackend
+
+URL = "/v1/images/generations"
+PROMPT = {"prompt": "a red circle"}
+NO_NEGATIVE = "true_cfg_scale is ignored without a negative_prompt"
+LOW_SCALE = "negative_prompt is ignored: it takes effect with a true_cfg_scale above 1"
 
 
 def asked(**fields: Any) -> ImagesRequest:
@@ -68,3 +73,30 @@ async def test_the_served_model_decides(client: httpx.AsyncClient, backend: Fake
     reply = await client.post("/v1/images/generations", json={"prompt": "a"})
     assert reply.status_code == 200
     assert (backend.jobs[0].negative_prompt, backend.jobs[0].true_cfg_scale) == ("", 4.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "negative", "scale", "warnings"),
+    [
+        ({"true_cfg_scale": 4}, None, 1.0, [NO_NEGATIVE]),
+        ({"true_cfg_scale": 1}, None, 1.0, []),
+        ({"negative_prompt": "blue"}, "blue", DEFAULT_TRUE_CFG_SCALE, []),
+        ({"negative_prompt": "blue", "true_cfg_scale": 4}, "blue", 4.0, []),
+        ({"negative_prompt": "blue", "true_cfg_scale": 1}, None, 1.0, [LOW_SCALE]),
+        ({"negative_prompt": "blue", "cfg_scale": 0.5}, None, 1.0, [LOW_SCALE]),
+        ({"negative_prompt": ""}, None, 1.0, []),
+        ({"negative_prompt": "", "true_cfg_scale": 2.5}, "", 2.5, []),
+    ],
+)
+async def test_true_cfg_runs_as_in_diffusers(
+    client: httpx.AsyncClient,
+    backend: FakeBackend,
+    fields: dict[str, Any],
+    negative: str | None,
+    scale: float,
+    warnings: list[str],
+) -> None:
+    response = await client.post(URL, json={**PROMPT, **fields})
+    assert response.json()["warnings"] == warnings
+    assert (backend.jobs[0].negative_prompt, backend.jobs[0].true_cfg_scale) == (negative, scale)
+    assert (response.json()["data"][0]["magcache"]["negative_schedule"] is None) == (negative is None)

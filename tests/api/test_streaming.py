@@ -1,45 +1,24 @@
-"""Streams: OpenAI's events for OpenAI's client, and a beginning, a pause, an error and an end as HTTP wants them."""
+"""Streams over HTTP: headers, a status before the first byte, signs of life, and an end that ends the work."""
 
 from __future__ import annotations
 
-import asyncio
-import base64
-import io
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import httpx
 import openai
 import pytest
 from fastapi import FastAPI
-from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent
-from PIL import Image
 
 from app.api.app import create_app
 from app.errors import BusyError, DeadlineImpossibleError, DeadlinePassedError, GenerationError
 from app.settings import HttpSettings, Settings
-from tests.api.fake_backend import SCHEDULE, FakeBackend
+from tests.api.fake_backend import FakeBackend
+from tests.api.sse import events_of
 
 URL = "/v1/images/generations"
 STREAM = {"prompt": "a red circle", "stream": True, "seed": 7}
-
-
-def events_of(text: str) -> list[dict[str, Any]]:
-    """The events of a stream; each names its type twice, and comments are none."""
-    events = []
-    for block in text.strip().split("\n\n"):
-        if not block.startswith(":"):
-            name, data = block.split("\n")
-            events.append(json.loads(data.removeprefix("data: ")))
-            assert name == f"event: {events[-1]['type']}"
-    return events
-
-
-def image_of(b64_json: str) -> Image.Image:
-    return Image.open(io.BytesIO(base64.b64decode(b64_json)))
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -49,65 +28,10 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_the_openai_client_streams(openai_client: openai.OpenAI) -> None:
-    stream = openai_client.images.generate(
-        prompt="a red circle",
-        model="flux-tiny",
-        size="192x128",
-        output_format="webp",
-        quality="hd",
-        stream=True,
-        partial_images=2,
-        extra_body={"seed": 3},
-    )
-    *partial, completed = list(stream)
-    assert [type(event) for event in partial] == [ImageGenPartialImageEvent] * 2
-    assert [event.partial_image_index for event in partial] == [0, 1]
-    assert isinstance(completed, ImageGenCompletedEvent)
-    for event in (*partial, completed):
-        # Strictly: what the client builds without complaint need not be what its types say.
-        type(event).model_validate(event.model_dump(), strict=True)
-        assert (event.size, event.quality, event.background, event.output_format) == (
-            "192x128", "high", "opaque", "webp"
-        )  # fmt: skip
-        assert image_of(event.b64_json).size == (192, 128)
-    assert completed.usage.output_tokens == 12 * 8
-    assert completed.usage.total_tokens == completed.usage.input_tokens + completed.usage.output_tokens
-    assert completed.model_extra is not None
-    assert completed.model_extra["magcache"]["schedule"] == SCHEDULE
-    assert (completed.model_extra["seed"], completed.model_extra["eta_s"]) == (3, 1.5)
-
-
 async def test_the_async_openai_client_streams(base_url: str) -> None:
     async with openai.AsyncOpenAI(base_url=base_url, api_key="unused", max_retries=0, timeout=10) as client:
         stream = await client.images.generate(prompt="a", stream=True)
         assert [event.type async for event in stream] == ["image_generation.completed"]
-
-
-def test_the_openai_client_takes_progress_events_for_what_they_say_they_are(openai_client: openai.OpenAI) -> None:
-    stream = openai_client.images.generate(prompt="a", stream=True, extra_body={"progress": True})
-    events = list(stream)
-    assert [event.type for event in events] == ["flux.progress"] * 9 + ["image_generation.completed"]
-    last = events[-2].model_dump()
-    assert (last["step"], last["steps"], last["decision"], last["queue_position"]) == (8, 8, ".", 0)
-
-
-async def test_the_events_of_several_images_name_theirs(client: httpx.AsyncClient, backend: FakeBackend) -> None:
-    response = await client.post(URL, json={**STREAM, "n": 2, "partial_images": 1, "progress": True})
-    assert response.headers["content-type"].startswith("text/event-stream")
-    events = events_of(response.text)
-    of_each = [[event for event in events if event["index"] == index] for index in range(2)]
-    for index, mine in enumerate(of_each):
-        kinds = [event["type"] for event in mine]
-        assert kinds == ["flux.progress"] * 9 + ["image_generation.partial_image", "image_generation.completed"]
-        assert "".join(event["decision"] for event in mine[:9]) == SCHEDULE
-        assert mine[-1]["seed"] == 7 + index
-    assert backend.jobs[0].partial_images == 1
-
-
-async def test_nobody_gets_what_he_did_not_ask_for(client: httpx.AsyncClient) -> None:
-    response = await client.post(URL, json=STREAM, headers={"Accept": "image/png"})
-    assert [event["type"] for event in events_of(response.text)] == ["image_generation.completed"]
 
 
 async def test_the_headers_tell_what_is_known_at_the_beginning(client: httpx.AsyncClient) -> None:
@@ -204,26 +128,3 @@ def test_a_client_that_leaves_ends_the_work(base_url: str, backend: FakeBackend)
         metrics = base_url.replace("/v1", "/metrics")
         cancelled = 'flux_requests_total{model="flux-tiny",outcome="cancelled",status_class="4xx"} 1.0'
         wait_for(lambda: cancelled in client.get(metrics).text)
-
-
-async def test_a_cancelled_request_is_told_so(client: httpx.AsyncClient, backend: FakeBackend) -> None:
-    backend.hold = True
-    for stream in (False, True):
-        body = {"prompt": "a", "n": 3, "stream": stream}
-        waiting = asyncio.create_task(client.post(URL, json=body, headers={"X-Request-Id": "mine"}))
-        await asyncio.wait_for(backend.holding.wait(), 10)
-        backend.holding.clear()
-        assert (await client.delete("/v1/requests/others")).status_code == 404
-        reply = await client.delete("/v1/requests/mine")
-        assert reply.json() == {"id": "mine", "object": "request.cancelled", "pictures": 3}
-        response = await waiting
-        if stream:
-            error = events_of(response.text)[-1]["error"]
-        else:
-            assert response.status_code == 409
-            error = response.json()["error"]
-        assert error["code"] == "request_cancelled"
-        again = await client.delete("/v1/requests/mine")
-        assert (again.status_code, again.json()["error"]["code"]) == (404, "request_not_found")
-    counted = (await client.get("/metrics")).text
-    assert 'flux_requests_total{model="flux-tiny",outcome="cancelled",status_class="4xx"} 2.0' in counted

@@ -10,6 +10,7 @@ import pytest
 
 from app.engine.families import FLUX2_KLEIN
 from tests.api.fake_backend import FakeBackend
+from tests.api.refusals import assert_refused
 
 URL = "/v1/images/generations"
 
@@ -100,3 +101,21 @@ async def test_whatever_is_offered_is_taken(client: httpx.AsyncClient, value: An
         for field in offered:
             response = await client.post(URL, json={"prompt": "a", field: value})
             assert response.status_code == 200, (field, response.text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "words"),
+    [
+        ({"num_inference_step": 4}, "num_inference_step", "did you mean 'num_inference_steps'?"),
+        ({"steps": 4}, "steps", "did you mean 'num_inference_steps'?"),
+        ({"negativ_prompt": "x"}, "negativ_prompt", "did you mean 'negative_prompt'?"),
+        ({"cfgscale": 2}, "cfgscale", "did you mean 'cfg_scale'?"),
+        ({"": 2}, "", "unknown field ''"),
+        ({"magcache": {"treshold": 1}}, "magcache.treshold", "did you mean 'magcache.mag_threshold'?"),
+        ({"magcache": {"Enabled": True}}, "magcache.Enabled", "did you mean 'magcache.enabled'?"),
+    ],
+)
+async def test_an_unknown_field_is_named(
+    client: httpx.AsyncClient, backend: FakeBackend, changes: dict[str, Any], param: str, words: str
+) -> None:
+    await assert_refused(client, backend, changes, param, words)

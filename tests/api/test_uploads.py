@@ -1,0 +1,101 @@
+"""Uploaded images: decoded within limits, upright, opaque; and the size of an edit of one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from app.api.uploads import read_upload, size_like
+from app.errors import InvalidRequestError
+from app.settings import SamplingSettings
+from tests.api.edit_forms import RED, encoded, plain
+
+LIMIT = 1 << 24
+
+
+def _animated(file_format: str) -> bytes:
+    return encoded(plain(), file_format, save_all=True, append_images=[plain(colour="blue")])
+
+
+def _truncated() -> bytes:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    return encoded(Image.fromarray(noise))[:6000]
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: b"", "cannot be read as a PNG, JPEG or WebP"),
+        (lambda: b"GIF89a" + bytes(64), "cannot be read"),
+        (lambda: encoded(plain(), "GIF"), "cannot be read"),
+        (lambda: encoded(plain(), "BMP"), "cannot be read"),
+        (lambda: encoded(plain(), "TIFF"), "cannot be read"),
+        (_truncated, "cannot be read"),
+        (lambda: _animated("PNG"), "is animated"),
+        (lambda: _animated("WEBP"), "is animated"),
+        (lambda: encoded(plain(4097, 4096, 0, "1")), "at most 16777216 pixels"),
+        (lambda: encoded(plain(20000, 20000, 0, "1")), "pixels"),
+        (lambda: encoded(plain(63, 64)), "both sides need 64 pixels"),
+        (lambda: encoded(plain(64, 513)), "at most 8 times"),
+    ],
+)
+def test_a_image_that_is_not_taken(make: Callable[[], bytes], says: str) -> None:
+    with pytest.raises(InvalidRequestError, match=says) as refused:
+        read_upload(make(), "image[1]", LIMIT)
+    assert refused.value.param == "image[1]"
+    assert "image[1]" in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (plain(), (255, 0, 0)),
+        (plain(mode="P", colour=0), (0, 0, 0)),
+        (plain(mode="L", colour=128), (128, 128, 128)),
+        (plain(mode="RGBA", colour=(255, 0, 0, 0)), (255, 255, 255)),
+        (plain(mode="LA", colour=(0, 255)), (0, 0, 0)),
+        (Image.fromarray(np.full((64, 64), 128 * 257, dtype=np.uint16)), (128, 128, 128)),
+    ],
+)
+def test_every_kind_becomes_opaque_rgb(image: Image.Image, expected: tuple[int, int, int]) -> None:
+    assert (read_upload(encoded(image), "image", LIMIT).pixels == expected).all()
+
+
+def test_a_photo_stands_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to see it upright
+    photo = plain(96, 64)
+    photo.paste("blue", (0, 0, 48, 64))
+    pixels = read_upload(encoded(photo, "JPEG", exif=exif, quality=95), "image", LIMIT).pixels
+    assert pixels.shape == (96, 64, 3)
+    assert pixels[10, 32, 2] > 200
+    assert pixels[85, 32, 0] > 200
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from(["PNG", "JPEG", "WEBP"]), st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=8))
+def test_a_damaged_file_is_an_error_or_a_image(file_format: str, changes: list[tuple[float, int]]) -> None:
+    data = bytearray(encoded(plain(), file_format))
+    for place, value in changes:
+        data[min(int(place * len(data)), len(data) - 1)] = value
+    with contextlib.suppress(InvalidRequestError):
+        assert read_upload(bytes(data), "image", LIMIT).pixels.dtype == np.uint8
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(64, 4096), st.integers(1, 8), st.booleans())
+def test_the_size_of_an_edit_is_within_the_limits(side: int, aspect: int, upright: bool) -> None:
+    width, height = (side, side * aspect) if upright else (side * aspect, side)
+    source = read_upload(RED, "image", LIMIT)
+    shape = np.lib.stride_tricks.as_strided(source.pixels, (height, width, 3), (0, 0, 1))
+    limits = SamplingSettings()
+    chosen = size_like(type(source)(shape), limits)
+    assert all(value % 16 == 0 and 64 <= value <= 256 for value in chosen)
+    assert chosen[0] * chosen[1] <= limits.max_pixels
+    assert (chosen[0] >= chosen[1]) == (width >= height) or chosen[0] == chosen[1]
