@@ -10,12 +10,15 @@ from app.control.request import RequestState, RowShape
 from app.control.schedule import SchedulePlanner
 from app.control.step_costs import PlanPart
 from app.engine.sampling import FlowMatchSampler
-from app.messages import DenoiseJob, DenoiseReport, StepResult, StepTime
+from app.messages import DenoiseJob, DenoiseReport, MagCacheOptions, StepResult, StepTime
 from app.settings import MagCacheSettings, Settings
-from tests.local_group import MODEL
+from tests.local_group import MODEL, job
 
 SAMPLER = FlowMatchSampler(MODEL)
 TINY = Settings(magcache=MagCacheSettings(profile="flux-tiny"))
+DEFAULT = MagCacheOptions()
+FLOOR = 7
+"""A quarter of 28 steps."""
 
 
 def step_seconds(part: PlanPart) -> float:
@@ -72,3 +75,16 @@ class SimulatedRanks:
         """Run plans until the clock reaches ``until_s`` or nothing is left."""
         while self.now_s < until_s and self.tick():
             pass
+
+
+def image(name: str, **options) -> DenoiseJob:
+    return job(f"{name}/0", **{"magcache": DEFAULT, **options})
+
+
+def calibrated(settings: Settings = TINY) -> SimulatedRanks:
+    """Ranks that have made an image of each kind."""
+    ranks = SimulatedRanks(settings)
+    for index, options in enumerate([{}, {"true_cfg_scale": 2.0}, {"size": (160, 96)}, {"size": (256, 256)}]):
+        ranks.submit(image(f"first{index}", **options))
+        ranks.run()
+    return ranks

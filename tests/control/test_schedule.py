@@ -8,8 +8,9 @@ from app.control.schedule import SchedulePlanner
 from app.engine.sampling import FlowMatchSampler
 from app.errors import InvalidRequestError
 from app.messages import MagCacheOptions
-from app.settings import Settings
+from app.settings import MagCacheSettings, Settings
 from magcache_core import fewest_steps, load_profile
+from tests.control.scheduling import DEV_PLANNER, ON
 from tests.local_group import MODEL, job
 
 PLANNER = SchedulePlanner(Settings(), FlowMatchSampler(MODEL))
@@ -63,3 +64,29 @@ def test_without_a_profile_a_share_is_ignored_and_the_reason_given() -> None:
     schedule = planner.schedules(job("a/0", magcache=MagCacheOptions(computed_share=0.25)))["cond"]
     assert schedule.text == "C" * 28
     assert schedule.uncached_reason is not None
+
+
+@pytest.mark.parametrize(
+    ("profile", "steps", "options", "schedule"),
+    [
+        ("flux.1-dev", 28, ON, "CCC..C...C.C.....C.....C..C."),
+        ("flux.1-dev", 50, ON, "CCCCC.C..C...C...C..C.....C.....C.....C.....C..C.."),
+        ("flux.1-dev-vllm-omni", 28, ON, "CCC..C...C....C.....C.....C."),
+        ("flux.1-dev", 28, MagCacheOptions(False), "C" * 28),
+        # The curve has ratios of exactly 1, which no threshold forbids.
+        ("flux.1-dev", 28, MagCacheOptions(True, mag_threshold=0.0), "CCCCCCCCCCCCCC.C.C..CCCCCCCC"),
+        ("flux.1-dev", 28, MagCacheOptions(True, mag_max_skip_steps=0), "C" * 28),
+        ("flux.1-dev", 28, MagCacheOptions(True, mag_retention_ratio=1.0), "C" * 28),
+    ],
+)
+def test_trajectories_follow_the_profile_and_the_request(profile, steps, options, schedule) -> None:
+    planner = SchedulePlanner(Settings(magcache=MagCacheSettings(profile=profile)), FlowMatchSampler(MODEL))
+    both = planner.schedules(job("a/0", steps=steps, magcache=options, true_cfg_scale=2.0))
+    assert {name: schedule.text for name, schedule in both.items()} == {"cond": schedule, "uncond": schedule}
+    assert both["cond"].residuals_kept == (1 if "." in schedule else 0)
+
+
+def test_image_to_image_follows_the_end_of_the_curve() -> None:
+    late = DEV_PLANNER.schedules(job("a/0", strength=0.5, magcache=ON))["cond"]
+    assert late.text == "C.....C.....C."  # of 28 steps the last 14; the curve's beginning would be CCC..C...
+    assert [decision.step for decision in late.decisions] == list(range(14))

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
 from itertools import pairwise
 
 import pytest
 
-from app.control.schedule import SchedulePlanner
 from app.control.scheduler import MAX_PLANS_PER_MESSAGE, MESSAGE_S, StepScheduler
-from app.engine.sampling import FlowMatchSampler
 from app.messages import (
     FIRST_DIGEST,
-    BranchStep,
-    DenoiseJob,
-    MagCacheOptions,
-    RowStep,
     StepPlan,
     plan_digest,
 )
 from app.settings import MagCacheSettings, SamplingSettings, Settings
-from tests.local_group import MODEL, job
+from tests.control.scheduling import DEV_PLANNER, FLUX_DEV, ON, Clock, drain, rows_at_once, submit
+from tests.local_group import job
 
-ON = MagCacheOptions(True)
-FLUX_DEV = Settings(magcache=MagCacheSettings(profile="flux.1-dev"))
-PLANNER = SchedulePlanner(FLUX_DEV, FlowMatchSampler(MODEL))
 ROW = 64 + 32
 """Tokens of one branch of an image of 128x128."""
 NARROW = Settings(
@@ -35,53 +26,8 @@ NARROW = Settings(
 """Two such branches compute in a step."""
 
 
-class Clock:
-    now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
-def rows_at_once(rows: int) -> Settings:
-    return FLUX_DEV.model_copy(update={"max_batch_rows": rows})
-
-
-def submit(scheduler: StepScheduler, *jobs: DenoiseJob):
-    return [scheduler.submit(one, PLANNER.schedules(one)) for one in jobs]
-
-
-def drain(scheduler: StepScheduler) -> list[StepPlan]:
-    return list(iter(scheduler.next_plan, None))
-
-
 def stepping(plans: list[StepPlan]) -> list[list[str]]:
     return [[row.row_id for row in plan.rows] for plan in plans]
-
-
-@pytest.mark.parametrize(
-    ("profile", "steps", "options", "schedule"),
-    [
-        ("flux.1-dev", 28, ON, "CCC..C...C.C.....C.....C..C."),
-        ("flux.1-dev", 50, ON, "CCCCC.C..C...C...C..C.....C.....C.....C.....C..C.."),
-        ("flux.1-dev-vllm-omni", 28, ON, "CCC..C...C....C.....C.....C."),
-        ("flux.1-dev", 28, MagCacheOptions(False), "C" * 28),
-        # The curve has ratios of exactly 1, which no threshold forbids.
-        ("flux.1-dev", 28, MagCacheOptions(True, mag_threshold=0.0), "CCCCCCCCCCCCCC.C.C..CCCCCCCC"),
-        ("flux.1-dev", 28, MagCacheOptions(True, mag_max_skip_steps=0), "C" * 28),
-        ("flux.1-dev", 28, MagCacheOptions(True, mag_retention_ratio=1.0), "C" * 28),
-    ],
-)
-def test_trajectories_follow_the_profile_and_the_request(profile, steps, options, schedule) -> None:
-    planner = SchedulePlanner(Settings(magcache=MagCacheSettings(profile=profile)), FlowMatchSampler(MODEL))
-    both = planner.schedules(job("a/0", steps=steps, magcache=options, true_cfg_scale=2.0))
-    assert {name: schedule.text for name, schedule in both.items()} == {"cond": schedule, "uncond": schedule}
-    assert both["cond"].residuals_kept == (1 if "." in schedule else 0)
-
-
-def test_image_to_image_follows_the_end_of_the_curve() -> None:
-    late = PLANNER.schedules(job("a/0", strength=0.5, magcache=ON))["cond"]
-    assert late.text == "C.....C.....C."  # of 28 steps the last 14; the curve's beginning would be CCC..C...
-    assert [decision.step for decision in late.decisions] == list(range(14))
 
 
 def test_first_come_first_served_up_to_the_limit() -> None:
@@ -129,7 +75,7 @@ def test_rows_reuse_ahead_and_compute_together() -> None:
     assert stepping(computing) == 9 * [["a/0", "b/0"]]
     assert stepping([plan for plan in formed if not _computed(plan)]) == 19 * [["a/0"]]
     marks = "".join("C" if _computed(plan) else "." for plan in formed)
-    assert marks == PLANNER.schedules(job("a/0", magcache=ON))["cond"].text
+    assert marks == DEV_PLANNER.schedules(job("a/0", magcache=ON))["cond"].text
 
 
 def test_what_reuses_costs_nothing_and_waits_for_nobody() -> None:
@@ -184,29 +130,6 @@ def test_digests_chain_over_everything_that_ranks_do() -> None:
         assert plan.sequence == sequence
         digest = plan_digest(digest, plan)
         assert plan.digest == digest
-
-
-def test_a_digest_depends_on_every_field() -> None:
-    branch = BranchStep("cond", False, (0.5,), 2)
-    row = RowStep("a/0", 3, (branch,), True, False)
-    plan = StepPlan(1, "", (job("a/0"),), (row,), ("b/0",))
-    others = {
-        BranchStep: {"branch": "uncond", "compute": True, "weights": (0.25,), "residuals_kept": 1},
-        RowStep: {"row_id": "c/0", "step": 4, "branches": (branch, branch), "last": False, "preview": True}
-        | {"move": (0.5,), "estimate": (0.25,)},
-        StepPlan: {"sequence": 2, "admit": (job("a/0", seed=8),), "rows": (), "drop": ()},
-    }
-    for message, values in others.items():
-        assert set(values) == {field.name for field in fields(message)} - {"digest"}
-    altered = [replace(plan, **{name: value}) for name, value in others[StepPlan].items()]
-    altered += [replace(plan, rows=(replace(row, **{name: value}),)) for name, value in others[RowStep].items()]
-    altered += [
-        replace(plan, rows=(replace(row, branches=(replace(branch, **{name: value}),)),))
-        for name, value in others[BranchStep].items()
-    ]
-    digests = {plan_digest(FIRST_DIGEST, one) for one in [plan, *altered]}
-    assert len(digests) == 1 + len(altered)
-    assert plan_digest("1" * 16, plan) not in digests
 
 
 def test_cancelling_waiting_running_finished_and_unknown() -> None:
@@ -274,29 +197,6 @@ def test_a_message_ends_with_enough_work_or_what_is_waited_for(computed_s: float
     ]
     assert marks == expected
     assert max(len(message) for message in messages) <= MAX_PLANS_PER_MESSAGE
-
-
-@pytest.mark.parametrize(
-    ("steps", "previews", "at"), [(28, 3, {7, 14, 21}), (28, 1, {14}), (2, 3, {0}), (1, 1, set()), (28, 0, set())]
-)
-def test_previews_are_spread_evenly(steps: int, previews: int, at: set[int]) -> None:
-    scheduler = StepScheduler(FLUX_DEV)
-    submit(scheduler, job("a/0", steps=steps, partial_images=previews))
-    assert {row.step for plan in drain(scheduler) for row in plan.rows if row.preview} == at
-
-
-def test_reports_give_seconds() -> None:
-    clock = Clock()
-    scheduler = StepScheduler(rows_at_once(2), clock=clock)
-    (entry,) = submit(scheduler, job("a/0", steps=4, magcache=ON))
-    clock.now_s = 1.5
-    scheduler.next_plan()
-    submit(scheduler, job("b/0", steps=9))
-    drain(scheduler)
-    report = entry.report(finished_s=4.0)
-    assert (report.queue_seconds, report.denoise_seconds) == (1.5, 2.5)
-    assert report.computed + report.skipped == len(report.schedule) == 4
-    assert report.negative_schedule is None
 
 
 def _computed(plan: StepPlan) -> int:

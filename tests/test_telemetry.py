@@ -22,6 +22,11 @@ URL = "/v1/images/generations"
 BODY = {"prompt": "a red circle", "n": 2}
 
 
+@pytest.fixture
+def backend() -> FakeBackend:
+    return FakeBackend()
+
+
 class Collector:
     """Listens as a collector does and keeps the spans."""
 

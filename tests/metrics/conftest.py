@@ -1,0 +1,21 @@
+"""The metrics of all owners, as one process would have them."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from app.control.counters import CoordinatorCounters
+from app.metrics import ApiMetrics, CoordinatorMetrics, EncoderMetrics
+from tests.metrics.owners import Everything
+
+
+@pytest.fixture
+def everything() -> Everything:
+    registry = CollectorRegistry()
+    return Everything(
+        registry,
+        ApiMetrics(registry, "m"),
+        CoordinatorMetrics(registry, "m", "r", CoordinatorCounters()),
+        EncoderMetrics(registry, "m"),
+    )
