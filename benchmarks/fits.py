@@ -17,7 +17,7 @@ from benchmarks.loading import table as loading_table
 RESULTS = Path(__file__).parent / "results" / "memory.json"
 LOADING = Path(__file__).parent / "results" / "loading.json"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "models.md"
-MARKS = "<!-- {name}: python -m benchmarks.fits --write -->", "<!-- end of {name} -->"
+MARKS = "<!-- {name}: python -m {module} --write -->", "<!-- end of {name} -->"
 
 USABLE = 0.92
 """Share of a card's memory that is planned with; the rest is for the allocator's rounding and kernels' workspaces."""
@@ -144,9 +144,9 @@ def tables(report: dict[str, Any]) -> str:
     )
 
 
-def put(document: str, name: str, text: str) -> str:
-    """``document`` with ``text`` between the marks that bear ``name``."""
-    begin, end = (mark.format(name=name) for mark in MARKS)
+def put(document: str, name: str, text: str, module: str = "benchmarks.fits") -> str:
+    """``document`` with ``text``, which ``module`` writes, between the marks that bear ``name``."""
+    begin, end = (mark.format(name=name, module=module) for mark in MARKS)
     before, _, rest = document.partition(begin)
     _, _, after = rest.partition(end)
     return f"{before}{begin}\n\n{text}\n\n{end}{after}"

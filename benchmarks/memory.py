@@ -140,7 +140,7 @@ def step_bytes(transformer: Any, image: Image, size: int) -> int:
     dim = config.num_attention_heads * config.attention_head_dim
     axes = len(config.axes_dims_rope)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _to_fake(transformer)
+        to_fake(transformer)
         modulation = Modulation(transformer, OneOfMany(0, size), torch.device("cpu"))
         image_tokens = image.geometry.tokens * (1 + image.references)
         joint = image_tokens + image.text_tokens
@@ -161,14 +161,14 @@ def decode_bytes(part: Part, size: int, *, tiling: bool) -> int:
     if tiling:
         vae.enable_tiling()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _to_fake(vae)
+        to_fake(vae)
         side = size // 8
         return alive_at_most(
             vae, lambda: vae.decode(torch.empty(1, vae.config.latent_channels, side, side, dtype=weights.DTYPE))
         )
 
 
-def _to_fake(module: torch.nn.Module) -> None:
+def to_fake(module: torch.nn.Module) -> None:
     """Give every tensor of ``module`` a fake one in its place, in bfloat16."""
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):

@@ -124,6 +124,6 @@ def test_what_only_admission_reads_goes_to_the_host_before_anything_loses_precis
 
 
 def test_a_text_is_put_between_its_marks() -> None:
-    begin, end = (mark.format(name="memory") for mark in fits.MARKS)
+    begin, end = (mark.format(name="memory", module="benchmarks.fits") for mark in fits.MARKS)
     text = f"before\n{begin}\nearlier\n{end}\nafter\n"
     assert fits.put(text, "memory", "new") == f"before\n{begin}\n\nnew\n\n{end}\nafter\n"
