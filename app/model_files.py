@@ -18,10 +18,10 @@ from huggingface_hub.errors import (
 from app.engine.checkpoint import check_checkpoint
 from app.engine.checkpoint_files import CheckpointError, read_json
 from app.engine.families import Family, family_of
+from app.model_hints import INDEX, not_a_model
 from app.settings import Settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-INDEX = "model_index.json"
 SUFFIXES = ("json", "safetensors", "txt", "model", "jinja")
 
 
@@ -32,16 +32,19 @@ def local_folder(model: str) -> Path | None:
         model: a folder (relative to the working directory or to the repository), or a hub id ``owner/name``.
 
     Raises:
+        CheckpointError: a single file, a part of a model or an address is named; the message says what to name.
         FileNotFoundError: a folder is meant, and it has no ``model_index.json``.
     """
     candidates = [Path(model).expanduser(), REPOSITORY / model]
     for folder in candidates:
         if (folder / INDEX).is_file():
             return folder.resolve()
-    empty = next((folder for folder in candidates if folder.is_dir()), None)
-    if empty is not None or model.startswith((".", "/", "~", "models/")) or model.count("/") != 1:
+    found = next((path for path in candidates if path.exists()), None)
+    if hint := not_a_model(model, found):
+        raise CheckpointError(f"model {model!r} {hint}")
+    if found is not None or model.startswith((".", "/", "~", "models/")) or model.count("/") != 1:
         raise FileNotFoundError(
-            f"model {model!r}: no {INDEX} in {empty or candidates[0].absolute()}; "
+            f"model {model!r}: no {INDEX} in {found or candidates[0].absolute()}; "
             "name a folder in diffusers layout or a hub id such as black-forest-labs/FLUX.1-dev"
         )
     return None
@@ -52,7 +55,7 @@ def model_folder(settings: Settings) -> Path:
 
     Raises:
         FileNotFoundError: a folder is meant, and it has no ``model_index.json``.
-        CheckpointError: the hub doesn't give the model: unknown, gated, or not to be reached.
+        CheckpointError: something else is named, or the hub doesn't give it: unknown, gated, or not to be reached.
     """
     return local_folder(settings.model) or _snapshot(settings.model, settings.revision)
 

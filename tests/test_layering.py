@@ -65,7 +65,8 @@ RULES = (
         "one rank's work needs no cluster, no server and no settings",
         allowed=("app.engine", "app.messages", "app.errors"),
     ),
-    Rule("app.model_files", ("app",), "where files are", allowed=("app.engine", "app.settings", "app.errors")),
+    Rule("app.model_hints", ("app",), "what a setting may have meant", allowed=("app.engine",)),
+    Rule("app.model_files", ("app",), "where files are", allowed=("app.engine", "app.model_hints", "app.settings")),
     Rule(
         "app.control",
         (

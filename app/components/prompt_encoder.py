@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 from torch import nn
 
+from app.engine.weight_files import encoder_variant
 from app.logs import configure_logging
 from app.messages import PromptEmbeddings, TokenCount
 from app.metrics import EncoderMetrics
@@ -34,6 +35,7 @@ class TextEncoders:
             model,
             transformer=None,
             vae=None,
+            variant=encoder_variant(model),
             dtype=dtype,
             use_safetensors=True,
             low_cpu_mem_usage=False,  # True needs another package, and weights are memory-mapped anyway

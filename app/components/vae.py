@@ -13,6 +13,7 @@ from diffusers.image_processor import VaeImageProcessor
 from app.components.source_encoder import SourceEncoder
 from app.engine.families import family_of
 from app.engine.geometry import TOKEN_PIXELS, Geometry
+from app.engine.weight_files import weight_variant
 from app.errors import GenerationError
 from app.logs import configure_logging
 from app.messages import Latents, SourceImage
@@ -35,6 +36,7 @@ class ImageDecoder:
             AutoModel.from_pretrained(
                 str(model),
                 subfolder="vae",
+                variant=weight_variant(model / "vae"),
                 dtype=getattr(torch, settings.dtype),
                 use_safetensors=True,
                 low_cpu_mem_usage=False,

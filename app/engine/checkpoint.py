@@ -18,12 +18,14 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from app.engine.checkpoint_files import CheckpointError, SafetensorsFile, read_json
+from app.engine import quantized
+from app.engine.checkpoint_files import CheckpointError, SafetensorsFile, read_json, refuse_foreign
 from app.engine.families import family_of
-from app.engine.loading import ENCODER_WEIGHTS, WEIGHTS, check_tensors, meta_transformer, shapes, weight_files
+from app.engine.fitting import SCHEDULER, check_fit, check_scheduler
+from app.engine.loading import check_tensors, shapes
 from app.engine.parallel import shard_specs
+from app.engine.weight_files import ENCODER_WEIGHTS, WEIGHTS, encoder_variant, weight_files
 
-SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
 """Any of these sets of files makes a tokenizer."""
 
@@ -57,52 +59,65 @@ _PARTS = {"FluxPipeline": _FLUX1, "FluxKontextPipeline": _FLUX1, "Flux2KleinPipe
 
 
 def check_checkpoint(model: Path, tensor_parallel_size: int) -> None:
-    """Check that ``model`` can be served, as far as its files' headers show.
+    """Check that ``model`` can be served, as far as its configurations and its files' headers show.
 
     Args:
         model: a folder in diffusers layout.
         tensor_parallel_size: ranks that share the transformer.
 
     Raises:
-        CheckpointError: a file is missing, truncated or a pickle, or a part is of another class or lacks a tensor.
+        CheckpointError: a file is missing, truncated or of another kind, a part is of another class, quantized, lacks a
+            tensor or does not fit the others, or the scheduler asks for what sampling does not do.
         ValueError: the ranks can't share the attention heads evenly.
     """
-    family_of(model)  # raises for an unknown pipeline
+    family = family_of(model)  # raises for an unknown pipeline
     index = read_json(model / "model_index.json")
     parts = _PARTS[index["_class_name"]]
     for name, expected in parts.classes.items():
         _check_class(model, index, name, expected)
-    shard_specs(meta_transformer(model / "transformer"), tensor_parallel_size)
-    for name, expected in parts.classes.items():
-        _check_weights(model / name, expected)
+    _check_listed(model, index, "scheduler", SCHEDULER)
+    check_scheduler(model)
+    built = {name: _build(model / name, expected) for name, expected in parts.classes.items()}
+    shard_specs(built["transformer"], tensor_parallel_size)
+    check_fit(model, family, {name: part.config for name, part in built.items()})
+    for name, part in built.items():
+        _check_weights(model / name, part)
+    encoder_variant(model)  # raises for several
     for name in parts.tokenizers:
         _check_tokenizer(model / name)
-    scheduler = read_json(model / "scheduler" / "scheduler_config.json").get("_class_name")
-    if scheduler != SCHEDULER:
-        raise CheckpointError(f"{model / 'scheduler'} names the class {scheduler!r}; sampling needs {SCHEDULER}")
 
 
 def _check_class(model: Path, index: Mapping[str, Any], name: str, expected: str) -> None:
-    entry = index.get(name)
-    listed = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
-    if listed != expected:
-        raise CheckpointError(f"{model / 'model_index.json'}: {name} is {listed!r}; this pipeline's is {expected}")
+    _check_listed(model, index, name, expected)
     path = model / name / "config.json"
     config = read_json(path)
     classes = config.get("architectures") or [config.get("_class_name")]
     if expected not in classes:
         raise CheckpointError(f"{path} names the class {classes[0]!r}; supported is {expected}")
+    if method := quantized.method_of_config(config):
+        raise CheckpointError(f"{path}: the weights are quantized by {method}, which is not read: {quantized.REMEDY}")
 
 
-def _check_weights(folder: Path, expected: str) -> None:
-    is_encoder = not hasattr(diffusers, expected)
+def _check_listed(model: Path, index: Mapping[str, Any], name: str, expected: str) -> None:
+    entry = index.get(name)
+    listed = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
+    if listed != expected:
+        raise CheckpointError(f"{model / 'model_index.json'}: {name} is {listed!r}; this pipeline's is {expected}")
+
+
+def _build(folder: Path, expected: str) -> Any:
+    """The component that ``folder``'s ``config.json`` describes, without memory for its parameters."""
     path = folder / "config.json"
     config = read_json(path)
     try:
-        part = _meta_encoder(expected, config) if is_encoder else _meta_part(expected, config)
+        return _meta_part(expected, config) if hasattr(diffusers, expected) else _meta_encoder(expected, config)
     except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path} does not describe a {expected}: {reason}") from error
+
+
+def _check_weights(folder: Path, part: nn.Module) -> None:
+    is_encoder = not isinstance(part, diffusers.ModelMixin)
     with ExitStack() as stack:
         stem = ENCODER_WEIGHTS if is_encoder else WEIGHTS
         files = [stack.enter_context(SafetensorsFile(path)) for path in weight_files(folder, stem)]
@@ -135,6 +150,8 @@ def _check_encoder(folder: Path, part: nn.Module, files: list[SafetensorsFile]) 
 
     Some published weights have a prefix that today's classes don't use (``text_model.embeddings...``).
     """
+    for file in files:
+        file.refuse_quantized()
     stored = {name: tensor.shape for file in files for name, tensor in file.tensors.items()}
     stored |= {name.partition(".")[2]: shape for name, shape in stored.items() if name.startswith("text_model.")}
     expected = shapes(part)
@@ -148,6 +165,8 @@ def _check_encoder(folder: Path, part: nn.Module, files: list[SafetensorsFile]) 
 
 def _check_tokenizer(folder: Path) -> None:
     read_json(folder / "tokenizer_config.json")
+    for name in sorted({name for names in TOKENIZER_FILES for name in names}):
+        refuse_foreign(folder / name)
     if not any(all((folder / name).is_file() for name in names) for names in TOKENIZER_FILES):
         choices = " or ".join(" with ".join(names) for names in TOKENIZER_FILES)
         raise CheckpointError(f"{folder} has no tokenizer: it needs {choices}")

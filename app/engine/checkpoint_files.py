@@ -19,6 +19,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from app.engine import quantized
+from app.engine.foreign_files import foreign
+
 BUFFER_BYTES = 8 << 20
 """How much of a column-sliced matrix is read at once."""
 
@@ -28,6 +31,7 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
 }
 
@@ -36,15 +40,22 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be served; the message names the file or number and what to do."""
 
 
+def refuse_foreign(path: Path) -> None:
+    """Raise a `CheckpointError` if ``path`` is a file of another kind; see `foreign`."""
+    if what := foreign(path):
+        raise CheckpointError(f"{path} {what}")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object of a checkpoint.
 
     Raises:
-        CheckpointError: the file is missing or damaged.
+        CheckpointError: the file is missing, damaged or something else.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: is this a model folder in diffusers layout?")
     try:
+        refuse_foreign(path)
+        if not path.exists():
+            raise CheckpointError(f"{path} is missing: is this a model folder in diffusers layout?")
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
@@ -85,6 +96,13 @@ class SafetensorsFile:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         os.close(self._file)
+
+    def refuse_quantized(self) -> None:
+        """Raise a `CheckpointError` if the tensors are those of a quantized model, which lie beside their scales."""
+        if method := quantized.method_of_tensors(self.tensors):
+            raise CheckpointError(
+                f"{self.path}: the weights are quantized ({method}), which is not read: {quantized.REMEDY}"
+            )
 
     def read(self, name: str, dim: int, ranges: Sequence[tuple[int, int]]) -> torch.Tensor:
         """The ``ranges`` (begin, end) of a tensor along ``dim`` (0 or 1), joined along it; no ranges read all of it.
@@ -140,6 +158,7 @@ class SafetensorsFile:
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
     try:
+        refuse_foreign(path)
         # safe_open validates the file but does not expose offsets, so the header is parsed again.
         with safe_open(path, framework="pt"):
             pass
@@ -153,7 +172,8 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         if name == "__metadata__":
             continue
         if entry["dtype"] not in _DTYPES:
-            raise CheckpointError(f"{path}: {name} is of type {entry['dtype']}; read are {', '.join(_DTYPES)}")
+            advice = f": weights are quantized, {quantized.REMEDY}" if entry["dtype"] in quantized.TYPES else ""
+            raise CheckpointError(f"{path}: {name} is of type {entry['dtype']}; read are {', '.join(_DTYPES)}{advice}")
         offset = 8 + length + entry["data_offsets"][0]
         found[name] = StoredTensor(tuple(entry["shape"]), _DTYPES[entry["dtype"]], offset)
     return dict(sorted(found.items(), key=lambda item: item[1].offset))

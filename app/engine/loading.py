@@ -25,13 +25,9 @@ from app.engine.parallel import (
     planned_linears,
     shard_specs,
 )
+from app.engine.weight_files import weight_files
 
 SUPPORTED_TRANSFORMERS = ("FluxTransformer2DModel", "Flux2Transformer2DModel")
-WEIGHTS = "diffusion_pytorch_model"
-"""Prefix of diffusers' weight files."""
-ENCODER_WEIGHTS = "model"
-"""Prefix of transformers' weight files."""
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 TensorShape = tuple[int, ...]
 
@@ -94,24 +90,6 @@ def meta_transformer(folder: Path) -> diffusers.ModelMixin:
         return getattr(diffusers, config["_class_name"]).from_config(config)
 
 
-def weight_files(folder: Path, stem: str = WEIGHTS) -> list[Path]:
-    """The safetensors files of a component, from its index when it is sharded. Pickled weights are never read."""
-    index = folder / f"{stem}.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index} has no weight_map: download it again")
-        files = [folder / name for name in sorted(set(weight_map.values()))]
-    else:
-        files = [folder / f"{stem}.safetensors"]
-    for file in files:
-        if not file.is_file():
-            pickled = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
-            hint = f" ({pickled[0]} is a pickle and is refused: convert it to safetensors)" if pickled else ""
-            raise CheckpointError(f"{file} is missing{hint}")
-    return files
-
-
 def shapes(model: nn.Module) -> dict[str, TensorShape]:
     """The shape of every parameter, by name; tied parameters once."""
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -125,6 +103,7 @@ def check_tensors(folder: Path, expected: Mapping[str, TensorShape], files: list
     """
     left = dict(expected)
     for file in files:
+        file.refuse_quantized()
         for name, stored in file.tensors.items():
             if name not in expected:
                 raise CheckpointError(

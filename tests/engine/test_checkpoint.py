@@ -96,7 +96,10 @@ VAE = "vae/diffusion_pytorch_model.safetensors"
         (_remove("model_index.json"), r"model_index\.json is missing"),
         (_remove(SHARD), r"00002-of-00003\.safetensors is missing"),
         (_truncate(SHARD), r"00002-of-00003\.safetensors cannot be read \(.+\): download it again"),
-        (_write(SHARD, "version https://git-lfs.github.com/spec/v1"), r"00002-of-00003\.safetensors cannot be read"),
+        (
+            _write(SHARD, "version https://git-lfs.github.com/spec/v1"),
+            r"00002-of-00003\.safetensors is a Git LFS pointer",
+        ),
         (_write(INDEX, "{}"), r"index\.json has no weight_map"),
         (_remove("transformer/config.json"), r"transformer/config\.json is missing"),
         (_truncate("text_encoder_2/model-00002-of-00002.safetensors"), r"text_encoder_2/model-00002-of-00002\.saf"),
