@@ -49,4 +49,5 @@ USER 1000:1000
 EXPOSE 8000
 HEALTHCHECK --start-period=10m --interval=15s --timeout=10s --retries=3 \
     CMD ["wget", "--tries=1", "--timeout=8", "-q", "-O", "/dev/null", "http://127.0.0.1:8000/health"]
-CMD ["serve", "run", "deployments/flux-tiny.yaml"]
+# Finishes its requests on SIGTERM: give `docker stop` the time, with --time above drain_seconds.
+CMD ["python", "-m", "app.serve", "deployments/flux-tiny.yaml"]

@@ -26,7 +26,7 @@ demo: setup ## Serve flux-tiny, ask for an image, write out/demo.png, keep servi
 	@$(BIN)/python -m scripts.demo $(if $(ONCE),--once) $(ARGS)
 
 serve: setup ## Serve deployments/flux-tiny.yaml (another: CONFIG=deployments/flux.yaml)
-	@RAY_USAGE_STATS_ENABLED=0 $(BIN)/serve run $(or $(CONFIG),deployments/flux-tiny.yaml)
+	@RAY_USAGE_STATS_ENABLED=0 exec $(BIN)/python -m app.serve $(or $(CONFIG),deployments/flux-tiny.yaml)
 
 test: setup ## Run the tests on two cores, about six minutes (some of them: ARGS="tests/engine -k parallel")
 	$(BIN)/python -m pytest $(or $(ARGS),-n 2 --durations 10 -m "not nodes and not bench")

@@ -103,11 +103,12 @@ RULES = (
         (*RAY, "app.cluster", "app.components", "app.control", "app.main"),
         "HTTP knows its backend by contract",
     ),
-    Rule("app", RAY, "Ray lives in the cluster room", except_in=("app.cluster", "app.main")),
+    Rule("app", RAY, "Ray lives in the cluster room", except_in=("app.cluster", "app.main", "app.serve")),
     # The Serve ingress is where Serve takes over the API's application.
     Rule("app", WEB, "HTTP lives in the API", except_in=("app.api", "app.cluster.ingress")),
-    Rule("app", ("app.main",), "the entry point is imported by no module"),
+    Rule("app", ("app.main", "app.serve"), "entry points are imported by no module"),
     Rule("app.main", ("app.metrics",), "the entry point only binds deployments"),
+    Rule("app.serve", ("app",), "it starts Serve and stops it", allowed=("app.cluster",)),
     Rule("app", ("models",), "the service reads the model's files, not its recipe"),
     Rule("models.recipe", (*RAY, *WEB, *PROMETHEUS, "app"), "the recipe trains a model and serves nothing"),
 )

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from app.api import edits
 from app.api.access import AccessMiddleware
 from app.api.backend import Backend
+from app.api.drain import DrainMiddleware
 from app.api.events import STREAM_EVENTS
 from app.api.keys import ApiKeys
 from app.api.middleware import RequestMiddleware
@@ -43,6 +44,7 @@ def create_app(settings: Settings, get_backend: Callable[[], Backend], *, id_add
     app.include_router(router)
     app.include_router(edits.router)
     keys = None if settings.http.api_keys_file is None else ApiKeys(settings.http.api_keys_file)
+    app.add_middleware(DrainMiddleware, drain=service.drain)
     app.add_middleware(AccessMiddleware, http=settings.http, keys=keys)
     app.add_middleware(
         RequestMiddleware, metrics=service.metrics, tracing=service.tracing, id_added_in_front=id_added_in_front

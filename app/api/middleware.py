@@ -109,7 +109,7 @@ class RequestMiddleware:
         """The request's id in every log line, and a span around a request for images."""
         token = REQUEST_ID.set(request_id)
         try:
-            if not _asks_for_images(scope):
+            if not asks_for_images(scope):
                 yield lambda status: None
                 return
             with self.tracing.request(path_of(scope), headers, {"flux.request_id": request_id}) as ended:
@@ -124,7 +124,7 @@ class RequestMiddleware:
         key = scope["state"].get("key_name")
         by = f" by {key!r}" if key else ""
         logger.log(level, "request %s%s: %s %.200r -> %d in %.3f s", request_id, by, method, path, status, seconds)
-        if _asks_for_images(scope):
+        if asks_for_images(scope):
             code = scope["state"].get("error_code")
             if status == CLIENT_CLOSED_REQUEST:
                 code = CLIENT_LEFT
@@ -145,5 +145,6 @@ def path_of(scope: Scope) -> str:
     return path
 
 
-def _asks_for_images(scope: Scope) -> bool:
+def asks_for_images(scope: Scope) -> bool:
+    """Whether a request wants images made or edited."""
     return scope["method"] == "POST" and path_of(scope) in (IMAGES_PATH, EDITS_PATH)

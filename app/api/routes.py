@@ -14,6 +14,7 @@ from prometheus_client.exposition import choose_encoder
 from starlette.responses import Response
 
 from app.api.backend import Backend, GeneratedImage
+from app.api.drain import Drain
 from app.api.events import STREAM_EVENTS, Kind
 from app.api.middleware import EDITS_PATH, IMAGES_PATH
 from app.api.replies import AsciiJSONResponse, images_response
@@ -36,6 +37,7 @@ class Service:
 
     settings: Settings
     get_backend: Callable[[], Backend]
+    drain: Drain
     registry: CollectorRegistry
     metrics: ApiMetrics
     tracing: Tracing
@@ -182,10 +184,13 @@ async def health(request: Request) -> Response:
     """200 when images can be made right now, else 503; details for the operator either way."""
     service = _service(request)
     report = await service.get_backend().health()
+    ready = report.ready and not service.drain.begun
     reply = HealthReply(
-        status="ok" if report.ready else "unavailable", model=service.settings.model_name, details=report.details
+        status="ok" if ready else "unavailable",
+        model=service.settings.model_name,
+        details=report.details | ({"stopping": True} if service.drain.begun else {}),
     )
-    status = HTTPStatus.OK if report.ready else HTTPStatus.SERVICE_UNAVAILABLE
+    status = HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE
     return AsciiJSONResponse(reply.model_dump(mode="json"), status_code=status)
 
 
@@ -252,6 +257,5 @@ async def index(request: Request) -> dict[str, Any]:
 def new_service(settings: Settings, get_backend: Callable[[], Backend]) -> Service:
     """The shared state of one application, with a metric registry of its own."""
     registry = CollectorRegistry()
-    return Service(
-        settings, get_backend, registry, ApiMetrics(registry, settings.model_name), Tracing(settings), int(time.time())
-    )
+    metrics, drain = ApiMetrics(registry, settings.model_name), Drain(settings.drain_seconds)
+    return Service(settings, get_backend, drain, registry, metrics, Tracing(settings), int(time.time()))

@@ -9,6 +9,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
 from app.api.app import create_app
+from app.api.drain import Drain
 from app.cluster.backend import ServeBackend
 from app.cluster.handles import remote
 from app.components.prompt_encoder import PromptEncoder
@@ -18,14 +19,19 @@ from app.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-_backend: ServeBackend | None = None  # one per process; Serve builds the ASGI app after the deployment's constructor
+# One per process; Serve builds the ASGI app after the deployment's constructor.
+_backend: ServeBackend | None = None
+_drain: Drain | None = None
 
 
 def build_http_app() -> FastAPI:
     """Serve calls this in the ingress replica, after `ImagesApi.__init__`."""
+    global _drain
     backend = _backend
     assert backend is not None
-    return create_app(backend.settings, lambda: backend, id_added_in_front=True)
+    app = create_app(backend.settings, lambda: backend, id_added_in_front=True)
+    _drain = app.state.service.drain
+    return app
 
 
 def warn_of_strangers(host: str) -> None:
@@ -68,3 +74,9 @@ class ImagesApi:
             replica,
             ImageDecoder(settings) if decoder is None else remote(decoder, ImageDecoder),
         )
+
+    async def drain(self) -> int:
+        """Refuse new requests for images from now on; how many are under way for which `app.serve` should wait."""
+        assert _drain is not None
+        _drain.begin()
+        return _drain.waits_for
