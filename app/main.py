@@ -52,7 +52,7 @@ def build(settings: Settings) -> Application:
         **replica_count(settings),
         # The replica only supervises; its ranks use the bundles.
         ray_actor_options={"num_cpus": 0},
-        placement_group_bundles=[rank_bundle(settings) for _ in range(settings.tensor_parallel_size)],
+        placement_group_bundles=[rank_bundle(settings)] * settings.ranks,
         placement_group_strategy=settings.placement_group_strategy,
         max_ongoing_requests=settings.max_ongoing_requests,
         max_queued_requests=settings.max_queued_requests,
@@ -103,7 +103,7 @@ def rank_bundle(settings: Settings) -> dict[str, float]:
 
 def needed_resources(settings: Settings) -> dict[str, float]:
     """Logical CPUs and GPUs that all deployments together reserve at the start."""
-    ranks = settings.num_replicas * settings.tensor_parallel_size
+    ranks = settings.num_replicas * settings.ranks
     on_gpu = [settings.encoder_runs_on, settings.decoder_runs_on].count("cuda")
     gpus = ranks * settings.gpus_per_rank if settings.device == "cuda" else 0.0
     components = 1 + [settings.encoder_is_in_api, settings.decoder_is_in_api].count(False)
@@ -143,7 +143,7 @@ def _shortage(settings: Settings, needed: dict[str, float]) -> str | None:
     holds = " and ".join(f"{has.get(name, 0.0):g}" for name in missing)
     advice = " For a machine without GPUs there is deployments/flux-tiny.yaml." if "GPU" in missing else ""
     return (
-        f"{settings.model_name} at tensor_parallel_size {settings.tensor_parallel_size} with "
-        f"{settings.num_replicas} replica(s) on {settings.device} needs {wants}; the Ray cluster has {holds}. Add "
-        f"nodes, or lower tensor_parallel_size, num_replicas, gpus_per_rank or cpus_per_rank.{advice}"
+        f"{settings.model_name} at tensor_parallel_size {settings.tensor_parallel_size} and sequence_parallel_size "
+        f"{settings.sequence_parallel_size} with {settings.num_replicas} replica(s) on {settings.device} needs "
+        f"{wants}; the Ray cluster has {holds}. Add nodes, or lower these, gpus_per_rank or cpus_per_rank.{advice}"
     )

@@ -103,7 +103,7 @@ def check_local_checkpoint(settings: Settings) -> None:
     except FileNotFoundError:
         return
     if folder is not None:
-        check_checkpoint(folder, settings.tensor_parallel_size)
+        check_checkpoint(folder, settings.tensor_parallel_size, settings.sequence_parallel_size)
 
 
 def fetch_and_check(settings: Settings) -> Family:
@@ -116,5 +116,5 @@ def fetch_and_check(settings: Settings) -> Family:
         FileNotFoundError, ValueError: what is wrong; see `model_folder` and `check_checkpoint`.
     """
     folder = model_folder(settings)
-    check_checkpoint(folder, settings.tensor_parallel_size)
+    check_checkpoint(folder, settings.tensor_parallel_size, settings.sequence_parallel_size)
     return family_of(folder)

@@ -88,6 +88,12 @@ class Settings(Section):
     tensor_parallel_size: PositiveInt = Field(
         default=1, description="Ranks that share one transformer; must divide its attention heads (FLUX.1: 24)."
     )
+    sequence_parallel_size: PositiveInt = Field(
+        default=1,
+        description="Copies of those shards that share the tokens of an image (Ulysses); a group has as many ranks as "
+        "both sizes multiplied. Exchanges far less than tensor parallelism, and holds the weights once a copy: for "
+        "cards without NVLink that hold the model, or for more cards than the heads divide into.",
+    )
     num_replicas: PositiveInt = Field(
         default=1, description="Tensor-parallel groups; each holds a whole copy of the model."
     )
@@ -240,6 +246,11 @@ class Settings(Section):
                 f"{self.num_replicas}"
             )
         return self
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of one group."""
+        return self.tensor_parallel_size * self.sequence_parallel_size
 
     @property
     def max_replicas(self) -> int:

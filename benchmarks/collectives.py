@@ -22,7 +22,8 @@ from torch.distributed import FileStore
 
 from app.engine.engine import Engine
 from app.engine.geometry import Geometry
-from app.engine.parallel import JoinedStreams, RowParallelLinear, TensorParallelGroup
+from app.engine.parallel import JoinedStreams, RowParallelLinear
+from app.engine.process_groups import join
 
 MODEL = Path("models/flux-tiny")
 TEXT_TOKENS = 32
@@ -43,7 +44,7 @@ def separate(transformer: Any) -> None:
 def _rank(rank: int, folder: str, rounds: int) -> None:
     torch.set_num_threads(1)
     store = FileStore(f"{folder}/store", RANKS)
-    group = TensorParallelGroup.join(rank, RANKS, store, torch.device("cpu"), timeout_seconds=300)
+    group, _ = join(rank, RANKS, 1, store, torch.device("cpu"), timeout_seconds=300)
     engines = {"joined": Engine(MODEL, group), "separate": Engine(MODEL, group)}
     separate(engines["separate"].transformer)
     found = []

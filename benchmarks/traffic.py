@@ -36,11 +36,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from app.engine.attention import rotations, use_rotations
+from app.engine.attention import positions, use_positions
 from app.engine.fp8 import quantize
 from app.engine.geometry import Geometry
 from app.engine.modulation import Modulation
 from app.engine.parallel import TensorParallelGroup, planned_linears
+from app.engine.sequence import SequenceParallelGroup
 from benchmarks.checkpoints import weights
 from benchmarks.checkpoints.geometry import Part, Scale, repository
 from benchmarks.fits import put
@@ -211,18 +212,15 @@ class Step:
 
     @torch.no_grad()
     def eager(self) -> list[Launch]:
-        """Every operator on its own; of the engine with its rotary embedding for that."""
-        rotary = self._rotary
-        if self._ours:
-            use_rotations(self._transformer)
-            with self.fake:
-                rotary = rotations(*self._rotary)
+        """Every operator on its own."""
+        rotary = self._positions(complex_rotary=True)
         return self._counted(lambda: self._outside(blocks=self._run_blocks(rotary)))
 
     @torch.no_grad()
     def compiled(self) -> list[Launch]:
         """Blocks as inductor fuses them, what surrounds them operator by operator."""
         launches = self._counted(lambda: self._outside(blocks=None))
+        rotary = self._positions(complex_rotary=False)
         first = 0
         for stack in (self._transformer.transformer_blocks, self._transformer.single_transformer_blocks):
             temb = self._temb[first] if isinstance(self._temb, tuple) else self._temb
@@ -232,10 +230,18 @@ class Step:
                 hidden_states=self._hidden,
                 encoder_hidden_states=self._context,
                 temb=temb,
-                image_rotary_emb=self._rotary,
+                image_rotary_emb=rotary,
             )
             first += len(stack)
         return launches
+
+    def _positions(self, complex_rotary: bool) -> Any:
+        """The rotary embedding as diffusers has it, or as the engine takes it."""
+        if not self._ours:
+            return self._rotary
+        use_positions(self._transformer, SequenceParallelGroup(), complex_rotary)
+        with self.fake:
+            return positions(self._transformer, self._rotary, ())
 
     def _counted(self, run: Callable[[], object]) -> list[Launch]:
         with self.fake, Eager(self.rows) as eager, eager.norms_as_one(self._transformer):

@@ -14,7 +14,7 @@ from magcache_core.profile_store import load_profile
 
 Embedded = torch.Tensor | tuple[torch.Tensor, ...]
 """What modulates the blocks, (rows, dim); or one tensor per block."""
-Rotary = tuple[torch.Tensor, torch.Tensor] | torch.Tensor
+Rotary = Any
 """Positions for the blocks: diffusers' cosines and sines, each (text_tokens + image_tokens, head_dim), or the form that
 a custom attention processor takes."""
 

@@ -11,25 +11,36 @@ import torch
 import torch.multiprocessing as mp
 from torch.distributed import FileStore
 
-from app.engine.parallel import TensorParallelGroup
+from app.engine.process_groups import join
 
 
 def on_ranks(size: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> Any:
-    """What ``work(group, *arguments)`` returns on rank 0 of ``size`` ranks.
+    """What ``work(tensor_group, *arguments)`` returns on rank 0 of ``size`` ranks that share the weights.
 
     Args:
         folder: an empty one; the ranks meet there.
         work: a function of a module, since it is sent to other processes.
     """
-    mp.spawn(_rank, args=(size, str(folder), work, arguments), nprocs=size)
+    return on_grid(size, 1, folder, _without_sequence, work, *arguments)
+
+
+def on_grid(tensor: int, sequence: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``work(tensor_group, sequence_group, *arguments)`` returns on rank 0; otherwise like `on_ranks`."""
+    mp.spawn(_rank, args=(tensor, sequence, str(folder), work, arguments), nprocs=tensor * sequence)
     return torch.load(folder / "result.pt", weights_only=False)
 
 
-def _rank(rank: int, size: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _without_sequence(tensor: Any, sequence: Any, work: Callable[..., Any], *arguments: Any) -> Any:
+    return work(tensor, *arguments)
+
+
+def _rank(
+    rank: int, tensor: int, sequence: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
-    store = FileStore(f"{folder}/store", size)
-    group = TensorParallelGroup.join(rank, size, store, torch.device("cpu"), timeout_seconds=120)
-    result = work(group, *arguments)
+    store = FileStore(f"{folder}/store", tensor * sequence)
+    groups = join(rank, tensor, sequence, store, torch.device("cpu"), timeout_seconds=120)
+    result = work(*groups, *arguments)
     if rank == 0:
         torch.save(result, f"{folder}/result.pt")
     torch.distributed.barrier()

@@ -40,7 +40,7 @@ class RankGroup:
         Raises:
             ray.exceptions.RayError: an actor died, or the checkpoint cannot be loaded (the cause is in the message).
         """
-        size = settings.tensor_parallel_size
+        size = settings.ranks
         gpus = settings.gpus_per_rank if settings.device == "cuda" else 0
         # Ray types a call's result as the class, not as a handle with remote methods.
         rank_class: Any = ray.remote(Rank)

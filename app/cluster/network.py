@@ -4,7 +4,9 @@ import os
 
 import psutil
 
-VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+VARIABLES = {"GLOO_SOCKET_IFNAME": "", "NCCL_SOCKET_IFNAME": "="}
+"""Each with what stands before a name that is meant exactly: NCCL takes a bare one as a prefix, ``eth1`` for
+``eth10``."""
 
 
 def interface_of(address: str) -> str | None:
@@ -23,5 +25,5 @@ def use_interface_of(address: str) -> None:
     """
     name = interface_of(address)
     if name is not None:
-        for variable in VARIABLES:
-            os.environ.setdefault(variable, name)
+        for variable, exactly in VARIABLES.items():
+            os.environ.setdefault(variable, exactly + name)

@@ -15,6 +15,8 @@ from app.cluster.by_reference import by_reference
 from app.cluster.network import use_interface_of
 from app.engine.engine import Engine
 from app.engine.parallel import TensorParallelGroup
+from app.engine.process_groups import join
+from app.engine.sequence import SequenceParallelGroup
 from app.engine.tuning import Tuning
 from app.engine.warmup import warm_up
 from app.logs import configure_logging
@@ -26,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class Rank:
-    """One tensor-parallel rank. Its calls run one at a time, in the order in which the coordinator sends them."""
+    """One rank of a group. Its calls run one at a time, in the order in which the coordinator sends them."""
 
     def __init__(self, settings: Settings, rank: int) -> None:
         configure_logging(settings)
@@ -41,7 +43,7 @@ class Rank:
     def open_rendezvous(self) -> tuple[str, int]:
         """On rank 0: open the place where the ranks meet; returns its host and port."""
         host = ray.util.get_node_ip_address()
-        store = TCPStore(host, 0, self._settings.tensor_parallel_size, is_master=True, wait_for_workers=False)
+        store = TCPStore(host, 0, self._settings.ranks, is_master=True, wait_for_workers=False)
         self._store = store
         return host, store.port
 
@@ -56,17 +58,17 @@ class Rank:
         device = torch.device(settings.device, 0) if settings.device == "cuda" else torch.device("cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        group = TensorParallelGroup()
+        group, sequence = TensorParallelGroup(), SequenceParallelGroup()
         if rendezvous is not None:
             use_interface_of(ray.util.get_node_ip_address())
-            size = settings.tensor_parallel_size
-            store = self._store or TCPStore(*rendezvous, size, is_master=False)
-            group = TensorParallelGroup.join(self._rank, size, store, device)
+            store = self._store or TCPStore(*rendezvous, settings.ranks, is_master=False)
+            sizes = settings.tensor_parallel_size, settings.sequence_parallel_size
+            group, sequence = join(self._rank, *sizes, store, device)
         tuning = Tuning(
             settings.attention_backend, settings.compile, settings.quantization, settings.modulation_on_host
         )
-        self._engine = Engine(model, group, device, getattr(torch, settings.dtype), tuning)
-        logger.info("rank %d of %d holds its shard of %s", self._rank, settings.tensor_parallel_size, model)
+        self._engine = Engine(model, group, device, getattr(torch, settings.dtype), tuning, sequence=sequence)
+        logger.info("rank %d of %d holds its shard of %s", self._rank, settings.ranks, model)
 
     def warm_up(self, job: DenoiseJob) -> tuple[StepTime, ...]:
         """Take steps of blank images like ``job``, together with the other ranks, and say how long they took."""

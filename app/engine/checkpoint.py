@@ -24,6 +24,7 @@ from app.engine.families import family_of
 from app.engine.fitting import SCHEDULER, check_fit, check_scheduler
 from app.engine.loading import check_tensors, shapes
 from app.engine.parallel import shard_specs
+from app.engine.sequence import check_heads
 from app.engine.weight_files import ENCODER_WEIGHTS, WEIGHTS, encoder_variant, weight_files
 
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
@@ -58,17 +59,18 @@ _KLEIN = PipelineParts(
 _PARTS = {"FluxPipeline": _FLUX1, "FluxKontextPipeline": _FLUX1, "Flux2KleinPipeline": _KLEIN}
 
 
-def check_checkpoint(model: Path, tensor_parallel_size: int) -> None:
+def check_checkpoint(model: Path, tensor_parallel_size: int, sequence_parallel_size: int = 1) -> None:
     """Check that ``model`` can be served, as far as its configurations and its files' headers show.
 
     Args:
         model: a folder in diffusers layout.
         tensor_parallel_size: ranks that share the transformer.
+        sequence_parallel_size: ranks with equal shards that share an image's tokens.
 
     Raises:
         CheckpointError: a file is missing, truncated or of another kind, a part is of another class, quantized, lacks a
             tensor or does not fit the others, or the scheduler asks for what sampling does not do.
-        ValueError: the ranks can't share the attention heads evenly.
+        ValueError: the ranks can't share the attention heads.
     """
     family = family_of(model)  # raises for an unknown pipeline
     index = read_json(model / "model_index.json")
@@ -78,7 +80,9 @@ def check_checkpoint(model: Path, tensor_parallel_size: int) -> None:
     _check_listed(model, index, "scheduler", SCHEDULER)
     check_scheduler(model)
     built = {name: _build(model / name, expected) for name, expected in parts.classes.items()}
-    shard_specs(built["transformer"], tensor_parallel_size)
+    transformer = built["transformer"]
+    shard_specs(transformer, tensor_parallel_size)
+    check_heads(transformer.config.num_attention_heads // tensor_parallel_size, sequence_parallel_size)
     check_fit(model, family, {name: part.config for name, part in built.items()})
     for name, part in built.items():
         _check_weights(model / name, part)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from diffusers import ModelMixin
 
-from app.engine.attention import rotations, uses_rotations
+from app.engine.attention import positions
 from app.engine.families import Edits
 from app.engine.geometry import Geometry
 from app.engine.loading import load_transformer
@@ -20,6 +20,7 @@ from app.engine.modulation import Modulation
 from app.engine.parallel import TensorParallelGroup
 from app.engine.rows import BatchKey, Branch, Row
 from app.engine.sampling import FlowMatchSampler, mix_noise
+from app.engine.sequence import SequenceParallelGroup
 from app.engine.tuning import Tuning, check_attention, tune
 from app.errors import PlanMismatchError
 from app.messages import (
@@ -61,6 +62,7 @@ class Engine:
         dtype: torch.dtype = torch.float32,
         tuning: Tuning = Tuning(),  # noqa: B008 - frozen
         transformer: ModelMixin | None = None,
+        sequence: SequenceParallelGroup = SequenceParallelGroup(),  # noqa: B008 - frozen
     ) -> None:
         """Load this rank's shard of ``model`` (a folder in diffusers layout), or take ``transformer`` as it is.
 
@@ -69,6 +71,8 @@ class Engine:
             TuningError: this machine cannot run ``tuning``.
         """
         self.group = group or TensorParallelGroup()
+        self.sequence = sequence
+        self.rank = sequence.rank * self.group.size + self.group.rank
         self.device = torch.device(device)
         self.dtype = dtype
         if transformer is None:
@@ -76,8 +80,7 @@ class Engine:
             transformer = load_transformer(
                 model, self.group, self.device, dtype, tuning.quantization, tuning.modulation_on_host
             )
-            tune(transformer, tuning, self.device, dtype)
-        self._rotates = uses_rotations(transformer)
+            tune(transformer, tuning, self.device, dtype, sequence)
         self.transformer = transformer
         self._modulation = Modulation(transformer, self.group, self.device)
         self.strategy = get_strategy(self.transformer)
@@ -121,20 +124,20 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # a result means that the step is done, and its seconds are the GPU's
         return StepResult(
-            rank=self.group.rank,
+            rank=self.rank,
             sequence=plan.sequence,
             digest=self._digest,
             seconds=time.perf_counter() - started,
             residual_bytes=sum(row.residual_bytes for row in self.rows.values()),
-            latents=latents if self.group.rank == 0 else {},
-            previews=previews if self.group.rank == 0 else {},
+            latents=latents if self.rank == 0 else {},
+            previews=previews if self.rank == 0 else {},
         )
 
     def _check(self, plan: StepPlan) -> None:
         expected = plan_digest(self._digest, plan)
         if plan.sequence != self._sequence or plan.digest != expected:
             raise PlanMismatchError(
-                f"rank {self.group.rank} expected plan {self._sequence} with digest {expected}, "
+                f"rank {self.rank} expected plan {self._sequence} with digest {expected}, "
                 f"got plan {plan.sequence} with digest {plan.digest}"
             )
         self._sequence += 1
@@ -170,13 +173,13 @@ class Engine:
         )
 
     def _embed_references(self, references: Sequence[SourceImage]) -> torch.Tensor:
-        """(reference tokens, inner_dim), all images one after another."""
+        """This rank's part of (reference tokens, inner_dim), all images one after another."""
         channels = self.transformer.config.in_channels
-        tokens = [torch.empty(0, channels), *(one.latents for one in references)]
-        return self.strategy.embed_image(self.transformer, torch.cat(tokens).to(self.device, self.dtype)[None])[0]
+        tokens = self.sequence.part(torch.cat([torch.empty(0, channels), *(one.latents for one in references)]))
+        return self.strategy.embed_image(self.transformer, tokens.to(self.device, self.dtype)[None])[0]
 
     def _branch(self, prompt: PromptEmbeddings, timesteps: torch.Tensor, job: DenoiseJob) -> Branch:
-        tokens = prompt.tokens.to(self.device, self.dtype)
+        tokens = self.sequence.part(prompt.tokens).to(self.device, self.dtype)
         context = self.strategy.context(self.transformer, tokens[None])[0]
         steps = len(timesteps)
         guidance = torch.full((steps,), job.guidance_scale, dtype=torch.float32, device=self.device)
@@ -186,7 +189,7 @@ class Engine:
         )
         computing = list(range(steps)) if job.computing is None else list(job.computing)
         modulation = dict(zip(computing, self._modulation.ahead(temb[computing]), strict=True))
-        return Branch(context, modulation, self.strategy.output_modulation(self.transformer, temb))
+        return Branch(len(prompt.tokens), context, modulation, self.strategy.output_modulation(self.transformer, temb))
 
     def _step(self, row_steps: Sequence[RowStep]) -> dict[str, torch.Tensor]:
         """Take one step of rows of equal shapes: forward pass, true CFG, move; returns previews."""
@@ -224,7 +227,8 @@ class Engine:
 
     def _velocity(self, parts: Sequence[BatchItem]) -> torch.Tensor:
         """Predicted velocities, (parts, image_tokens, channels), each computed or with a reused residual."""
-        hidden = self.strategy.embed_image(self.transformer, torch.stack([part.row.latents for part in parts]))
+        latents = self.sequence.part(torch.stack([part.row.latents for part in parts]))
+        hidden = self.strategy.embed_image(self.transformer, latents)
         computing = [index for index, part in enumerate(parts) if part.step.compute]
         if len(computing) == len(parts):
             output = self._blocks(parts, hidden)
@@ -238,22 +242,21 @@ class Engine:
                 output[computing] = self._blocks(subset, hidden[computing])
         modulation = torch.stack([part.branch.output_modulation[part.row_step.step] for part in parts])
         velocity: torch.Tensor = self.strategy.project(self.transformer, output, modulation)
-        return velocity
+        return self.sequence.gather(velocity, parts[0].row.geometry.tokens)
 
     def _blocks(self, parts: Sequence[BatchItem], hidden: torch.Tensor) -> torch.Tensor:
         """Run the block stack on rows that compute and keep their residuals; (parts, image_tokens, inner_dim)."""
-        geometry, text_tokens, references = parts[0].row.batch_key
         context = torch.stack([part.branch.context for part in parts])
         modulation = torch.stack([part.branch.modulation_at(part.row_step.step) for part in parts])
-        rotary = self._rotary(geometry, text_tokens, references)
+        rotary = self._rotary(*parts[0].row.batch_key)
         tokens = hidden
-        if references:
+        if parts[0].row.reference_geometries:
             tokens = torch.cat([hidden, torch.stack([part.row.references for part in parts])], dim=1)
         output: torch.Tensor = self.strategy.blocks(
             self.transformer, tokens, context, self._modulation.by_block(modulation), rotary
         )
         # References are read by the image and produce nothing themselves: their part of the output is dropped.
-        output = output[:, : geometry.tokens]
+        output = output[:, : hidden.shape[1]]
         keepers = [index for index, part in enumerate(parts) if part.step.residuals_kept > 0]
         if keepers:
             residuals = output - hidden
@@ -263,6 +266,9 @@ class Engine:
         return output
 
     def _rotary_embedding(self, geometry: Geometry, text_tokens: int, references: tuple[Geometry, ...]) -> Rotary:
+        """Positions of this rank's tokens: its parts of the text, of the image and of the references."""
         ids = self.family.layout.position_ids(geometry, text_tokens, references).to(self.device)
-        rotary: tuple[torch.Tensor, torch.Tensor] = self.transformer.pos_embed(ids)
-        return rotations(*rotary) if self._rotates else rotary
+        segments = text_tokens, geometry.tokens, sum(one.tokens for one in references)
+        own = torch.cat([self.sequence.part(segment) for segment in ids.split(segments)])
+        sizes = self.sequence.part_sizes(*segments)
+        return positions(self.transformer, self.transformer.pos_embed(own), tuple(sizes))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -17,7 +16,6 @@ import torch
 import torch.distributed as dist
 from diffusers.hooks.tensor_parallel import TPShardSpec, resolve_tp_shard_specs
 from torch import nn
-from torch.distributed import Store  # type: ignore[attr-defined]
 
 from app.engine.fp8 import product
 
@@ -29,16 +27,6 @@ class TensorParallelGroup:
     rank: int = 0
     size: int = 1
     process_group: dist.ProcessGroup | None = None
-
-    @classmethod
-    def join(
-        cls, rank: int, size: int, store: Store, device: torch.device, timeout_seconds: float = 600.0
-    ) -> TensorParallelGroup:
-        """Meet the other ranks through ``store``: NCCL between GPUs, gloo between CPUs."""
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        timeout = timedelta(seconds=timeout_seconds)
-        dist.init_process_group(backend, store=store, timeout=timeout, world_size=size, rank=rank)
-        return cls(rank, size, dist.group.WORLD)
 
     def sum(self, partial: torch.Tensor) -> torch.Tensor:
         """Sum ``partial`` over all ranks, in place."""

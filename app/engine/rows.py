@@ -21,13 +21,16 @@ class Branch:
     """One CFG branch of a row.
 
     Attributes:
-        context: (text_tokens, inner_dim), the embedded prompt, the same at every step.
+        text_tokens: of the prompt.
+        context: (text_tokens, inner_dim), the embedded prompt, the same at every step; this rank's part of the tokens.
         modulation: by step that computes, (columns,), what scales, shifts and gates the blocks' streams there; known
             when the row is admitted, since it depends on noise level, guidance and pooled prompt only.
         output_modulation: (steps to run, 2 inner_dim), what scales and shifts the blocks' output at every step.
-        residuals: the block stack's last outputs minus its inputs, newest first, each (image_tokens, inner_dim).
+        residuals: the block stack's last outputs minus its inputs, newest first, each (image_tokens, inner_dim), this
+            rank's part of the tokens.
     """
 
+    text_tokens: int
     context: torch.Tensor
     modulation: Mapping[int, torch.Tensor]
     output_modulation: torch.Tensor
@@ -75,7 +78,7 @@ class Row:
         latents: (image_tokens, channels), packed.
         sigmas: (steps to run + 1,), float32, on the rank's device.
         references: (reference tokens, inner_dim), the embedded reference images one after another; they are the same
-            at every step, so they are embedded once. Empty for most images.
+            at every step, so they are embedded once; this rank's part of the tokens. Empty for most images.
         reference_geometries: of the images in ``references``.
         velocities: the last computed guided velocities, newest first, each (image_tokens, channels), of a row that
             predicts and corrects them.
@@ -93,7 +96,7 @@ class Row:
     @property
     def batch_key(self) -> BatchKey:
         """Rows with equal keys have equal tensor shapes and position ids, and can share a forward pass."""
-        return self.geometry, next(iter(self.branches.values())).context.shape[0], self.reference_geometries
+        return self.geometry, next(iter(self.branches.values())).text_tokens, self.reference_geometries
 
     @property
     def residual_bytes(self) -> int:

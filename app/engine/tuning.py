@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
-from app.engine.attention import use_rotations
+from app.engine.attention import use_positions
 from app.engine.fp8 import Quantization
+from app.engine.sequence import SequenceParallelGroup
 
 AttentionBackend = Literal["native", "xformers", "flash"]
 _PACKAGES = {"xformers": "xformers", "flash": "flash-attn"}
@@ -58,15 +59,20 @@ def check_attention(backend: AttentionBackend, device: torch.device, dtype: torc
         raise TuningError("attention_backend 'flash' has no float32 kernels: set dtype to bfloat16, or native")
 
 
-def tune(transformer: Any, tuning: Tuning, device: torch.device, dtype: torch.dtype) -> None:
+def tune(
+    transformer: Any,
+    tuning: Tuning,
+    device: torch.device,
+    dtype: torch.dtype,
+    group: SequenceParallelGroup = SequenceParallelGroup(),  # noqa: B008 - frozen
+) -> None:
     """Apply attention kernels and compilation to a loaded shard, in place; the loader has quantized its weights.
 
     Raises:
         TuningError: this machine cannot run it.
     """
     check_attention(tuning.attention_backend, device, dtype)
-    if not tuning.compile:  # the compiler fuses the real form by itself, and has no code for complex numbers
-        use_rotations(transformer)
+    use_positions(transformer, group, complex_rotary=not tuning.compile)
     if tuning.attention_backend != "native":
         _set_attention(transformer, tuning.attention_backend, device, dtype)
     if tuning.compile:

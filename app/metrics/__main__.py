@@ -21,8 +21,8 @@ with *id* carry the `request_id` of a request that fell into them, which is the 
 Ray Serve's own metrics are exported by Ray.
 
 A counter begins at 0 when its owner starts: a coordinator when its group is built, the others with their Serve replica.
-All labels are bounded: `rank` by `tensor_parallel_size`, `replica` by the replicas that Serve starts, the rest by the
-lists below.
+All labels are bounded: `rank` by `tensor_parallel_size` times `sequence_parallel_size`, `replica` by the replicas that
+Serve starts, the rest by the lists below.
 
 `make monitoring` watches a running service with Prometheus, the rules and the alerts of `k8s/base/rules.yaml`. The
 dashboards in `k8s/base/dashboards` are made by `scripts/dashboards`; this is what they show of flux-tiny under a mix of

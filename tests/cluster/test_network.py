@@ -29,7 +29,7 @@ def test_collectives_use_it_unless_the_environment_says_otherwise(monkeypatch: p
     monkeypatch.setenv(nccl, "to be restored")
     monkeypatch.delenv(nccl)
     use_interface_of("127.0.0.1")
-    assert {gloo: "eth7", nccl: LOOPBACK} == {name: os.environ[name] for name in VARIABLES}
+    assert {gloo: "eth7", nccl: f"={LOOPBACK}"} == {name: os.environ[name] for name in VARIABLES}
 
 
 def test_an_address_that_is_not_here_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

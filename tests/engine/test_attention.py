@@ -6,9 +6,10 @@ import pytest
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxPosEmbed
-from diffusers.models.transformers.transformer_flux2 import Flux2Attention, Flux2AttnProcessor
+from diffusers.models.transformers.transformer_flux2 import Flux2Attention, Flux2ParallelSelfAttention
 
-from app.engine.attention import rotate, rotations, use_rotations, uses_rotations
+from app.engine.attention import Positions, positions, rotate, rotations, use_positions
+from app.engine.sequence import SequenceParallelGroup
 
 TEXT, ROWS, COLUMNS = 5, 4, 3
 HEADS, CHANNELS = 2, 32
@@ -31,32 +32,30 @@ def test_rotations_are_diffusers(rotary: tuple[torch.Tensor, torch.Tensor], dtyp
     assert not torch.equal(turned, heads)
 
 
-@pytest.mark.parametrize("text_too", [False, True])
+SIZES = {"query_dim": HEADS * CHANNELS, "heads": HEADS, "dim_head": CHANNELS, "out_dim": HEADS * CHANNELS}
+WITH_TEXT = {"added_kv_proj_dim": HEADS * CHANNELS}
+ATTENTIONS = {
+    "FLUX.1, double": (FluxAttention, {**WITH_TEXT, "context_pre_only": False, "bias": True, "eps": 1e-6}),
+    "FLUX.1, single": (FluxAttention, {"pre_only": True, "bias": True, "eps": 1e-6}),
+    "FLUX.2, double": (Flux2Attention, WITH_TEXT),
+    "FLUX.2, single": (Flux2ParallelSelfAttention, {}),
+}
+
+
+@pytest.mark.parametrize("complex_rotary", [True, False])
+@pytest.mark.parametrize("name", ATTENTIONS)
 @torch.inference_mode()
-def test_attention_is_diffusers(rotary: tuple[torch.Tensor, torch.Tensor], text_too: bool) -> None:
-    dim = HEADS * CHANNELS
-    attention = FluxAttention(
-        query_dim=dim,
-        heads=HEADS,
-        dim_head=CHANNELS,
-        added_kv_proj_dim=dim if text_too else None,
-        context_pre_only=None if not text_too else False,
-        pre_only=not text_too,
-        out_dim=dim,
-        bias=True,
-        eps=1e-6,
-    )
-    image = torch.randn(2, ROWS * COLUMNS + (0 if text_too else TEXT), dim)
-    text = torch.randn(2, TEXT, dim) if text_too else None
-    expected = attention(image, text, image_rotary_emb=rotary)
-    use_rotations(attention)
-    assert uses_rotations(attention)
-    made = attention(image, text, image_rotary_emb=rotations(*rotary))
+def test_attention_is_diffusers(rotary: tuple[torch.Tensor, torch.Tensor], name: str, complex_rotary: bool) -> None:
+    kind, arguments = ATTENTIONS[name]
+    attention = kind(**SIZES, **arguments)
+    with_text = "added_kv_proj_dim" in arguments
+    image = torch.randn(2, ROWS * COLUMNS + (0 if with_text else TEXT), HEADS * CHANNELS)
+    text = (torch.randn(2, TEXT, HEADS * CHANNELS),) if with_text else ()
+    assert positions(attention, rotary, (1,)) is rotary, "diffusers' own processor takes its embedding as it is"
+    expected = attention(image, *text, image_rotary_emb=rotary)
+    use_positions(attention, SequenceParallelGroup(), complex_rotary)
+    placed = positions(attention, rotary, (1,))
+    assert isinstance(placed, Positions)
+    assert isinstance(placed.rotary, torch.Tensor) == complex_rotary
+    made = attention(image, *text, image_rotary_emb=placed)
     torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_other_models_keep_their_attention() -> None:
-    other = Flux2Attention(query_dim=HEADS * CHANNELS, heads=HEADS, dim_head=CHANNELS)
-    use_rotations(other)
-    assert not uses_rotations(other)
-    assert isinstance(other.processor, Flux2AttnProcessor)

@@ -114,7 +114,7 @@ def test_a_worker_pod_holds_one_group(overlay: str, config: str) -> None:
     group, container = worker(overlay)
     resources = container["resources"]
     assert resources["limits"]["nvidia.com/gpu"] == resources["requests"]["nvidia.com/gpu"]
-    assert int(resources["limits"]["nvidia.com/gpu"]) == settings.tensor_parallel_size
+    assert int(resources["limits"]["nvidia.com/gpu"]) == settings.ranks
     assert settings.placement_group_strategy == "PACK"
     # The whole service starts on the smallest number of pods.
     needed, pods = needed_resources(settings), group["minReplicas"]
