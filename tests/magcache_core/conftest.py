@@ -10,28 +10,15 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from hypothesis import settings
 
+from magcache_core.calibrate import calibrate
+from magcache_core.profile_data import Profile
+from tests.magcache_core.hooked import Recorder
+from tests.magcache_core.prompt_pipe import PromptPipe, job
+from tests.magcache_core.tiny_flux import POOLED_DIM, TEXT_DIM, TEXT_TOKENS, make_flux
+
 # Examples share the processor with whatever else runs; how long one takes says nothing.
 settings.register_profile("magcache", deadline=None)
 settings.load_profile("magcache")
-
-TEXT_TOKENS, TEXT_DIM, POOLED_DIM = 5, 24, 20
-
-
-def make_flux(seed: int = 0, **changes: Any) -> FluxTransformer2DModel:
-    """A FLUX.1 transformer with 1 double and 2 single blocks, 2 heads of 16, 16 channels."""
-    torch.manual_seed(seed)
-    settings: dict[str, Any] = {
-        "in_channels": 16,
-        "num_layers": 1,
-        "num_single_layers": 2,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "joint_attention_dim": TEXT_DIM,
-        "pooled_projection_dim": POOLED_DIM,
-        "guidance_embeds": True,
-        "axes_dims_rope": (4, 6, 6),
-    }
-    return FluxTransformer2DModel(**(settings | changes)).eval()
 
 
 @pytest.fixture
@@ -80,3 +67,13 @@ def generate(pipe: FluxPipeline) -> Callable[..., torch.Tensor]:
         ).images
 
     return call
+
+
+@pytest.fixture
+def measured(pipe: FluxPipeline) -> Profile:
+    return calibrate(PromptPipe(pipe), job(batch=2), "tiny", "test/tiny", progress=False)
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    return Recorder(monkeypatch)

@@ -1,5 +1,7 @@
 """Predict and correct written out: step by step, with polynomials fitted anew each time."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import numpy as np
@@ -72,3 +74,8 @@ def slow_run(
     for step in range(len(schedule)):
         latents = run.advance(latents, lambda x=latents, i=step: velocity(x, i))
     return latents, run.estimates
+
+
+def levels(steps: int) -> list[float]:
+    """Shifted as FLUX's are, not evenly spaced."""
+    return [3 * t / (1 + 2 * t) for t in (1 - i / steps for i in range(steps))] + [0.0]

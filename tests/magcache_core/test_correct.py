@@ -1,21 +1,14 @@
 """Weights of predictions and corrections against the slow oracle, and what they are good for."""
 
 import math
-import random
 
 import pytest
 import torch
 
 from magcache_core.correct import VELOCITY_MODES, evenly_corrected, velocity_steps
-from magcache_core.velocity_costs import velocity_costs
-from tests.magcache_core.slow_corrector import slow_run
+from tests.magcache_core.slow_corrector import levels, slow_run
 
 SCHEDULES = ["C", "CC", "C.", "C....", "CCCCCC", "C..C..C..C", "C.C...CC..C.", "CC..C....C.CC..."]
-
-
-def levels(steps: int) -> list[float]:
-    """Shifted as FLUX's are, not evenly spaced."""
-    return [3 * t / (1 + 2 * t) for t in (1 - i / steps for i in range(steps))] + [0.0]
 
 
 def field(latents: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -112,41 +105,3 @@ def test_every_even_schedule_has_its_budget() -> None:
             assert len(made) == steps
             assert made.count("C") == budget
             assert made[0] == "C"
-
-
-def test_costs_are_what_the_segments_leave_in_the_latents() -> None:
-    """Against velocities themselves, for a sample of segments."""
-    steps, lengths = 12, 6
-    sigmas = levels(steps)
-    torch.manual_seed(0)
-    velocities = torch.randn(steps, 9, dtype=torch.float64).cumsum(dim=0)
-    costs = velocity_costs(velocities @ velocities.T, sigmas, lengths)
-    assert costs.shape == (steps, lengths + 1, lengths)
-
-    def cost(a: int, g: int, length: int) -> float:
-        end = a + length + 1
-        before = [a - g] if g else []
-        total = 0.0
-        for nodes in ([a, *before], [end, a, *before]):
-            if end == steps and len(nodes) == 2 + len(before):
-                continue
-            orders = torch.arange(len(nodes))
-            at_nodes = torch.tensor([sigmas[node] for node in nodes], dtype=torch.float64)
-            coefficients = torch.linalg.solve(at_nodes[:, None] ** orders, velocities[nodes])
-            drift = torch.zeros(9, dtype=torch.float64)
-            for q in range(a, end):
-                made = torch.tensor(sigmas[q], dtype=torch.float64) ** orders @ coefficients
-                drift += (sigmas[q + 1] - sigmas[q]) * (made - velocities[q])
-            total += drift.square().sum().item()
-        return total
-
-    rng = random.Random(0)
-    for _ in range(60):
-        a = rng.randrange(steps)
-        g = rng.randrange(1, lengths + 1) if a else 0
-        length = rng.randrange(lengths)
-        found = costs[a, g, length].item()
-        if g > a or a + length >= steps:
-            assert math.isinf(found)
-        else:
-            assert found == pytest.approx(cost(a, g, length), rel=1e-6, abs=1e-9)

@@ -1,21 +1,13 @@
-"""Fitted weights, plans of given schedules, and what a request follows."""
+"""Fitted weights, and inner products at another step count."""
 
 from __future__ import annotations
-
-import subprocess
-import sys
-from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magcache_core import ConfigError, choose, decisions, fill, load_profile, plan, schedule
 from magcache_core.fit import fitted_weights, least_squares, resample_gram
-from tests.magcache_core.test_planner import measured_profile
-
-FLUX = load_profile("flux.1-dev")
 
 
 def path(steps: int, dim: int = 400, seed: int = 0) -> torch.Tensor:
@@ -63,53 +55,3 @@ def test_inner_products_at_another_step_count() -> None:
     middle = (straight[3] + straight[4]) / 2
     torch.testing.assert_close(finer[7, 7], middle @ middle)
     assert resample_gram(gram, 15) is gram
-
-
-def test_fill_follows_any_schedule() -> None:
-    marks = schedule(FLUX.config())
-    made = fill(FLUX, marks, "residual")
-    assert (made.schedule, made.unit, made.weights) == (marks, "ratio", ())
-    assert [d.compute for d in decisions(made)] == [mark == "C" for mark in marks]
-    with pytest.raises(ConfigError, match="ratios only"):
-        fill(FLUX, marks, "fitted")
-    profile = measured_profile(8, 3, seed=1)
-    best = plan(profile, budget=4, reuse="linear")
-    again = fill(profile, best.schedule, "linear")
-    assert again.predicted_error == pytest.approx(best.predicted_error)
-    fitted = fill(profile, "CC..C...", "fitted")
-    assert [len(w) for w in fitted.weights] == [0, 0, 2, 2, 0, 3, 3, 3]
-    assert [d.weights for d in decisions(fitted)] == list(fitted.weights)
-    with pytest.raises(ConfigError, match="schedule"):
-        fill(FLUX, ".C", "residual")
-
-
-def test_a_request_that_says_nothing_gets_the_recommendation() -> None:
-    assert choose(FLUX).schedule == schedule(FLUX.config())
-    assert choose(FLUX, 50).schedule == schedule(FLUX.config(50))
-    measured = replace(measured_profile(8, 3, seed=1), budget=5, reuse="linear")
-    assert choose(measured) == plan(measured, budget=5)
-    longer = choose(measured, 16)
-    assert longer.predicted_error <= plan(measured, budget=5).predicted_error
-
-
-def test_a_request_gets_what_it_names() -> None:
-    assert choose(FLUX, threshold=0.0, max_skip_steps=1).schedule == schedule(
-        FLUX.config(threshold=0.0, max_skip_steps=1)
-    )
-    assert choose(FLUX, 28, budget=9, reuse="scaled") == plan(FLUX, 28, budget=9, reuse="scaled")
-    assert choose(FLUX, 28, max_error=0.3) == plan(FLUX, 28, max_error=0.3)
-    measured = replace(measured_profile(8, 3, seed=1), budget=5)
-    assert choose(measured, threshold=0.5).schedule == schedule(measured.config(threshold=0.5))
-    assert "..." not in choose(measured, max_skip_steps=2).schedule
-    with pytest.raises(ConfigError, match="threshold"):
-        choose(FLUX, threshold=0.1, budget=9)
-
-
-def test_importing_the_library_needs_torch_only() -> None:
-    code = (
-        "import sys, magcache_core; "
-        "bad = {'diffusers', 'transformers', 'ray', 'fastapi', 'PIL', 'matplotlib'}; "
-        "print(sorted(bad & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

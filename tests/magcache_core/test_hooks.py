@@ -24,33 +24,10 @@ from magcache_core import (
 )
 from magcache_core.hooks import HEAD_HOOK
 from magcache_core.taps import BlockTaps
+from tests.magcache_core.hooked import Recorder, call_flux
 
 Generate = Callable[..., torch.Tensor]
 CONFIG = load_profile("flux.1-dev").config(protected_steps=())
-
-
-class Recorder:
-    """Notes which calls of transformers run their blocks."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls: list[str] = []
-        original = BlockTaps.run
-
-        def run(taps: BlockTaps, forward: Callable[[], Any], residual: torch.Tensor | None = None) -> Any:
-            self.calls.append("C" if residual is None else ".")
-            return original(taps, forward, residual)
-
-        monkeypatch.setattr(BlockTaps, "run", run)
-
-    def take(self) -> str:
-        marks = "".join(self.calls)
-        self.calls.clear()
-        return marks
-
-
-@pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    return Recorder(monkeypatch)
 
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
@@ -67,15 +44,6 @@ def test_equals_diffusers_own_hooks(pipe: FluxPipeline, generate: Generate, cfg:
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     remove_mag_cache(pipe.transformer)
     assert torch.equal(generate(28, cfg), uncached)
-
-
-def test_another_step_count_is_resolved_for_each_run(
-    pipe: FluxPipeline, generate: Generate, recorder: Recorder
-) -> None:
-    apply_mag_cache(pipe.transformer, CONFIG)
-    for steps in (28, 10, 50, 28, 1):
-        generate(steps)
-        assert recorder.take() == schedule(CONFIG.resampled(steps))
 
 
 def test_an_aborted_run_leaves_nothing_to_the_next(pipe: FluxPipeline, generate: Generate, recorder: Recorder) -> None:
@@ -100,45 +68,6 @@ def test_each_context_has_its_own_state(pipe: FluxPipeline, generate: Generate, 
     generate(28, true_cfg_scale=3.0)
     marks = recorder.take()
     assert marks[0::2] == marks[1::2] == schedule(CONFIG)
-
-
-@pytest.mark.parametrize("steps", [28, 40])
-def test_a_hand_written_loop_restarts_on_a_rising_timestep(
-    flux: FluxTransformer2DModel, recorder: Recorder, steps: int
-) -> None:
-    apply_mag_cache(flux, CONFIG)
-    for length in (28, 9, steps, 28):
-        for i in range(length):
-            call_flux(flux, 1 - i / length)
-        # Beyond the steps that the settings know, every step computes.
-        assert recorder.take() == (schedule(CONFIG) + "C" * 12)[:length]
-
-
-def test_a_context_that_says_where_it_is_needs_no_counting(flux: FluxTransformer2DModel, recorder: Recorder) -> None:
-    apply_mag_cache(flux, CONFIG)
-    for i in range(20):
-        with flux.cache_context("cond", step_index=i, num_inference_steps=20):
-            call_flux(flux, 0.5)
-    assert recorder.take() == schedule(CONFIG.resampled(20))
-
-
-def call_flux(flux: Any, timestep: float, **options: Any) -> torch.Tensor:
-    """One forward call with the same inputs each time, but for the noise level."""
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.zeros(16, 3)
-    ids[:, 1] = torch.arange(16) // 4
-    ids[:, 2] = torch.arange(16) % 4
-    with torch.no_grad():
-        return flux(
-            hidden_states=torch.randn(1, 16, 16, generator=generator),
-            encoder_hidden_states=torch.randn(1, 5, 24, generator=generator),
-            pooled_projections=torch.randn(1, 20, generator=generator),
-            timestep=torch.tensor([timestep]),
-            guidance=torch.tensor([3.5]),
-            img_ids=ids,
-            txt_ids=torch.zeros(5, 3),
-            **options,
-        ).sample
 
 
 def test_controlnet_residuals_compute(flux: FluxTransformer2DModel, recorder: Recorder) -> None:
@@ -289,23 +218,6 @@ def test_flux2_skipped_step_against_the_split() -> None:
         apply_mag_cache(model, MagCacheConfig(1e9, 5, 0.0, num_inference_steps=2, mag_ratios=[1.0, 1.0]))
         model(**first)
         torch.testing.assert_close(model(**second).sample, expected)
-
-
-@pytest.mark.parametrize("wrong", [(1, 9, 32), (2, 16, 32), (1, 16, 31)])
-def test_a_residual_of_another_shape_raises_with_both(flux: FluxTransformer2DModel, wrong: tuple[int, ...]) -> None:
-    taps = BlockTaps(flux, get_strategy(flux))
-    with pytest.raises(ResidualError) as error:
-        taps.run(lambda: call_flux(flux, 0.5), torch.zeros(wrong))
-    assert str(wrong) in str(error.value)
-    assert "(1, 16, 32)" in str(error.value)
-    assert len(flux.transformer_blocks) == 1  # the blocks are back in place
-
-
-def test_a_residual_of_another_dtype_or_device_raises(flux: FluxTransformer2DModel) -> None:
-    taps = BlockTaps(flux, get_strategy(flux))
-    for residual in (torch.zeros(1, 16, 32, dtype=torch.bfloat16), torch.zeros(1, 16, 32, device="meta")):
-        with pytest.raises(ResidualError, match=r"bfloat16|meta"):
-            taps.run(lambda residual=residual: call_flux(flux, 0.5), residual)  # type: ignore[misc]
 
 
 def test_a_batch_that_changes_in_a_run_raises(flux: FluxTransformer2DModel) -> None:

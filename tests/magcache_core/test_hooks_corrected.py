@@ -14,14 +14,12 @@ from magcache_core import (
     ConfigError,
     Plan,
     apply_mag_cache,
-    decisions,
     load_profile,
     remove_mag_cache,
-    reuse_weights,
     schedule,
 )
+from tests.magcache_core.hooked import call_flux
 from tests.magcache_core.slow_corrector import SlowRun
-from tests.magcache_core.test_hooks import call_flux
 
 Generate = Callable[..., torch.Tensor]
 SCHEDULE = "CC..C...C."
@@ -112,25 +110,3 @@ def test_noise_levels_of_the_whole_run_are_needed(flux: FluxTransformer2DModel) 
     apply_mag_cache(flux, Plan(SCHEDULE, "corrected"), sigmas=[1.0, 0.5])
     with pytest.raises(ConfigError, match="one per step of the run"):
         call_flux(flux, 1.0)
-
-
-def test_answers_keep_the_form_of_the_models(flux: FluxTransformer2DModel) -> None:
-    apply_mag_cache(flux, Plan("C.", "corrected"), sigmas=[1.0, 0.5])
-    first = call_flux(flux, 1.0)
-    assert torch.equal(call_flux(flux, 0.5), first)  # along the only velocity; `call_flux` reads ``.sample``
-    assert first.dtype == torch.float32
-
-
-def test_decisions_carry_velocity_steps_and_no_residual_weights() -> None:
-    sigmas = [1 - i / 10 for i in range(10)]
-    decided = decisions(Plan(SCHEDULE, "corrected"), sigmas)
-    assert decided == decisions(Plan(SCHEDULE), [*sigmas, 0.0], "corrected")
-    for decision, mark in zip(decided, SCHEDULE, strict=True):
-        assert decision.compute == (mark == "C")
-        assert decision.weights == ()
-        assert decision.velocity is not None
-        assert bool(decision.velocity.move) == decision.compute
-    with pytest.raises(ConfigError, match="sigmas"):
-        decisions(Plan(SCHEDULE, "corrected"))
-    with pytest.raises(ConfigError, match="reuses residuals"):
-        reuse_weights("corrected", 0.5, [1.0, 0.8])

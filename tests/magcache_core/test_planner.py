@@ -12,41 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magcache_core import (
-    BranchCurve,
-    ConfigError,
-    Plan,
-    Profile,
-    choose,
-    decisions,
-    fewest_steps,
-    fill,
-    load_profile,
-    plan,
-)
-from magcache_core.costs import CostTable, empty_table
+from magcache_core import BranchCurve, ConfigError, Profile, decisions, fewest_steps, fill, load_profile, plan, schedule
 from magcache_core.planner import segments
 from magcache_core.velocity_costs import velocity_costs
+from tests.magcache_core.random_profiles import measured_profile
 
 FLUX = load_profile("flux.1-dev")
-
-
-def measured_profile(steps: int, max_skip: int, seed: int) -> Profile:
-    """A profile with random costs: nothing about them is smooth or monotone."""
-    generator = torch.Generator().manual_seed(seed)
-    tables = {}
-    for mode in ("residual", "linear"):
-        table = empty_table(steps, max_skip)
-        shape = (steps, 1 if mode == "residual" else max_skip + 2, max_skip + 1)
-        costs = torch.rand(shape, generator=generator)
-        a, g, length = (torch.arange(n) for n in table.shape)
-        exists = (a[:, None, None] + length < steps) & (length > 0)
-        if mode == "linear":
-            exists = exists & (g[:, None] <= a[:, None, None]) & ((g[:, None] > 0) | (a[:, None, None] == 0))
-        tables[mode] = torch.where(exists, costs, table)
-    costs_table = CostTable(tables, tables, torch.eye(steps, dtype=torch.float64), torch.ones(steps))
-    curve = BranchCurve((1.0,) * steps, costs=costs_table)
-    return Profile("random", "m", "T", steps, 64, 64, {"cond": curve}, max_skip_steps=max_skip, retention_ratio=0.0)
 
 
 def schedules(steps: int, budget: int, max_skip: int, retained: int) -> list[str]:
@@ -137,39 +108,6 @@ def test_no_error_allowed_computes_every_step() -> None:
     assert plan(replace(FLUX, protected_steps=()), max_error=0.0).predicted_error == 0.0
 
 
-def test_measured_costs_carry_over_to_other_step_counts() -> None:
-    """Costs are a function of noise levels: a smooth one is met again at twice the steps, half the length."""
-    steps, max_skip = 21, 8
-    a, g, length = torch.meshgrid(*(torch.arange(n) for n in (steps, max_skip + 2, max_skip + 1)), indexing="ij")
-    smooth = (length * (1 + 0.05 * a)).float()
-    exists = (a + length < steps) & (g <= a) & ((g > 0) | (a == 0))
-    table = torch.where(exists, smooth, empty_table(steps, max_skip))
-    costs = CostTable(
-        {}, {"linear": table, "residual": table}, torch.eye(steps, dtype=torch.float64), torch.ones(steps)
-    )
-    finer = costs.resampled("linear", 41, 9)
-    assert finer.shape == (41, 10, 9)
-    assert finer[20, 4, 6] == pytest.approx(3 * (1 + 0.05 * 10))
-    assert finer[20, 3, 5] == pytest.approx(2.5 * (1 + 0.05 * 10))
-    assert math.isinf(finer[36, 2, 5])
-    assert torch.equal(costs.resampled("linear", 21, 9)[exists], table[exists])
-
-
-def test_a_plan_becomes_decisions() -> None:
-    made = Plan("CC..C.", "linear")
-    sigmas = [1.0, 0.8, 0.6, 0.4, 0.3, 0.1]
-    found = decisions(made, sigmas)
-    assert "".join("C" if d.compute else "." for d in found) == made.schedule
-    assert found[2].weights == pytest.approx((2.0, -1.0))
-    assert found[5].weights == pytest.approx((1.4, -0.4))
-    assert decisions(made, sigmas, reuse="residual")[2].weights == (1.0,)
-    for wrong in ("", ".C", "CX"):
-        with pytest.raises(ConfigError, match="schedule"):
-            Plan(wrong)
-    with pytest.raises(ConfigError, match="weights"):
-        Plan("CC.", "fitted", weights=((), ()))
-
-
 def test_the_shipped_profiles_error_falls_with_the_budget() -> None:
     profile = load_profile("flux-tiny")
     for reuse in ("residual", "linear", "fitted"):
@@ -195,13 +133,6 @@ def test_the_fewest_steps_are_the_smallest_budget(
     assert math.isfinite(found.predicted_error), "a segment longer than any that was measured"
     with pytest.raises(ConfigError, match=f"from {fewest} to {steps}"):
         plan(profile, steps, budget=fewest - 1, **bounds)
-
-
-@pytest.mark.parametrize("steps", range(4, 51))
-def test_the_rule_has_a_finite_error_at_every_step_count(steps: int) -> None:
-    """Few steps of a 28-step profile reuse over longer stretches than any measured; a reply must be a number."""
-    made = choose(load_profile("flux-tiny"), steps, threshold=0.24, max_skip_steps=5, retention_ratio=0.1)
-    assert math.isfinite(made.predicted_error)
 
 
 def test_a_longer_run_than_measured_costs_more() -> None:
@@ -231,3 +162,21 @@ def test_no_corrected_schedule_is_better_than_the_plan(seed: int, steps: int, da
     assert found.predicted_error == pytest.approx(best, rel=1e-4, abs=1e-5)
     assert error(found.schedule) == pytest.approx(best, rel=1e-4, abs=1e-5)
     assert fill(profile, found.schedule, "corrected").predicted_error == pytest.approx(best, rel=1e-4, abs=1e-5)
+
+
+def test_fill_follows_any_schedule() -> None:
+    marks = schedule(FLUX.config())
+    made = fill(FLUX, marks, "residual")
+    assert (made.schedule, made.unit, made.weights) == (marks, "ratio", ())
+    assert [d.compute for d in decisions(made)] == [mark == "C" for mark in marks]
+    with pytest.raises(ConfigError, match="ratios only"):
+        fill(FLUX, marks, "fitted")
+    profile = measured_profile(8, 3, seed=1)
+    best = plan(profile, budget=4, reuse="linear")
+    again = fill(profile, best.schedule, "linear")
+    assert again.predicted_error == pytest.approx(best.predicted_error)
+    fitted = fill(profile, "CC..C...", "fitted")
+    assert [len(w) for w in fitted.weights] == [0, 0, 2, 2, 0, 3, 3, 3]
+    assert [d.weights for d in decisions(fitted)] == list(fitted.weights)
+    with pytest.raises(ConfigError, match="schedule"):
+        fill(FLUX, ".C", "residual")

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from magcache_core import (
-    ConfigError,
     MagCacheConfig,
     MagCacheState,
     decisions,
     load_profile,
     predicted_error,
-    reuse_weights,
     schedule,
 )
 
@@ -125,78 +121,3 @@ def test_accumulated_error_and_predicted_error() -> None:
     errors = [decision.accumulated_error for decision in decisions(config)]
     assert errors == pytest.approx([0, 0.1, 0.31, 0])
     assert predicted_error(config) == pytest.approx(0.1 + 0.21)
-
-
-def test_weights_of_the_reuse_modes() -> None:
-    config = MagCacheConfig(9, 2, 0.0, 6, [1.0, 1.1, 1.1, 1.0, 1.2, 1.2])
-    assert schedule(config) == "C..C.."
-    sigmas = [1.0, 0.9, 0.8, 0.6, 0.5, 0.2]
-    weights = {mode: [d.weights for d in decisions(config, sigmas, mode)] for mode in ("residual", "scaled", "linear")}
-    assert weights["residual"] == [(), (1.0,), (1.0,), (), (1.0,), (1.0,)]
-    assert [w[0] for w in weights["scaled"] if w] == pytest.approx([1.1, 1.21, 1.2, 1.44])
-    # One computed residual so far: nothing to extrapolate from.
-    assert weights["linear"][:3] == [(), (1.0,), (1.0,)]
-    assert weights["linear"][4] == pytest.approx((1.25, -0.25))
-    assert weights["linear"][5] == pytest.approx((2.0, -1.0))
-
-
-@given(st.floats(0.01, 0.3), st.floats(-2, 2))
-def test_linear_reuse_is_exact_on_lines(at: float, slope: float) -> None:
-    computed = [0.4, 0.7, 0.9]
-    weights = reuse_weights("linear", at, computed)
-    assert sum(weights) == pytest.approx(1)
-    total = sum(w * (1 + slope * s) for w, s in zip(weights, computed, strict=False))
-    assert total == pytest.approx(1 + slope * at)
-
-
-def test_missing_sigmas_and_unknown_modes_are_refused() -> None:
-    with pytest.raises(ConfigError, match="sigmas"):
-        decisions(FLUX.config(), reuse="linear")
-    with pytest.raises(ConfigError, match="one per step"):
-        decisions(FLUX.config(), [1.0, 0.5], reuse="linear")
-    with pytest.raises(ConfigError, match="one of residual"):
-        decisions(FLUX.config(), reuse="cubic")
-
-
-@pytest.mark.parametrize(
-    "ratios", [[1.0, 1.1, 0.9], (1.0, 1.1, 0.9), np.array([1.0, 1.1, 0.9]), torch.tensor([1.0, 1.1, 0.9])]
-)
-def test_ratios_of_any_kind(ratios: object) -> None:
-    config = MagCacheConfig(mag_ratios=ratios)  # type: ignore[arg-type]
-    assert config.mag_ratios == pytest.approx((1.0, 1.1, 0.9))
-    assert len(config.ratios) == 28
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "allowed"),
-    [
-        ("threshold", -0.1, ">= 0"),
-        ("threshold", float("nan"), ">= 0"),
-        ("threshold", float("inf"), "finite"),
-        ("threshold", "0.2", "number"),
-        ("max_skip_steps", -1, "integer >= 0"),
-        ("max_skip_steps", 2.5, "integer >= 0"),
-        ("max_skip_steps", True, "integer >= 0"),
-        ("retention_ratio", 1.5, "from 0 to 1"),
-        ("num_inference_steps", 0, "integer >= 1"),
-        ("protected_steps", (28,), "0 to 27"),
-        ("mag_ratios", [1.0, 0.0], "> 0"),
-        ("mag_ratios", [float("nan")], "> 0"),
-    ],
-)
-def test_values_out_of_range_name_field_value_and_range(field: str, value: object, allowed: str) -> None:
-    settings: dict[str, object] = {"mag_ratios": FLUX.ratios, field: value}
-    with pytest.raises(ConfigError) as error:
-        MagCacheConfig(**settings)  # type: ignore[arg-type]
-    assert field in str(error.value)
-    assert allowed in str(error.value)
-    shown = value[-1] if isinstance(value, tuple | list) else value
-    assert repr(shown) in str(error.value)
-
-
-def test_aliases() -> None:
-    config = MagCacheConfig(mag_ratios=[1.0], mag_threshold=0.1, mag_max_skip_steps=2, mag_retention_ratio=0.3)
-    assert (config.threshold, config.max_skip_steps, config.retention_ratio) == (0.1, 2, 0.3)
-    assert (config.mag_threshold, config.mag_max_skip_steps, config.mag_retention_ratio) == (0.1, 2, 0.3)
-    with pytest.raises(TypeError, match="mag_treshold"):
-        MagCacheConfig(mag_ratios=[1.0], mag_treshold=0.1)

@@ -20,7 +20,7 @@ from magcache_core import (
     registered_strategies,
     strategies,
 )
-from tests.magcache_core.conftest import POOLED_DIM, TEXT_DIM, TEXT_TOKENS, make_flux
+from tests.magcache_core.tiny_flux import POOLED_DIM, TEXT_DIM, TEXT_TOKENS, make_flux
 
 ROWS = 3
 TIMESTEPS = torch.tensor([0.9, 0.5, 0.1])

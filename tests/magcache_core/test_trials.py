@@ -24,7 +24,7 @@ from magcache_core.calibrate import calibrate, try_out
 from magcache_core.correct import evenly_corrected
 from magcache_core.planner import corrected_plans
 from magcache_core.profile_data import ProfileError, parse, to_json
-from tests.magcache_core.test_calibrate import STEPS, PromptPipe, embeddings, job
+from tests.magcache_core.prompt_pipe import STEPS, PromptPipe, embeddings, job
 
 
 @pytest.fixture
