@@ -11,21 +11,19 @@ from starlette.requests import Request
 from app.errors import InvalidRequestError
 
 
-def require_media_type(request: Request, media_type: str, wanted: str, *, undeclared: str = "") -> None:
-    """Refuse a body of another type than ``media_type``.
+def media_type_of(request: Request) -> str:
+    """The declared type of the body, without its parameters; empty when the request names none."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
-    Args:
-        wanted: what the error says that the body must be.
-        undeclared: the type of a body whose request does not name one.
-    """
-    declared = request.headers.get("content-type", undeclared).partition(";")[0].strip().lower()
-    if declared != media_type:
-        raise InvalidRequestError(
-            f"the body must be {wanted}, not {declared[:80]!r}",
-            param="Content-Type",
-            code="unsupported_media_type",
-            status=HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
-        )
+
+def unsupported_media_type(declared: str, wanted: str) -> InvalidRequestError:
+    """The error for a body of the type ``declared`` where it must be ``wanted``."""
+    return InvalidRequestError(
+        f"the body must be {wanted}, not {declared[:80]!r}",
+        param="Content-Type",
+        code="unsupported_media_type",
+        status=HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+    )
 
 
 async def bounded(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:

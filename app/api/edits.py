@@ -1,4 +1,4 @@
-"""`POST /v1/images/edits`: OpenAI's multipart dialect, for models that refer to images or start from one."""
+"""`POST /v1/images/edits`: OpenAI's dialect, for models that refer to images or start from one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from app.api.backend import SourcePixels
-from app.api.forms import Form, coerce_form_fields, read_form
+from app.api.edit_body import EditBody, Upload, read_edit
 from app.api.middleware import EDITS_PATH
 from app.api.resolve import ResolvedRequest, resolve_request
 from app.api.routes import IMAGES_RESPONSES, Service, answer, key_name_of
@@ -59,21 +59,19 @@ async def edit(request: Request) -> Response:
     prompt, FLUX.1-dev starts from it (`strength`)."""
     service: Service = request.app.state.service
     settings = service.settings
-    form = await read_form(request, settings.http.max_edit_bytes, settings.http.max_body_bytes)
+    sent = await read_edit(request, settings.http)
     family = await service.get_backend().family()
-    images = uploads_of(form, family)
+    check_uploads(sent, family)
 
     def resolve(body: EditsRequest, accept: str = "", sources: tuple[SourcePixels, ...] = ()) -> ResolvedRequest:
         strength = strength_of(body, family)
         request_id, key_name = request.state.request_id, key_name_of(request)
         return resolve_request(body, settings, family, request_id, accept, sources, strength, key_name)
 
-    body = parse(coerce_form_fields(form.fields, EditsRequest), EditsRequest, resolve)
+    body = parse(sent.fields, EditsRequest, resolve)
     resolve(body)  # refused before anything is decoded
     in_thread = asyncio.get_running_loop().run_in_executor
-    sources = [
-        await in_thread(_decoding, read_upload, data, name, settings.http.max_source_pixels) for name, data in images
-    ]
+    sources = [await in_thread(_decoding, _decode, upload, settings.http.max_source_pixels) for upload in sent.images]
     if body.size in (None, "auto"):
         width, height = size_like(sources[0], settings.sampling)
         body = body.model_copy(update={"size": f"{width}x{height}"})
@@ -85,8 +83,12 @@ async def edit(request: Request) -> Response:
     return await answer(request, resolved, "image_edit")
 
 
-def uploads_of(form: Form, family: Family) -> list[tuple[str, bytes]]:
-    """The files to edit, each with the name that errors call it by.
+def _decode(upload: Upload, max_pixels: int) -> SourcePixels:
+    return read_upload(upload.file(), upload.param, max_pixels)
+
+
+def check_uploads(sent: EditBody, family: Family) -> None:
+    """Refuse images that the model cannot use.
 
     Raises:
         InvalidRequestError: the model edits nothing, or not so many; there is no image, or a mask.
@@ -96,20 +98,17 @@ def uploads_of(form: Form, family: Family) -> list[tuple[str, bytes]]:
             f"{family.name} makes images from prompts only and edits none; POST /v1/images/generations takes prompts",
             code="edits_not_supported",
         )
-    given = [(name, data) for name, data in form.files if name in ("image", "image[]")]
-    for name in [name for name, _ in form.files if name not in ("image", "image[]")]:
-        reason = "no model here takes masks" if name == "mask" else "images come in the field image"
-        raise InvalidRequestError(f"unknown file {name[:80]!r}: {reason}", param=name[:80], code="unknown_parameter")
-    for name in ("image", "image[]"):
-        if name in form.fields:
-            raise InvalidRequestError(f"{name} must be a file, not text", param=name)
-    if not given:
-        raise InvalidRequestError("image: this field is required", param="image", code="missing_required_parameter")
-    if len(given) > family.max_sources:
+    if sent.masks:
         raise InvalidRequestError(
-            f"image: {len(given)} images were sent, {family.name} takes at most {family.max_sources}", param="image"
+            "unknown file 'mask': no model here takes masks", param="mask", code="unknown_parameter"
         )
-    return [("image" if len(given) == 1 else f"image[{index}]", data) for index, (_, data) in enumerate(given)]
+    if not sent.images:
+        raise InvalidRequestError("image: this field is required", param="image", code="missing_required_parameter")
+    if len(sent.images) > family.max_sources:
+        raise InvalidRequestError(
+            f"image: {len(sent.images)} images were sent, {family.name} takes at most {family.max_sources}",
+            param="image",
+        )
 
 
 def strength_of(body: EditsRequest, family: Family) -> float | None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from pydantic import BaseModel
-from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from app.api.bodies import bounded, require_media_type
+from app.api.bodies import bounded
 from app.errors import InvalidRequestError
 
 _MAX_FILES = 16
@@ -20,65 +19,62 @@ _MAX_FIELDS = 64
 _ALIASES = {"cfg_scale": "true_cfg_scale"}
 
 
-@dataclass(frozen=True)
-class Form:
-    """A multipart body: text fields as ``name -> text`` and files as (field name, content), in their order."""
-
-    fields: dict[str, str]
-    files: tuple[tuple[str, bytes], ...]
-
-
-async def read_form(request: Request, max_bytes: int, max_field_bytes: int) -> Form:
-    """The request's multipart body.
+async def read_form(request: Request, max_bytes: int) -> list[tuple[str, str | bytes]]:
+    """The parts of the request's multipart body in their order: text of fields, bytes of files.
 
     Args:
         max_bytes: of the whole body; files beyond a megabyte wait on disk meanwhile.
-        max_field_bytes: of one text field.
 
     Raises:
-        InvalidRequestError: another type of body, a broken or too large one, or a field that is there twice.
+        InvalidRequestError: the body is broken or too large.
 
-    A field without a value counts as absent.
+    A field without a value, and a file without a name and content, count as absent.
     """
-    require_media_type(request, "multipart/form-data", "multipart/form-data with the image in the field image")
     parser = MultiPartParser(
         request.headers,
         bounded(request, max_bytes),
         max_files=_MAX_FILES,
         max_fields=_MAX_FIELDS,
-        max_part_size=max_field_bytes,
+        max_part_size=max_bytes,
     )
     try:
         form = await parser.parse()
     except MultiPartException as error:
         raise InvalidRequestError(f"the multipart body is wrong: {error.message}", code="invalid_form") from error
-    fields: dict[str, str] = {}
-    files: list[tuple[str, bytes]] = []
+    parts: list[tuple[str, str | bytes]] = []
     try:
         for name, value in form.multi_items():
-            if isinstance(value, UploadFile):
-                if value.filename or value.size:
-                    files.append((name, await value.read()))
-            elif not value.strip():
-                continue  # an empty field of a form is no wish
-            elif name in fields:
-                raise InvalidRequestError(f"{name[:80]} is given twice", param=name[:80])
-            else:
-                fields[name] = value
+            if isinstance(value, str):
+                parts += [(name, value)] if value.strip() else []  # an empty field of a form is no wish
+            elif value.filename or value.size:
+                parts.append((name, await value.read()))
     finally:
         await form.close()
-    return Form(fields, tuple(files))
+    return parts
 
 
-def coerce_form_fields(fields: dict[str, str], schema: type[BaseModel]) -> dict[str, Any]:
+def coerce_form_fields(
+    fields: Iterable[tuple[str, str]], schema: type[BaseModel], max_field_bytes: int
+) -> dict[str, Any]:
     """Text fields as ``schema`` takes them from JSON.
 
     Text that should be a number, a switch or an object is read as JSON, a switch in any case; what isn't any stays
     text, for the schema to refuse by name. ``magcache[enabled]``, as OpenAI's client writes nested fields, is
     ``enabled`` within ``magcache``.
+
+    Raises:
+        InvalidRequestError: a field is there twice, or has more than ``max_field_bytes``.
     """
     body: dict[str, Any] = {}
-    for name, text in fields.items():
+    seen: set[str] = set()
+    for name, text in fields:
+        if name in seen:
+            raise InvalidRequestError(f"{name[:80]} is given twice", param=name[:80])
+        seen.add(name)
+        if len(text.encode("utf-8", "surrogateescape")) > max_field_bytes:
+            raise InvalidRequestError(
+                f"{name[:80]} has more than {max_field_bytes} bytes", param=name[:80], code="body_too_large", status=413
+            )
         nested = re.fullmatch(r"(\w+)\[(\w+)\]", name)
         if nested is None:
             body[name] = _value(text, schema, name)

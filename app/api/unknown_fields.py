@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from app.api.schemas import ImagesRequest, MagCacheBody
+from app.api.schemas import EditsRequest, ImagesRequest, MagCacheBody
 from app.settings import unknown_name
 
 Refusal = Callable[[dict[str, Any]], str | None]
@@ -35,11 +35,18 @@ _OTHER_NAMES: Mapping[str, str] = {
 _NO_SUCH_THING: Mapping[str, str] = {
     "the sampler is flow-match Euler, as FLUX was trained, and no request changes it": "sampler sampler_name "
     "sampler_index scheduler schedule_type schedule sigmas timesteps eta karras use_karras_sigmas shift",
-    "images to edit go to POST /v1/images/edits": "image images init_image init_images image_url image_urls "
-    "input_image input_images reference_images mask mask_image markup input_fidelity",
     "the size is given as WIDTHxHEIGHT in pixels": "aspect_ratio ratio ar",
     "weights are loaded when the service starts": "lora loras lora_weights adapters controlnet control_image vae",
     "there is no such filter": "safety_checker enable_safety_checker disable_safety_checker safety_tolerance nsfw",
+}
+# Of the edits endpoint: what is said there, and the names.
+_OF_EDITS: Mapping[str, str] = {
+    "images come in the field image": "image images image_url image_urls init_image init_images input_image "
+    "input_images source_image source_images reference_image reference_images",
+    "a mask comes in the field mask": "mask masks mask_url mask_image inpaint_mask",
+    "no model here reads a markup: say in the prompt what to change, and where": "markup",
+    # A field of its own there.
+    "": "input_fidelity",
 }
 
 
@@ -48,7 +55,13 @@ def _plain(name: str) -> str:
 
 
 _MEANT = {_plain(other): ours for ours, others in _OTHER_NAMES.items() for other in others.split()}
+_EDIT_WORDS = {_plain(other): words for words, others in _OF_EDITS.items() for other in others.split()}
 _WORDS = {_plain(other): words for words, others in _NO_SUCH_THING.items() for other in others.split()}
+
+
+def explain_file(name: str) -> str:
+    """What to say of a file of an edit whose name means nothing here."""
+    return f"unknown file {name[:80]!r}: {_EDIT_WORDS.get(_plain(name)) or 'images come in the field image'}"
 
 
 def explain_unknown(
@@ -76,6 +89,10 @@ def explain_unknown(
     if plain in nested:
         inner = nested[plain]
         return unknown + (refusal({"magcache": {inner: value}}) or f"did you mean 'magcache.{inner}'?")
+    if plain in _EDIT_WORDS and not issubclass(schema, EditsRequest):
+        return unknown + "images to edit go to POST /v1/images/edits"
+    if _EDIT_WORDS.get(plain):
+        return unknown + _EDIT_WORDS[plain]
     if plain in _WORDS:
         return unknown + _WORDS[plain]
     if meant := own.get(plain) or _MEANT.get(plain):

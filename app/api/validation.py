@@ -9,7 +9,7 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import ValidationError
 from starlette.requests import Request
 
-from app.api.bodies import bounded, require_media_type
+from app.api.bodies import bounded, media_type_of, unsupported_media_type
 from app.api.schemas import REASONS, ImagesRequest
 from app.api.unknown_fields import explain_unknown
 from app.errors import InvalidRequestError, ServiceError
@@ -19,8 +19,9 @@ Body = TypeVar("Body", bound=ImagesRequest)
 
 async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
     """The request's JSON object; no more than ``max_bytes`` are ever held."""
-    json_type = "application/json"
-    require_media_type(request, json_type, f"JSON with the header Content-Type: {json_type}", undeclared=json_type)
+    media_type = media_type_of(request)
+    if media_type not in ("application/json", ""):
+        raise unsupported_media_type(media_type, "JSON with the header Content-Type: application/json")
     body = b"".join([chunk async for chunk in bounded(request, max_bytes)])
     try:
         # json.loads guesses UTF-16 and UTF-32 for bytes; JSON over HTTP is UTF-8, with Windows' mark before it or not.
