@@ -1,16 +1,20 @@
-"""Uploaded images: decoded within limits, upright, opaque, in RGB; and what size an edit of one has."""
+"""Uploaded images: decoded within limits, upright, opaque, in sRGB; and what size an edit of one has."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import struct
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from app.api.backend import SourcePixels
+from app.api.colours import opaque_srgb
+from app.api.file_heads import is_held_whole, kind_of
 from app.errors import InvalidRequestError
 from app.settings import SamplingSettings
 
@@ -19,11 +23,29 @@ MIN_SIDE = 64
 """Pixels; FLUX.2's pipeline takes no smaller reference, and less says nothing to the other models."""
 MAX_ASPECT = 8
 """Longer side by shorter, likewise."""
+_REDUCTIONS = (1, 2, 4, 8)
+"""What libjpeg can divide the sides by while it decodes."""
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""How to turn an image with each value of EXIF's orientation."""
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, zlib.error)
+
+# `_check` holds every file to the service's own limit; Pillow's would refuse photos that can be read at reduced scale.
+Image.MAX_IMAGE_PIXELS = None
 
 
 def read_upload(data: bytes, param: str, max_pixels: int) -> SourcePixels:
     """Decode one uploaded file. Nothing is decoded before its header has been found to be within the limits.
+
+    A JPEG with more pixels is read at half, a quarter or an eighth of its size.
 
     Args:
         data: the file.
@@ -33,23 +55,36 @@ def read_upload(data: bytes, param: str, max_pixels: int) -> SourcePixels:
     Raises:
         InvalidRequestError: not a PNG, JPEG or WebP, damaged, animated, too large, too small or too narrow.
     """
+    with _opened(data, param) as image:
+        _check(image, data, param, max_pixels)
+        turn = _UPRIGHT.get(Image.Image.getexif(image).get(_ORIENTATION, 1))
+        image.load()
+        opaque = opaque_srgb(image, data)
+        return SourcePixels(np.asarray(opaque if turn is None else opaque.transpose(turn)))
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, param: str) -> Iterator[Image.Image]:
+    """The file as an image whose header is read; what goes wrong in reading it is an `InvalidRequestError`."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            _check(image, param, max_pixels)
-            image.load()
-            return SourcePixels(np.asarray(_opaque(ImageOps.exif_transpose(image))))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InvalidRequestError(f"{param} has more than {max_pixels} pixels", param=param) from error
+            yield image
     except _UNREADABLE as error:
+        kind = kind_of(data) if isinstance(error, UnidentifiedImageError) else None
+        if kind is not None:
+            raise InvalidRequestError(
+                f"{param} is of the kind {kind} and cannot be read here: convert it to PNG, JPEG or WebP", param=param
+            ) from error
         reason = "" if isinstance(error, UnidentifiedImageError) else f": {str(error)[:120]}"
         raise InvalidRequestError(
             f"{param} cannot be read as a PNG, JPEG or WebP image ({len(data)} bytes){reason}", param=param
         ) from error
 
 
-def _check(image: Image.Image, param: str, max_pixels: int) -> None:
+def _check(image: Image.Image, data: bytes, param: str, max_pixels: int) -> None:
     width, height = image.size
-    if width * height > max_pixels:
+    reduction = _reduction(image, data, max_pixels)
+    if reduction is None:
         raise InvalidRequestError(
             f"{param} is {width}x{height}; at most {max_pixels} pixels are allowed: scale it down", param=param
         )
@@ -62,17 +97,20 @@ def _check(image: Image.Image, param: str, max_pixels: int) -> None:
     # A phone's JPEG may hold further images (MPO), of which the first is the one that is meant.
     if image.format != "MPO" and getattr(image, "is_animated", False):
         raise InvalidRequestError(f"{param} is animated; send a single image", param=param)
+    if reduction > 1:
+        image.draft(None, (width // reduction, height // reduction))
 
 
-def _opaque(image: Image.Image) -> Image.Image:
-    """RGB; transparent parts become white, sixteen bits become eight."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    layer = image.convert("RGBA")
-    paper = Image.new("RGBA", layer.size, "white")
-    return Image.alpha_composite(paper, layer).convert("RGB")
+def _reduction(image: Image.Image, data: bytes, max_pixels: int) -> int | None:
+    """What to divide the sides by so that at most ``max_pixels`` are decoded; None if that is not possible."""
+    width, height = image.size
+    for reduction in _REDUCTIONS:
+        if math.ceil(width / reduction) * math.ceil(height / reduction) <= max_pixels:
+            # A file that libjpeg holds whole takes its full size at any scale.
+            return reduction if reduction == 1 or not is_held_whole(data) else None
+        if image.format not in ("JPEG", "MPO"):
+            return None
+    return None
 
 
 def size_like(source: SourcePixels, limits: SamplingSettings) -> tuple[int, int]:

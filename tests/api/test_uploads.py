@@ -99,3 +99,48 @@ def test_the_size_of_an_edit_is_within_the_limits(side: int, aspect: int, uprigh
     assert all(value % 16 == 0 and 64 <= value <= 256 for value in chosen)
     assert chosen[0] * chosen[1] <= limits.max_pixels
     assert (chosen[0] >= chosen[1]) == (width >= height) or chosen[0] == chosen[1]
+
+
+@pytest.mark.parametrize(
+    ("limit", "size"), [(600 * 400, (600, 400)), (239999, (300, 200)), (20000, (150, 100)), (4000, (75, 50))]
+)
+def test_a_large_photo_is_read_at_reduced_scale(limit: int, size: tuple[int, int]) -> None:
+    image = plain(600, 400)
+    image.paste("blue", (0, 0, 300, 400))
+    pixels = read_upload(encoded(image, "JPEG"), "image", limit).pixels
+    assert pixels.shape == (size[1], size[0], 3)
+    assert pixels[5, 5, 2] > 200
+    assert pixels[5, -5, 0] > 200
+    with pytest.raises(InvalidRequestError, match="is 600x400; at most 3000 pixels"):
+        read_upload(encoded(image, "JPEG"), "image", 3000)
+    for other in (encoded(image), encoded(image, "WEBP"), encoded(image, "JPEG", progressive=True)):
+        with pytest.raises(InvalidRequestError, match="is 600x400; at most 239999 pixels"):
+            read_upload(other, "image", 239999)
+
+
+def test_odd_sides_are_reduced_as_well() -> None:
+    for width in range(127, 135):
+        pixels = read_upload(encoded(plain(width, 131), "JPEG"), "image", 67 * 66).pixels
+        assert pixels.shape == (-(-131 // 2), -(-width // 2), 3)
+
+
+def test_more_pixels_than_pillow_takes() -> None:
+    photo = encoded(plain(14000, 13000, 0, "L"), "JPEG", quality=10)
+    assert read_upload(photo, "image", LIMIT).pixels.shape == (3250, 3500, 3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
+def test_every_orientation_stands_upright(orientation: int, file_format: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo = plain(96, 64)
+    photo.paste("blue", (0, 0, 48, 32))
+    file = encoded(photo, file_format, exif=exif, quality=95)
+    pixels = read_upload(file, "image", LIMIT).pixels
+    assert pixels.shape == ((64, 96, 3) if orientation < 5 else (96, 64, 3))
+    corners = {1: (0, 0), 2: (0, 1), 3: (1, 1), 4: (1, 0), 5: (0, 0), 6: (0, 1), 7: (1, 1), 8: (1, 0)}
+    row, column = corners[orientation]
+    blue = pixels[10 if row == 0 else -10, 10 if column == 0 else -10]
+    assert blue[2] > 200 > 100 > blue[0]
+    assert (pixels[..., 2] > 128).mean() == pytest.approx(0.25, abs=0.02)
