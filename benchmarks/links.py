@@ -142,8 +142,8 @@ def tables() -> str:
         [
             "**A computed step by layout**, 1024x1024, one row, bfloat16, compiled",
             step_table(models[0]),
-            "**The best layout for your cards** by the same arithmetic: the shortest step, and what makes most images of "
-            "a full queue where that is another",
+            "**The best layout for your cards** by the same arithmetic: the shortest step, and what makes most images "
+            "of a full queue where that is another",
             best_table(models),
         ]
     )
