@@ -66,7 +66,12 @@ RULES = (
         allowed=("app.engine", "app.messages", "app.errors"),
     ),
     Rule("app.model_hints", ("app",), "what a setting may have meant", allowed=("app.engine",)),
-    Rule("app.model_files", ("app",), "where files are", allowed=("app.engine", "app.model_hints", "app.settings")),
+    Rule(
+        "app.model_files",
+        ("app",),
+        "where files are",
+        allowed=("app.engine", "app.model_hints", "app.settings", "app.errors"),
+    ),
     Rule(
         "app.control",
         (

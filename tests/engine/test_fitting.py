@@ -122,7 +122,7 @@ def test_the_other_sizes_qwen3_is_refused(klein: Path, tmp_path: Path) -> None:
         ),
         ({"base_shift": None}, r"gives no noise schedule \(unsupported operand"),
         ({"max_image_seq_len": 256}, r"gives no noise schedule \(float division by zero\): use the scheduler folder"),
-        ({"use_dynamic_shifting": False, "shift": -1.0}, r"its noise schedule, .+, does not fall from 1 to 0: use the"),
+        ({"shift_terminal": -0.5}, r"its noise schedule, .+, does not fall from 1 to 0: use the"),
     ],
 )
 def test_a_scheduler_that_sampling_would_not_follow_is_refused(model: Path, values: dict, message: str) -> None:
