@@ -1,4 +1,4 @@
-"""When a group's ranks count as there; test_coordinator.py and test_service.py have the watch at work."""
+"""When a group's ranks count as there; test_coordinator.py and test_replica.py have the watch at work."""
 
 from __future__ import annotations
 

@@ -2,43 +2,23 @@
 
 from __future__ import annotations
 
-import base64
 import io
-import json
-import signal
-import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import numpy as np
 import openai
-import psutil
 import pytest
 import torch
 from diffusers import FluxPipeline
 from PIL import Image
-from prometheus_client.parser import text_string_to_metric_families
 
 from app.main import build, check_resources, needed_resources
 from magcache_core import choose, load_profile
+from tests.cluster.asking import IMAGES, PROMPT, ask, events_of, metrics, pixels, wait_for
 from tests.cluster.conftest import settings_of
 from tests.local_group import TEXT_TOKENS, psnr
-
-PROMPT = "a red circle on a blue background"
-IMAGES = "/v1/images/generations"
-
-
-def pixels(image: Any) -> np.ndarray:
-    data = image["b64_json"] if isinstance(image, dict) else image.b64_json
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")) / 255
-
-
-def ask(http: httpx.Client, **body: Any) -> dict[str, Any]:
-    reply = http.post(IMAGES, json={"prompt": PROMPT, "seed": 7, **body})
-    assert reply.status_code == 200, reply.text
-    return reply.json()
 
 
 def expected(pipeline: FluxPipeline, seed: int = 7, **options: Any) -> np.ndarray:
@@ -47,16 +27,6 @@ def expected(pipeline: FluxPipeline, seed: int = 7, **options: Any) -> np.ndarra
     generator = torch.Generator("cpu").manual_seed(seed)
     image = pipeline(PROMPT, max_sequence_length=TEXT_TOKENS, generator=generator, **values).images[0]
     return np.asarray(image) / 255
-
-
-def metrics(http: httpx.Client) -> dict[str, float]:
-    """Every sample of ``/metrics``, summed over its labels but ``decision``."""
-    totals: dict[str, float] = {}
-    for family in text_string_to_metric_families(http.get("/metrics").text):
-        for sample in family.samples:
-            name = sample.name + (f":{sample.labels['decision']}" if "decision" in sample.labels else "")
-            totals[name] = totals.get(name, 0.0) + sample.value
-    return totals
 
 
 def test_the_openai_client_gets_the_pipelines_image(client: openai.OpenAI, pipeline: FluxPipeline) -> None:
@@ -138,13 +108,6 @@ def test_wrong_requests_name_the_field(http: httpx.Client, client: openai.OpenAI
         client.images.generate(prompt=PROMPT, size="100x100")
 
 
-def events_of(reply: httpx.Response) -> Iterator[dict[str, Any]]:
-    """The events of a stream, as they come."""
-    for line in reply.iter_lines():
-        if line.startswith("data: "):
-            yield json.loads(line.removeprefix("data: "))
-
-
 def test_the_openai_client_streams_the_same_image(client: openai.OpenAI, http: httpx.Client) -> None:
     plain = ask(http, magcache={"computed_steps": 14})["data"][0]
     stream = client.images.generate(
@@ -210,73 +173,6 @@ def test_a_reply_says_what_was_estimated(http: httpx.Client) -> None:
 def test_health_and_models(http: httpx.Client, client: openai.OpenAI) -> None:
     assert http.get("/health").status_code == 200
     assert [model.id for model in client.models.list()] == ["flux-tiny"]
-
-
-def wait_for(what: Callable[[], bool], then: str, seconds: float = 60.0) -> None:
-    """Wait until ``what`` holds, and fail with what should have come when it does not."""
-    until = time.monotonic() + seconds
-    while not what():
-        if time.monotonic() > until:
-            pytest.fail(f"not in {seconds:g} s: {then}")
-        time.sleep(0.02)
-
-
-def _kill(name: str) -> None:
-    """Kill -9 an actor's process of this test's own cluster, found by the class that its title shows."""
-    workers = psutil.Process().children(recursive=True)
-    victims = [worker for worker in workers if "".join(worker.cmdline()).startswith(f"ray::{name}")]
-    victims[-1].send_signal(signal.SIGKILL)
-
-
-@pytest.mark.parametrize("victim", ["Rank", "Coordinator"])
-def test_a_killed_process_costs_time_and_no_image(http: httpx.Client, victim: str) -> None:
-    body = {"magcache": {"enabled": False}, "num_inference_steps": 100, "n": 3}
-    undisturbed = ask(http, **body)
-    with ThreadPoolExecutor(1) as pool:
-        disturbed = pool.submit(ask, http, **body)
-        wait_for(lambda: metrics(http)["flux_running_pictures"] == 3, "all three images run")
-        _kill(victim)
-        assert not disturbed.done()
-        images = disturbed.result()["data"]
-    for first, second in zip(images, undisturbed["data"], strict=True):
-        assert psnr(pixels(first), pixels(second)) >= 55
-    assert metrics(http)["flux_group_rebuilds_total"] >= 1
-
-
-def test_an_idle_group_whose_rank_dies_is_replaced(http: httpx.Client) -> None:
-    """Health tells of it before any request does, and again when the new group is whole."""
-    before = metrics(http)["flux_group_rebuilds_total"]
-    assert health(http) == (200, 1, 1)
-    _kill("Rank")
-    wait_for(lambda: health(http) == (503, 0, 1), "the group counts as not ready")
-    wait_for(lambda: health(http) == (200, 1, 1), "the group is replaced")
-    assert metrics(http)["flux_group_rebuilds_total"] == before + 1
-    ask(http, num_inference_steps=2)
-
-
-def health(http: httpx.Client) -> tuple[int, int, int]:
-    reply = http.get("/health")
-    details = reply.json()["details"]
-    return reply.status_code, details["groups_ready"], details["groups"]
-
-
-def test_a_stream_goes_on_when_its_group_is_rebuilt(http: httpx.Client) -> None:
-    body = {"prompt": PROMPT, "seed": 7, "num_inference_steps": 100, "magcache": {"enabled": False}}
-    undisturbed = ask(http, **body)["data"][0]
-    extra = {"stream": True, "progress": True, "partial_images": 3}
-    events: list[dict[str, Any]] = []
-    with http.stream("POST", IMAGES, json=body | extra) as reply:
-        for event in events_of(reply):
-            events.append(event)
-            if event["type"] == "image_generation.partial_image" and event["partial_image_index"] == 0:
-                _kill("Rank")
-    assert events[-1]["type"] == "image_generation.completed"
-    assert psnr(pixels(events[-1]), pixels(undisturbed)) >= 55
-    steps = [event["step"] for event in events if event["type"] == "flux.progress"]
-    assert steps != sorted(steps), "it was made again from the beginning"
-    indices = [event["partial_image_index"] for event in events if "partial_image_index" in event]
-    assert indices == sorted(set(indices))
-    assert indices[0] == 0
 
 
 def wait_until_idle(http: httpx.Client) -> None:

@@ -1,0 +1,65 @@
+"""Requests to the running service, what it answers, and the deaths of its processes."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+
+PROMPT = "a red circle on a blue background"
+IMAGES = "/v1/images/generations"
+
+
+def pixels(image: Any) -> np.ndarray:
+    data = image["b64_json"] if isinstance(image, dict) else image.b64_json
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")) / 255
+
+
+def ask(http: httpx.Client, **body: Any) -> dict[str, Any]:
+    reply = http.post(IMAGES, json={"prompt": PROMPT, "seed": 7, **body})
+    assert reply.status_code == 200, reply.text
+    return reply.json()
+
+
+def metrics(http: httpx.Client) -> dict[str, float]:
+    """Every sample of ``/metrics``, summed over its labels but ``decision``."""
+    totals: dict[str, float] = {}
+    for family in text_string_to_metric_families(http.get("/metrics").text):
+        for sample in family.samples:
+            name = sample.name + (f":{sample.labels['decision']}" if "decision" in sample.labels else "")
+            totals[name] = totals.get(name, 0.0) + sample.value
+    return totals
+
+
+def events_of(reply: httpx.Response) -> Iterator[dict[str, Any]]:
+    """The events of a stream, as they come."""
+    for line in reply.iter_lines():
+        if line.startswith("data: "):
+            yield json.loads(line.removeprefix("data: "))
+
+
+def wait_for(what: Callable[[], bool], then: str, seconds: float = 60.0) -> None:
+    """Wait until ``what`` holds, and fail with what should have come when it does not."""
+    until = time.monotonic() + seconds
+    while not what():
+        if time.monotonic() > until:
+            pytest.fail(f"not in {seconds:g} s: {then}")
+        time.sleep(0.02)
+
+
+def kill_process(name: str) -> None:
+    """Kill -9 an actor's process of this test's own cluster, found by the class that its title shows."""
+    workers = psutil.Process().children(recursive=True)
+    victims = [worker for worker in workers if "".join(worker.cmdline()).startswith(f"ray::{name}")]
+    victims[-1].send_signal(signal.SIGKILL)
