@@ -211,7 +211,14 @@ class HttpSettings(Section):
         default=1 << 24,
         ge=4096,
         le=1 << 26,
-        description="Largest image to edit, width x height; it bounds the memory that one upload takes once decoded.",
+        description="Largest image to edit, width x height, as it is decoded.",
+    )
+    max_decoded_bytes: int = Field(
+        default=1 << 30,
+        ge=1 << 20,
+        description="Memory that images to edit may take in one API process, of all requests together: their files, "
+        "decoding (16 bytes per pixel, 24 of WebP and progressive JPEG files), and the pixels until the VAE has "
+        "encoded them. Beyond it the answer is 429.",
     )
     heartbeat_s: float = Field(
         default=10.0,

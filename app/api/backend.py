@@ -34,7 +34,8 @@ class ImagesJob:
         priority: higher goes first.
         deadline_s: seconds from the request's arrival to its last image; None has all the time.
         partial_images: previews wanted of each image.
-        sources: images to edit; none for an image from a prompt alone.
+        sources: images to edit, scaled to what the model takes; none for an image from a prompt alone. The backend
+            empties the list once they are encoded, so that a request that waits does not keep their pixels.
         strength: image-to-image, in (0, 1]: the share of the steps that run on the one source.
         key_name: the name of the API key that the request came with; empty where the service has none.
     """
@@ -55,7 +56,7 @@ class ImagesJob:
     priority: int = 0
     deadline_s: float | None = None
     partial_images: int = 0
-    sources: tuple[SourcePixels, ...] = ()
+    sources: list[SourcePixels] = field(default_factory=list)
     strength: float | None = None
     key_name: str = ""
 
@@ -112,6 +113,9 @@ class HealthReport:
 
 class Backend(Protocol):
     """Makes images. A cancelled call ends its request; errors are ``ServiceError``s."""
+
+    async def check(self, job: ImagesJob) -> None:
+        """Raise what `generate` would raise at once for want of room or time; ``job`` need not have its sources yet."""
 
     async def generate(self, job: ImagesJob) -> list[GeneratedImage]:
         """The ``job.n`` images in the order of their seeds."""

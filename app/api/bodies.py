@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from http import HTTPStatus
 
 from starlette.requests import Request
@@ -26,8 +26,14 @@ def unsupported_media_type(declared: str, wanted: str) -> InvalidRequestError:
     )
 
 
-async def bounded(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
-    """The body's chunks, inflated; a body that turns out larger than ``max_bytes``, inflated or not, is refused."""
+async def bounded(
+    request: Request, max_bytes: int, count: Callable[[int], None] = lambda nbytes: None
+) -> AsyncGenerator[bytes, None]:
+    """The body's chunks, inflated; a body that turns out larger than ``max_bytes``, inflated or not, is refused.
+
+    Args:
+        count: told of the bytes of each chunk; may raise to end the reading.
+    """
     encoding = _encoding(request)
     inflater = Inflater(encoding) if encoding else None
     sent = read = 0
@@ -40,6 +46,7 @@ async def bounded(request: Request, max_bytes: int) -> AsyncGenerator[bytes, Non
         read += len(content)
         if max(sent, read) > max_bytes:
             raise InvalidRequestError(f"the body is larger than {max_bytes} bytes", code="body_too_large", status=413)
+        count(len(content))
         yield content
     if inflater and not inflater.complete:
         raise _damaged(encoding)

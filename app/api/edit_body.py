@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,8 +53,8 @@ class EditBody:
     masks: tuple[Upload, ...]
 
 
-async def read_edit(request: Request, http: HttpSettings) -> EditBody:
-    """The body of an edit.
+async def read_edit(request: Request, http: HttpSettings, count: Callable[[int], None]) -> EditBody:
+    """The body of an edit; ``count`` is told of its bytes as they come, and may raise to end the reading.
 
     Raises:
         InvalidRequestError: it is of another type, broken or too large, a file has a name that means nothing here, or
@@ -62,12 +62,12 @@ async def read_edit(request: Request, http: HttpSettings) -> EditBody:
     """
     media_type = media_type_of(request)
     if media_type == FORM:
-        parts = await read_form(request, http.max_edit_bytes)
+        parts = await read_form(request, http.max_edit_bytes, count)
         settings = [(name, value) for name, value in parts if isinstance(value, str) and _kind(name) is None]
         fields = coerce_form_fields(settings, EditsRequest, http.max_body_bytes)
         files = [(name, _of_form(value)) for name, value in parts if isinstance(value, bytes) or _kind(name)]
     elif media_type in (JSON, ""):
-        body = await read_json(request, http.max_edit_bytes)
+        body = await read_json(request, http.max_edit_bytes, count)
         fields = {name: value for name, value in body.items() if _kind(name) is None}
         files = [(name, value) for name, value in body.items() if _kind(name)]
     else:

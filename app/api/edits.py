@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
+from PIL import Image
 from starlette.responses import Response
 
 from app.api.backend import SourcePixels
-from app.api.edit_body import EditBody, Upload, read_edit
+from app.api.edit_body import EditBody, read_edit
+from app.api.image_memory import ImageMemory
 from app.api.middleware import EDITS_PATH
 from app.api.resolve import ResolvedRequest, resolve_request
 from app.api.routes import IMAGES_RESPONSES, Service, answer, key_name_of
 from app.api.schemas import EditsRequest
-from app.api.uploads import read_upload, size_like
+from app.api.uploads import UploadHead, read_head, read_upload, size_like
 from app.api.validation import parse
 from app.engine.families import Edits, Family
+from app.engine.source_fit import fit_source
 from app.errors import InvalidRequestError
 
 router = APIRouter()
 
 DEFAULT_STRENGTH = 0.6
 """diffusers' default for FLUX: the image's layout stays, its content follows the prompt."""
-# Two at a time: a decoded upload may take hundreds of megabytes on its way to RGB.
+# Two at a time: an upload may take hundreds of megabytes on its way to RGB.
 _decoding = ThreadPoolExecutor(max_workers=2, thread_name_prefix="decode-upload")
 _IMAGE = {"type": "string", "format": "binary"}
 _BODY: Mapping[str, Any] = {
@@ -57,34 +61,75 @@ _BODY: Mapping[str, Any] = {
 async def edit(request: Request) -> Response:
     """OpenAI's image editing. What becomes of the image depends on the model: Kontext and FLUX.2 read it beside the
     prompt, FLUX.1-dev starts from it (`strength`)."""
+    return await answer(request, await _resolved(request), "image_edit")
+
+
+async def _resolved(request: Request) -> ResolvedRequest:
+    """The request with its sources decoded. All that can refuse it is asked before: its fields, room and time."""
     service: Service = request.app.state.service
-    settings = service.settings
-    sent = await read_edit(request, settings.http)
-    family = await service.get_backend().family()
-    check_uploads(sent, family)
+    settings, backend = service.settings, service.get_backend()
+    run, max_pixels = asyncio.get_running_loop().run_in_executor, settings.http.max_source_pixels
+    with service.image_memory.claim() as arriving:
+        sent = await read_edit(request, settings.http, arriving.grow)
+        family = await backend.family()
+        check_uploads(sent, family)
 
-    def resolve(body: EditsRequest, accept: str = "", sources: tuple[SourcePixels, ...] = ()) -> ResolvedRequest:
-        strength = strength_of(body, family)
-        request_id, key_name = request.state.request_id, key_name_of(request)
-        return resolve_request(body, settings, family, request_id, accept, sources, strength, key_name)
+        def resolve(body: EditsRequest, accept: str = "", sources: list[SourcePixels] | None = None) -> ResolvedRequest:
+            strength = strength_of(body, family)
+            request_id, key_name = request.state.request_id, key_name_of(request)
+            return resolve_request(body, settings, family, request_id, accept, sources, strength, key_name)
 
-    body = parse(sent.fields, EditsRequest, resolve)
-    resolve(body)  # refused before anything is decoded
-    in_thread = asyncio.get_running_loop().run_in_executor
-    sources = [await in_thread(_decoding, _decode, upload, settings.http.max_source_pixels) for upload in sent.images]
-    if body.size in (None, "auto"):
-        width, height = size_like(sources[0], settings.sampling)
-        body = body.model_copy(update={"size": f"{width}x{height}"})
-    resolved = resolve(body, request.headers.get("accept", ""), tuple(sources))
-    if body.input_fidelity is not None:
-        resolved = replace(
-            resolved, warnings=(*resolved.warnings, f"input_fidelity is ignored: {family.name} has no such switch")
+        body = parse(sent.fields, EditsRequest, resolve)
+        accept = request.headers.get("accept", "")
+        resolve(body, accept)
+        arriving.grow(sum(len(upload.content) for upload in sent.images if isinstance(upload.content, str)))
+        files = await run(_decoding, _open, sent, max_pixels, service.image_memory)
+        if body.size in (None, "auto"):
+            width, height = size_like(files[0].head.width, files[0].head.height, settings.sampling)
+            body = body.model_copy(update={"size": f"{width}x{height}"})
+        job = resolve(body).job
+        await backend.check(job)
+        fit = partial(
+            fit_source, family=family, width=job.width, height=job.height, max_pixels=settings.sampling.max_pixels
         )
-    return await answer(request, resolved, "image_edit")
+        sources = [await run(_decoding, _decode, file, fit, max_pixels, service.image_memory) for file in files]
+    resolved = resolve(body, accept, sources)
+    if body.input_fidelity is None:
+        return resolved
+    return replace(
+        resolved, warnings=(*resolved.warnings, f"input_fidelity is ignored: {family.name} has no such switch")
+    )
 
 
-def _decode(upload: Upload, max_pixels: int) -> SourcePixels:
-    return read_upload(upload.file(), upload.param, max_pixels)
+@dataclass(frozen=True)
+class _File:
+    """An uploaded file and its header."""
+
+    param: str
+    data: bytes
+    head: UploadHead
+
+
+def _open(sent: EditBody, max_pixels: int, memory: ImageMemory) -> list[_File]:
+    files = [(upload.param, upload.file()) for upload in sent.images]
+    opened = [_File(param, data, read_head(data, param, max_pixels)) for param, data in files]
+    for file in opened:
+        if file.head.work_bytes > memory.limit:
+            raise InvalidRequestError(
+                f"{file.param} is {file.head.width}x{file.head.height}, and decoding it takes {file.head.work_bytes} "
+                f"bytes, above http.max_decoded_bytes, {memory.limit}: scale it down",
+                param=file.param,
+            )
+    return opened
+
+
+def _decode(
+    file: _File, fit: Callable[[Image.Image], Image.Image], max_pixels: int, memory: ImageMemory
+) -> SourcePixels:
+    with memory.claim(file.head.work_bytes):
+        source = read_upload(file.data, file.param, max_pixels, fit)
+        memory.hold(source.pixels)
+    return source
 
 
 def check_uploads(sent: EditBody, family: Family) -> None:

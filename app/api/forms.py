@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from pydantic import BaseModel
@@ -19,11 +19,12 @@ _MAX_FIELDS = 64
 _ALIASES = {"cfg_scale": "true_cfg_scale"}
 
 
-async def read_form(request: Request, max_bytes: int) -> list[tuple[str, str | bytes]]:
+async def read_form(request: Request, max_bytes: int, count: Callable[[int], None]) -> list[tuple[str, str | bytes]]:
     """The parts of the request's multipart body in their order: text of fields, bytes of files.
 
     Args:
         max_bytes: of the whole body; files beyond a megabyte wait on disk meanwhile.
+        count: told of the bytes of each chunk, see `bounded`.
 
     Raises:
         InvalidRequestError: the body is broken or too large.
@@ -32,7 +33,7 @@ async def read_form(request: Request, max_bytes: int) -> list[tuple[str, str | b
     """
     parser = MultiPartParser(
         request.headers,
-        bounded(request, max_bytes),
+        bounded(request, max_bytes, count),
         max_files=_MAX_FILES,
         max_fields=_MAX_FIELDS,
         max_part_size=max_bytes,

@@ -56,7 +56,7 @@ def resolve_request(
     family: Family,
     request_id: str,
     accept: str = "",
-    sources: tuple[SourcePixels, ...] = (),
+    sources: list[SourcePixels] | None = None,
     strength: float | None = None,
     key_name: str = "",
 ) -> ResolvedRequest:
@@ -121,7 +121,7 @@ def resolve_request(
         priority=request.priority or 0,
         deadline_s=request.deadline_s,
         partial_images=request.partial_images or 0,
-        sources=sources,
+        sources=[] if sources is None else sources,
         strength=strength,
         key_name=key_name,
     )

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from app.api.backend import Backend, GeneratedImage
 from app.api.drain import Drain
 from app.api.events import STREAM_EVENTS, Kind
+from app.api.image_memory import ImageMemory
 from app.api.middleware import EDITS_PATH, IMAGES_PATH
 from app.api.replies import AsciiJSONResponse, images_response
 from app.api.resolve import ResolvedRequest, resolve_request
@@ -38,6 +39,7 @@ class Service:
     settings: Settings
     get_backend: Callable[[], Backend]
     drain: Drain
+    image_memory: ImageMemory
     registry: CollectorRegistry
     metrics: ApiMetrics
     tracing: Tracing
@@ -258,4 +260,5 @@ def new_service(settings: Settings, get_backend: Callable[[], Backend]) -> Servi
     """The shared state of one application, with a metric registry of its own."""
     registry = CollectorRegistry()
     metrics, drain = ApiMetrics(registry, settings.model_name), Drain(settings.drain_seconds)
-    return Service(settings, get_backend, drain, registry, metrics, Tracing(settings), int(time.time()))
+    memory = ImageMemory(settings.http.max_decoded_bytes)
+    return Service(settings, get_backend, drain, memory, registry, metrics, Tracing(settings), int(time.time()))

@@ -7,7 +7,8 @@ import io
 import math
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -19,6 +20,7 @@ from app.errors import InvalidRequestError
 from app.settings import SamplingSettings
 
 FORMATS = ("PNG", "JPEG", "WEBP")
+_JPEG = ("JPEG", "MPO")
 MIN_SIDE = 64
 """Pixels; FLUX.2's pipeline takes no smaller reference, and less says nothing to the other models."""
 MAX_ASPECT = 8
@@ -36,13 +38,43 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """How to turn an image with each value of EXIF's orientation."""
+_ON_ITS_SIDE = (5, 6, 7, 8)
+_BYTES_PER_PIXEL = 16
+"""At most, while an image is decoded and converted: Pillow keeps four for each layer; measured as 14."""
+_BYTES_PER_PIXEL_WHOLE = 24
+"""Likewise for files whose decoder keeps all of it in a form of its own; measured as 22 with WebP."""
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, zlib.error)
 
 # `_check` holds every file to the service's own limit; Pillow's would refuse photos that can be read at reduced scale.
 Image.MAX_IMAGE_PIXELS = None
 
 
-def read_upload(data: bytes, param: str, max_pixels: int) -> SourcePixels:
+@dataclass(frozen=True)
+class UploadHead:
+    """What a file's header says: the size of the upright image in pixels, and the memory that decoding it takes."""
+
+    width: int
+    height: int
+    work_bytes: int
+
+
+def read_head(data: bytes, param: str, max_pixels: int) -> UploadHead:
+    """The header of one uploaded file.
+
+    Raises:
+        InvalidRequestError: as `read_upload`, but for what only decoding shows.
+    """
+    with _opened(data, param) as image:
+        turned = Image.Image.getexif(image).get(_ORIENTATION, 1) in _ON_ITS_SIDE
+        _check(image, data, param, max_pixels)
+        whole = image.format == "WEBP" or (image.format in _JPEG and is_held_whole(data))
+        width, height = reversed(image.size) if turned else image.size
+    return UploadHead(width, height, width * height * (_BYTES_PER_PIXEL_WHOLE if whole else _BYTES_PER_PIXEL))
+
+
+def read_upload(
+    data: bytes, param: str, max_pixels: int, fit: Callable[[Image.Image], Image.Image] = lambda image: image
+) -> SourcePixels:
     """Decode one uploaded file. Nothing is decoded before its header has been found to be within the limits.
 
     A JPEG with more pixels is read at half, a quarter or an eighth of its size.
@@ -51,6 +83,7 @@ def read_upload(data: bytes, param: str, max_pixels: int) -> SourcePixels:
         data: the file.
         param: the form's field, for errors.
         max_pixels: width x height at most.
+        fit: scales the upright image.
 
     Raises:
         InvalidRequestError: not a PNG, JPEG or WebP, damaged, animated, too large, too small or too narrow.
@@ -60,7 +93,7 @@ def read_upload(data: bytes, param: str, max_pixels: int) -> SourcePixels:
         turn = _UPRIGHT.get(Image.Image.getexif(image).get(_ORIENTATION, 1))
         image.load()
         opaque = opaque_srgb(image, data)
-        return SourcePixels(np.asarray(opaque if turn is None else opaque.transpose(turn)))
+    return SourcePixels(np.asarray(fit(opaque if turn is None else opaque.transpose(turn))))
 
 
 @contextlib.contextmanager
@@ -108,14 +141,13 @@ def _reduction(image: Image.Image, data: bytes, max_pixels: int) -> int | None:
         if math.ceil(width / reduction) * math.ceil(height / reduction) <= max_pixels:
             # A file that libjpeg holds whole takes its full size at any scale.
             return reduction if reduction == 1 or not is_held_whole(data) else None
-        if image.format not in ("JPEG", "MPO"):
+        if image.format not in _JPEG:
             return None
     return None
 
 
-def size_like(source: SourcePixels, limits: SamplingSettings) -> tuple[int, int]:
-    """The (width, height) with the shape of ``source`` and about the server's default number of pixels."""
-    height, width = source.pixels.shape[:2]
+def size_like(width: int, height: int, limits: SamplingSettings) -> tuple[int, int]:
+    """The (width, height) with the shape of a source and about the server's default number of pixels."""
     scale = math.sqrt(limits.default_width * limits.default_height / (width * height))
     sides = [_side(width * scale, limits), _side(height * scale, limits)]
     while sides[0] * sides[1] > limits.max_pixels:

@@ -17,12 +17,14 @@ from app.errors import InvalidRequestError, ServiceError
 Body = TypeVar("Body", bound=ImagesRequest)
 
 
-async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
-    """The request's JSON object; no more than ``max_bytes`` are ever held."""
+async def read_json(
+    request: Request, max_bytes: int, count: Callable[[int], None] = lambda nbytes: None
+) -> dict[str, Any]:
+    """The request's JSON object; no more than ``max_bytes`` are ever held. ``count`` is told of them, see `bounded`."""
     media_type = media_type_of(request)
     if media_type not in ("application/json", ""):
         raise unsupported_media_type(media_type, "JSON with the header Content-Type: application/json")
-    body = b"".join([chunk async for chunk in bounded(request, max_bytes)])
+    body = b"".join([chunk async for chunk in bounded(request, max_bytes, count)])
     try:
         # json.loads guesses UTF-16 and UTF-32 for bytes; JSON over HTTP is UTF-8, with Windows' mark before it or not.
         value = json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant)

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 import ray
+import torch
 from prometheus_client.metrics_core import Metric
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -22,7 +23,7 @@ from app.components.prompt_encoder import PromptEncoder
 from app.components.vae import ImageDecoder
 from app.engine.families import Family
 from app.errors import BusyError, ForbiddenError, UnavailableError
-from app.messages import Conditioning, DenoiseJob, DenoiseResult
+from app.messages import Conditioning, DenoiseJob, DenoiseResult, PromptEmbeddings
 from app.metrics import merge_families
 from app.settings import Settings
 
@@ -32,6 +33,7 @@ LOOK_S = 1.0
 """How long a look at the parts answers for /health."""
 _LEAST_LEFT_S = 1e-3
 _NEWEST_SHARE = 0.2
+_NO_PROMPT = PromptEmbeddings(torch.empty(0))
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,14 @@ class ServeBackend:
         self._look: asyncio.Task[HealthReport] | None = None
         self._looked_s = -float("inf")
         self._decode_s: dict[int, float] = {}  # running mean by pixels, to be kept free before a deadline
+
+    async def check(self, job: ImagesJob) -> None:
+        """Have a replica refuse ``job`` if it would refuse its first image now, tokens of references left out."""
+        context = RequestContext(job, time.perf_counter(), None, progress=False)
+        try:
+            await result_of(self._replica.check.remote(self._denoise_job(context, 0, Conditioning(_NO_PROMPT))))
+        except Exception as error:
+            raise await self._error_for(error, context) from error
 
     async def generate(self, job: ImagesJob) -> list[GeneratedImage]:
         """The images of ``job``."""
@@ -106,9 +116,13 @@ class ServeBackend:
                 ]
             return [task.result() for task in tasks]
         except* Exception as errors:
-            if isinstance(unwrap_ray_error(errors), BackPressureError):
-                raise BusyError(await _least_wait_s()) from errors
-            raise to_service_error(errors, context.elapsed_s + self._decode_estimate_s(context.job)) from errors
+            raise await self._error_for(errors, context) from errors
+
+    async def _error_for(self, error: BaseException, context: RequestContext) -> BaseException:
+        """What to raise in the ingress for ``error`` of another part."""
+        if isinstance(unwrap_ray_error(error), BackPressureError):
+            return BusyError(await _least_wait_s())
+        return to_service_error(error, context.elapsed_s + self._decode_estimate_s(context.job))
 
     async def _encode(self, job: ImagesJob) -> Conditioning:
         prompts = [job.prompt] if job.negative_prompt is None else [job.prompt, job.negative_prompt]
@@ -116,6 +130,7 @@ class ServeBackend:
         sources = await asyncio.gather(
             *(self._decoder.encode(source.pixels, job.width, job.height) for source in job.sources)
         )
+        job.sources.clear()  # their pixels are freed; the request goes on for as long as the image takes
         return Conditioning(embeddings[0], None if job.negative_prompt is None else embeddings[1], tuple(sources))
 
     async def _image(

@@ -242,6 +242,12 @@ class Coordinator:
         """Images ``waiting`` and ``running``, and ``eta_s``, the estimate that a request of no wishes would get."""
         return self._admission.load(self._default_job)
 
+    async def check(self, job: DenoiseJob) -> None:
+        """Raise what `denoise` would raise at once for ``job``, which is not taken."""
+        if self._failure is not None:
+            raise self._failure
+        self._admission.check(job)
+
     async def ping(self) -> None:
         """Return when all ranks have done what was sent to them before; raises what made the group fail."""
         if self._failure is None:

@@ -1,6 +1,7 @@
 """The replica: supervises one tensor-parallel group, rebuilds it when it breaks, and loses no image over it."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator
@@ -45,6 +46,11 @@ class FluxReplica:
     async def family(self) -> Family:
         """What kind of model is served, as the checkpoint says."""
         return self._family
+
+    async def check(self, job: DenoiseJob) -> None:
+        """Raise what `denoise` would raise at once for want of room or time; while the group is rebuilt, nothing."""
+        with contextlib.suppress(GroupFailedError, ray.exceptions.RayActorError):
+            await self._group.coordinator.check.remote(job)
 
     async def denoise(self, job: DenoiseJob, conditioning: Conditioning) -> DenoiseResult:
         """Denoise one image; a group that breaks meanwhile is rebuilt and the image made again (same seed).

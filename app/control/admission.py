@@ -62,6 +62,15 @@ class AdmissionController:
             InvalidRequestError: one step of it does not fit into a batch.
             magcache_core.ConfigError: ``computed_steps`` cannot be met with the other settings.
         """
+        entry = self._queue(job)
+        self._key_limits.take(entry)
+        return entry
+
+    def check(self, job: DenoiseJob) -> None:
+        """Raise what `submit` would raise, and count a refusal as it would; an image that would be taken is not."""
+        self.scheduler.cancel(self._queue(job).job.row_id)
+
+    def _queue(self, job: DenoiseJob) -> RequestState:
         free = self.scheduler.free_places(self._tokens(job))
         if self.scheduler.waiting >= self._settings.max_waiting_pictures + free:
             self.counts.refused += 1
@@ -91,7 +100,6 @@ class AdmissionController:
                 "lower magcache.min_computed_steps",
                 soonest_s=entry.eta_s,
             )
-        self._key_limits.take(entry)
         return entry
 
     def next_message(self, shape_of: Callable[[str], RowShape]) -> list[SentPlan]:

@@ -22,7 +22,8 @@ SCHEDULE = "CCC..C.."
 
 
 class FakeBackend:
-    """Answers at once; ``error`` makes it fail, ``hold`` makes it wait until cancelled.
+    """Answers at once; ``error`` makes it fail, ``refusal`` already when it is asked, ``hold`` makes it wait until
+    cancelled.
 
     A stream begins after ``start_s``, fails with ``late_error`` after its first progress, and is silent for
     ``silence_s`` before its end.
@@ -30,6 +31,8 @@ class FakeBackend:
 
     def __init__(self) -> None:
         self.jobs: list[ImagesJob] = []
+        self.checked: list[ImagesJob] = []
+        self.refusal: Exception | None = None
         self.error: Exception | None = None
         self.late_error: Exception | None = None
         self.start_s = 0.0
@@ -47,6 +50,11 @@ class FakeBackend:
         self.count = TokenCount(32, 32, 20, 20)
         self.registry = CollectorRegistry()
         self.coordinator = CoordinatorMetrics(self.registry, "flux-tiny", "r0", CoordinatorCounters())
+
+    async def check(self, job: ImagesJob) -> None:
+        self.checked.append(job)
+        if self.refusal is not None:
+            raise self.refusal
 
     async def generate(self, job: ImagesJob) -> list[GeneratedImage]:
         await self._take(job)

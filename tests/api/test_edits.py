@@ -30,7 +30,7 @@ async def test_a_form_becomes_a_job(client: httpx.AsyncClient, backend: FakeBack
     assert (job.width, job.height, job.output_format) == (128, 96, "webp")
     assert job.magcache.mag_threshold == 0.1
     (source,) = job.sources
-    assert source.pixels.shape == (64, 96, 3)
+    assert source.pixels.shape == (96, 128, 3)  # scaled to the size of the image to make
     assert (source.pixels == (255, 0, 0)).all()
     assert len(reply.json()["data"]) == 2
 

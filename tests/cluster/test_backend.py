@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
+from dataclasses import replace
 from threading import Event
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
+import torch
 
+from app.api.backend import ImagesJob, SourcePixels
 from app.cluster import backend as module
+from app.cluster import image_call
 from app.cluster.backend import ServeBackend
 from app.engine.families import FLUX2_KLEIN, Family
+from app.errors import BusyError
+from app.messages import DenoiseJob, MagCacheOptions, PromptEmbeddings, SourceImage
 from app.settings import Settings
 
 
@@ -108,3 +117,50 @@ async def test_a_replica_says_once_what_model_is_served(part: Part, monkeypatch:
     monkeypatch.setattr(module, "result_of", lambda response: response)
     assert [await backend.family() for _ in range(3)] == [FLUX2_KLEIN] * 3
     assert replica.asked == 1
+
+
+class Sources(Part):
+    """Encodes prompts and sources into nothing much."""
+
+    async def encode(self, *_: object) -> Any:
+        return PromptEmbeddings(torch.zeros(1)) if len(_) == 1 else SourceImage(torch.zeros(2, 64), 16, 32)
+
+
+class Taker:
+    """Stands for the replicas' handle: takes an image, and refuses the next ones."""
+
+    def __init__(self) -> None:
+        self.jobs: list[DenoiseJob] = []
+        self.denoise = self.check = self
+        self.taken = asyncio.Event()
+
+    async def remote(self, job: DenoiseJob, *_: object) -> Any:
+        self.jobs.append(job)
+        if len(self.jobs) > 1:
+            raise BusyError(7)
+        self.taken.set()
+        await asyncio.Event().wait()
+
+
+async def test_pixels_are_dropped_once_they_are_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in (module, image_call):
+        monkeypatch.setattr(place, "result_of", lambda response: response)
+    part, replica = Sources(), Taker()
+    backend = ServeBackend(Settings(), part, replica, part)
+    job = replace(edit_job(), sources=[SourcePixels(np.zeros((16, 32, 3), dtype=np.uint8))])
+    pixels = weakref.ref(job.sources[0].pixels)
+    waits = asyncio.create_task(backend.generate(job))
+    await replica.taken.wait()
+    gc.collect()
+    assert pixels() is None
+    assert replica.jobs[0].source_tokens == 2
+    with pytest.raises(BusyError) as refused:
+        await backend.check(edit_job())
+    assert refused.value.retry_after_s == 7
+    assert replica.jobs[1].source_tokens == 0
+    waits.cancel()
+    await asyncio.wait({waits})
+
+
+def edit_job() -> ImagesJob:
+    return ImagesJob("a", "a circle", None, 1, 32, 16, 1, 3.5, 1.0, 7, MagCacheOptions(), "png", 100)

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from app.components.prompt_encoder import PromptEncoder
-from app.components.source_encoder import nearest_trained_size
 from app.components.vae import ImageDecoder
 from app.engine.engine import Engine
 from app.engine.families import FLUX_KONTEXT
+from app.engine.source_fit import nearest_trained_size
 from app.messages import Conditioning, DenoiseJob
 from app.settings import Settings
 from benchmarks.make_checkpoint import make_checkpoint

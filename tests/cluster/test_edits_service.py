@@ -117,6 +117,15 @@ def test_flux_reuses_in_what_is_left_of_the_schedule(http: httpx.Client) -> None
     assert "." in schedule
 
 
+def test_what_cannot_be_made_in_time_is_refused_before_its_image_is_decoded(http: httpx.Client) -> None:
+    cut = encoded(source(512, 512))[:-40]
+    form = {"prompt": PROMPT, "deadline_s": "0.001"}
+    reply = http.post("/v1/images/edits", data=form, files={"image": cut})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (422, "deadline_impossible")
+    reply = http.post("/v1/images/edits", data={"prompt": PROMPT}, files={"image": cut})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "image")
+
+
 def test_klein_reads_several_images(serving: Serving) -> None:
     client, folder = serving("flux.2-klein-4b")
     images = [source(150, 100), source(64, 90)]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from app.control.admission import default_job
 from app.errors import BusyError, DeadlineImpossibleError, InvalidRequestError
 from app.messages import MagCacheOptions
-from app.settings import ElasticSettings, Settings
+from app.settings import ElasticSettings, KeySettings, Settings
 from magcache_core import ConfigError, fewest_steps, load_profile
 from tests.control.simulated_ranks import DEFAULT, FLOOR, TINY, SimulatedRanks, calibrated, image
 
@@ -55,6 +57,34 @@ def test_what_waited_too_long_is_lowered_when_it_is_admitted() -> None:
     assert ranks.finished["late/0"].report.lowered_by == "deadline"
     assert ranks.finished["late/0"].seconds <= 2.6 * alone
     assert ranks.too_late == []
+
+
+def test_a_check_refuses_as_a_submission_would_and_takes_nothing() -> None:
+    ranks = calibrated(with_(max_batch_rows=1, max_waiting_pictures=1))
+    ranks.admission.check(image("asked"))
+    assert ranks.admission.scheduler.empty
+    with pytest.raises(DeadlineImpossibleError):
+        ranks.admission.check(image("late", deadline_s=0.01))
+    ranks.submit(image("runs"))
+    ranks.tick()
+    ranks.admission.check(image("asked"))
+    ranks.submit(image("waits"))
+    with pytest.raises(BusyError):
+        ranks.admission.check(image("refused"))
+    assert (ranks.admission.counts.refused, ranks.admission.counts.deadline_impossible) == (1, 1)
+    ranks.run()
+    assert {"runs/0", "waits/0"} <= ranks.finished.keys()
+    assert not {"asked/0", "late/0", "refused/0"} & ranks.finished.keys()
+
+
+def test_a_check_does_not_count_against_its_key() -> None:
+    ranks = calibrated(with_(keys=KeySettings(megapixel_steps_per_minute=0.1)))
+    asked = replace(image("asked"), key_name="one")
+    for _ in range(9):
+        ranks.admission.check(asked)
+    ranks.submit(asked)
+    with pytest.raises(BusyError, match="megapixel-steps"):
+        ranks.admission.check(replace(image("again"), key_name="one"))
 
 
 def test_a_full_queue_says_when_there_is_room() -> None:

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from app.components.source_encoder import SourceEncoder, nearest_trained_size
+from app.components.source_encoder import SourceEncoder
 from app.engine.engine import Engine
 from app.engine.families import Edits, Family, family_of
 from app.engine.geometry import Geometry
 from app.engine.layouts import Flux2Layout, unpack
+from app.engine.source_fit import nearest_trained_size
 from app.messages import (
     COND,
     BranchStep,
