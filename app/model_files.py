@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 from app.engine.checkpoint import check_checkpoint
 from app.engine.checkpoint_files import CheckpointError, read_json
 from app.engine.families import Family, family_of
-from app.model_hints import INDEX, not_a_model
+from app.model_hints import INDEX, not_a_model, not_a_transformer
 from app.settings import Settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -57,16 +57,40 @@ def model_folder(settings: Settings) -> Path:
         FileNotFoundError: a folder is meant, and it has no ``model_index.json``.
         CheckpointError: something else is named, or the hub doesn't give it: unknown, gated, or not to be reached.
     """
-    return local_folder(settings.model) or _snapshot(settings.model, settings.revision)
+    own_transformer = settings.transformer is None
+    return local_folder(settings.model) or _snapshot(settings.model, settings.revision, own_transformer)
 
 
-def _snapshot(model: str, revision: str | None) -> Path:
+def transformer_file(settings: Settings) -> Path | None:
+    """The file that the setting ``transformer`` names, None where the model's own weights are served.
+
+    Raises:
+        CheckpointError: it is something else than a safetensors file; the message says what to name.
+        FileNotFoundError: it is not on this node.
+    """
+    if settings.transformer is None:
+        return None
+    candidates = [Path(settings.transformer).expanduser(), REPOSITORY / settings.transformer]
+    found = next((path for path in candidates if path.exists() or path.is_symlink()), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"transformer {settings.transformer!r}: there is no file {candidates[0].absolute()} on this node; download "
+            "it, or leave the setting out"
+        )
+    if what := not_a_transformer(found):
+        raise CheckpointError(f"transformer {settings.transformer!r} {what}")
+    return found.absolute()
+
+
+def _snapshot(model: str, revision: str | None, own_transformer: bool) -> Path:
     try:
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=[INDEX]))
         if not (folder / INDEX).is_file():
             raise CheckpointError(f"model {model!r} on the hub has no {INDEX}: it is not in diffusers layout")
         # Of this commit, whatever is pushed meanwhile.
-        return Path(snapshot_download(model, revision=folder.name, allow_patterns=wanted_files(folder)))
+        return Path(
+            snapshot_download(model, revision=folder.name, allow_patterns=wanted_files(folder, own_transformer))
+        )
     except GatedRepoError:
         reason = (
             f"it is gated: accept its licence at https://huggingface.co/{model}, and give the nodes a token that may "
@@ -83,27 +107,35 @@ def _snapshot(model: str, revision: str | None) -> Path:
     raise CheckpointError(f"model {model!r} cannot be had from the Hugging Face hub: {reason}")
 
 
-def wanted_files(folder: Path) -> list[str]:
+def wanted_files(folder: Path, own_transformer: bool = True) -> list[str]:
     """Patterns of the files to download, from a downloaded ``model_index.json``.
 
-    Only the parts that it names: FLUX repositories also hold the same weights as one file for other programs.
+    Only the parts that it names: FLUX repositories also hold the same weights as one file for other programs. Without
+    ``own_transformer`` only the configuration of the transformer.
     """
     parts = [name for name, entry in read_json(folder / INDEX).items() if isinstance(entry, list) and entry[0]]
-    return [INDEX, *(f"{part}/*.{suffix}" for part in parts for suffix in SUFFIXES)]
+    patterns = [
+        f"{part}/*.{suffix}"
+        for part in parts
+        for suffix in SUFFIXES
+        if own_transformer or part != "transformer" or suffix == "json"
+    ]
+    return [INDEX, *patterns]
 
 
 def check_local_checkpoint(settings: Settings) -> None:
-    """Check the checkpoint if its folder is on this machine; a head node need not have it.
+    """Check the checkpoint if its files are on this machine; a head node need not have them.
 
     Raises:
         ValueError: what is wrong, with the file or number; see `check_checkpoint`.
     """
     try:
         folder = local_folder(settings.model)
+        single_file = transformer_file(settings)
     except FileNotFoundError:
         return
     if folder is not None:
-        check_checkpoint(folder, settings.tensor_parallel_size, settings.sequence_parallel_size)
+        check_checkpoint(folder, settings.tensor_parallel_size, settings.sequence_parallel_size, single_file)
 
 
 def fetch_and_check(settings: Settings) -> Family:
@@ -113,8 +145,9 @@ def fetch_and_check(settings: Settings) -> Family:
         What kind of model it is.
 
     Raises:
-        FileNotFoundError, ValueError: what is wrong; see `model_folder` and `check_checkpoint`.
+        FileNotFoundError, ValueError: what is wrong; see `model_folder`, `transformer_file` and `check_checkpoint`.
     """
+    single_file = transformer_file(settings)  # before anything is downloaded
     folder = model_folder(settings)
-    check_checkpoint(folder, settings.tensor_parallel_size, settings.sequence_parallel_size)
+    check_checkpoint(folder, settings.tensor_parallel_size, settings.sequence_parallel_size, single_file)
     return family_of(folder)

@@ -52,6 +52,12 @@ class Settings(Section):
         min_length=1,
         description="Local folder in diffusers' layout, or a Hugging Face hub id.",
     )
+    transformer: str | None = Field(
+        default=None,
+        min_length=1,
+        description="One safetensors file in BFL's layout (flux1-dev.safetensors, or ComfyUI's) whose transformer is "
+        "served in place of the one of `model`, which gives all other parts.",
+    )
     revision: str | None = Field(
         default=None,
         min_length=1,

@@ -150,6 +150,15 @@ def test_a_model_comes_from_the_hub_with_the_token_of_a_mounted_secret(hub: tupl
     assert (offline.returncode, offline.stdout) == (0, done.stdout), offline.stderr
 
 
+def test_beside_a_single_file_the_transformers_weights_stay_on_the_hub(hub: tuple[str, Path], tmp_path: Path) -> None:
+    settings = f"Settings(model={REPO!r}, revision='v1', transformer='flux-2-klein.safetensors')"
+    code = f"from app.model_files import *; print(model_folder({settings}))"
+    done = run(code, hub[0], tmp_path / "home", HF_TOKEN=TOKEN)
+    assert done.returncode == 0, done.stderr
+    got = {path.name for path in Path(done.stdout.strip(), "transformer").iterdir()}
+    assert got == {"config.json"}
+
+
 EVERY_PROCESS = f"""
 import huggingface_hub, app.model_files
 from app.cluster.coordinator import Coordinator

@@ -21,7 +21,7 @@ from app.engine.tuning import Tuning
 from app.engine.warmup import warm_up
 from app.logs import configure_logging
 from app.messages import Conditioning, DenoiseJob, StepPlan, StepResult, StepTime
-from app.model_files import model_folder
+from app.model_files import model_folder, transformer_file
 from app.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,15 @@ class Rank:
         tuning = Tuning(
             settings.attention_backend, settings.compile, settings.quantization, settings.modulation_on_host
         )
-        self._engine = Engine(model, group, device, getattr(torch, settings.dtype), tuning, sequence=sequence)
+        self._engine = Engine(
+            model,
+            group,
+            device,
+            getattr(torch, settings.dtype),
+            tuning,
+            sequence=sequence,
+            single_file=transformer_file(settings),
+        )
         logger.info("rank %d of %d holds its shard of %s", self._rank, settings.ranks, model)
 
     def warm_up(self, job: DenoiseJob) -> tuple[StepTime, ...]:

@@ -22,7 +22,7 @@ from app.engine import quantized
 from app.engine.checkpoint_files import CheckpointError, SafetensorsFile, read_json, refuse_foreign
 from app.engine.families import family_of
 from app.engine.fitting import SCHEDULER, check_fit, check_scheduler
-from app.engine.loading import check_tensors, shapes
+from app.engine.loading import check_tensors, open_transformer, shapes
 from app.engine.parallel import shard_specs
 from app.engine.sequence import check_heads
 from app.engine.weight_files import ENCODER_WEIGHTS, WEIGHTS, encoder_variant, weight_files
@@ -59,13 +59,16 @@ _KLEIN = PipelineParts(
 _PARTS = {"FluxPipeline": _FLUX1, "FluxKontextPipeline": _FLUX1, "Flux2KleinPipeline": _KLEIN}
 
 
-def check_checkpoint(model: Path, tensor_parallel_size: int, sequence_parallel_size: int = 1) -> None:
+def check_checkpoint(
+    model: Path, tensor_parallel_size: int, sequence_parallel_size: int = 1, single_file: Path | None = None
+) -> None:
     """Check that ``model`` can be served, as far as its configurations and its files' headers show.
 
     Args:
         model: a folder in diffusers layout.
         tensor_parallel_size: ranks that share the transformer.
         sequence_parallel_size: ranks with equal shards that share an image's tokens.
+        single_file: the transformer's weights, in BFL's layout, instead of those of ``model``.
 
     Raises:
         CheckpointError: a file is missing, truncated or of another kind, a part is of another class, quantized, lacks a
@@ -85,7 +88,10 @@ def check_checkpoint(model: Path, tensor_parallel_size: int, sequence_parallel_s
     check_heads(transformer.config.num_attention_heads // tensor_parallel_size, sequence_parallel_size)
     check_fit(model, family, {name: part.config for name, part in built.items()})
     for name, part in built.items():
-        _check_weights(model / name, part)
+        if name == "transformer":
+            _check_transformer(model / name, part, single_file)
+        else:
+            _check_weights(model / name, part)
     encoder_variant(model)  # raises for several
     for name in parts.tokenizers:
         _check_tokenizer(model / name)
@@ -118,6 +124,11 @@ def _build(folder: Path, expected: str) -> Any:
     except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path} does not describe a {expected}: {reason}") from error
+
+
+def _check_transformer(folder: Path, transformer: diffusers.ModelMixin, single_file: Path | None) -> None:
+    with ExitStack() as stack:
+        check_tensors(folder, shapes(transformer), open_transformer(stack, folder, transformer, single_file))
 
 
 def _check_weights(folder: Path, part: nn.Module) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -66,11 +66,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in its file: ``offset`` is in bytes from the start of the file."""
+    """A tensor in its file.
+
+    Attributes:
+        offset: in bytes from the start of the file.
+        halves_swapped: the second half of the rows stands before the first.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     offset: int
+    halves_swapped: bool = False
 
 
 class SafetensorsFile:
@@ -79,6 +85,8 @@ class SafetensorsFile:
     Attributes:
         tensors: its tensors by name, in the order of the data.
     """
+
+    tensors: Mapping[str, StoredTensor]
 
     def __init__(self, path: Path) -> None:
         """Open ``path`` and read its header.
@@ -115,7 +123,12 @@ class SafetensorsFile:
         if ranges:
             shape[dim] = sum(end - begin for begin, end in ranges)
         out = torch.empty(shape, dtype=stored.dtype)
-        if not ranges:
+        if stored.halves_swapped:
+            assert not ranges, f"{name} is read whole"
+            half = len(out) // 2
+            self._read_into(out[half:], stored.offset)
+            self._read_into(out[:half], stored.offset + out[half:].nbytes)
+        elif not ranges:
             self._read_into(out, stored.offset)
         elif dim == 0:
             row_bytes = prod(stored.shape[1:]) * stored.dtype.itemsize

@@ -63,8 +63,11 @@ class Engine:
         tuning: Tuning = Tuning(),  # noqa: B008 - frozen
         transformer: ModelMixin | None = None,
         sequence: SequenceParallelGroup = SequenceParallelGroup(),  # noqa: B008 - frozen
+        single_file: Path | None = None,
     ) -> None:
         """Load this rank's shard of ``model`` (a folder in diffusers layout), or take ``transformer`` as it is.
+
+        With ``single_file`` the transformer's weights are those of that file, in BFL's layout.
 
         Raises:
             CheckpointError, ValueError: see `load_transformer`.
@@ -78,7 +81,7 @@ class Engine:
         if transformer is None:
             check_attention(tuning.attention_backend, self.device, dtype)
             transformer = load_transformer(
-                model, self.group, self.device, dtype, tuning.quantization, tuning.modulation_on_host
+                model, self.group, self.device, dtype, tuning.quantization, tuning.modulation_on_host, single_file
             )
             tune(transformer, tuning, self.device, dtype, sequence)
         self.transformer = transformer

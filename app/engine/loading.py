@@ -25,6 +25,7 @@ from app.engine.parallel import (
     planned_linears,
     shard_specs,
 )
+from app.engine.single_file import diffusers_tensors
 from app.engine.weight_files import weight_files
 
 SUPPORTED_TRANSFORMERS = ("FluxTransformer2DModel", "Flux2Transformer2DModel")
@@ -39,6 +40,7 @@ def load_transformer(
     dtype: torch.dtype,
     quantization: Quantization | None = None,
     modulation_on_host: bool = False,
+    single_file: Path | None = None,
 ) -> diffusers.ModelMixin:
     """Load ``model``'s transformer for this rank, in evaluation mode.
 
@@ -49,6 +51,7 @@ def load_transformer(
         dtype: floating-point type of all parameters but those that ``quantization`` stores.
         quantization: ``fp8`` for the weights that tensor parallelism splits, each as soon as it is read.
         modulation_on_host: leave the modulation's weights in (pinned) host memory.
+        single_file: the weights, in BFL's layout, instead of those of ``model``.
 
     Raises:
         CheckpointError: a file is missing, damaged, of another class or shape, or holds too few or unknown tensors.
@@ -61,7 +64,7 @@ def load_transformer(
     aside = [name for names in modulation_linears(transformer) for name in names] if modulation_on_host else []
     on_host = {f"{name}.{parameter}" for name in aside for parameter in ("weight", "bias")}
     with ExitStack() as stack:
-        files = [stack.enter_context(SafetensorsFile(path)) for path in weight_files(folder)]
+        files = open_transformer(stack, folder, transformer, single_file)
         check_tensors(folder, shapes(transformer), files)
         for name, tensor in _read_shard(files, specs, group):
             if name in on_host:
@@ -88,6 +91,22 @@ def meta_transformer(folder: Path) -> diffusers.ModelMixin:
         )
     with torch.device("meta"):
         return getattr(diffusers, config["_class_name"]).from_config(config)
+
+
+def open_transformer(
+    stack: ExitStack, folder: Path, transformer: diffusers.ModelMixin, single_file: Path | None
+) -> list[SafetensorsFile]:
+    """The weights of ``transformer`` as files, open until ``stack`` closes: ``single_file``, or those of ``folder``.
+
+    Raises:
+        CheckpointError: a file is missing or cannot be read, or ``single_file`` is none of this transformer.
+    """
+    if single_file is None:
+        return [stack.enter_context(SafetensorsFile(path)) for path in weight_files(folder)]
+    file = stack.enter_context(SafetensorsFile(single_file))
+    file.refuse_quantized()
+    file.tensors = diffusers_tensors(single_file, file.tensors, transformer)
+    return [file]
 
 
 def shapes(model: nn.Module) -> dict[str, TensorShape]:

@@ -14,6 +14,7 @@ from app.engine.sequence import SequenceParallelGroup
 from app.engine.tuning import Tuning
 from app.messages import Conditioning, DenoiseJob, StepPlan
 from magcache_core import Plan, apply_mag_cache, choose, decisions, load_profile, remove_mag_cache
+from tests.engine import bfl
 from tests.engine.models import TinyModel, image, plans, run
 from tests.local_group import job, psnr
 from tests.ranks import on_grid, relative_error
@@ -30,6 +31,7 @@ TUNED = {
     "compiled": ("flux.1-kontext-dev", Tuning(compile=True, compiler="eager")),
     "fp8": ("flux.2-klein-4b", Tuning(quantization="fp8")),
 }
+SINGLE_FILES = ("flux.1-dev", "flux.2-klein-4b")
 IMAGES = (image(64, 80, seed=1), image(80, 64, seed=2))
 Work = list[tuple[list[StepPlan], Conditioning]]
 
@@ -52,13 +54,20 @@ def _run_all(
     for label, (name, tuning) in TUNED.items():
         formed, tensors = work[name][0]
         made[label] = [run(Engine(folder / name, group, tuning=tuning, sequence=sequence), formed, tensors)]
+    for name in SINGLE_FILES:
+        formed, tensors = work[name][0]
+        file = folder / f"{name}.safetensors"
+        made[file.name] = [run(Engine(folder / name, group, sequence=sequence, single_file=file), formed, tensors)]
     return made
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TinyModel]:
     folder = tmp_path_factory.mktemp("models")
-    return {name: TinyModel(name, folder / name) for name in CASES}
+    made = {name: TinyModel(name, folder / name) for name in CASES}
+    for name in SINGLE_FILES:
+        bfl.write(bfl.transformer_of(made[name].folder), folder / f"{name}.safetensors")
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +100,8 @@ def test_sharded_equals_the_pipelines(
         allowed = 0.05 if label == "fp8" else 1e-4
         (ours,), theirs = made.pop(label), expected[name][0]
         assert relative_error(ours, theirs) <= allowed, label
+    for name in SINGLE_FILES:
+        assert torch.equal(made.pop(f"{name}.safetensors")[0], made[name][0]), name
     assert made.keys() == expected.keys()
     for name, (asked, _) in CASES.items():
         for ours, theirs in zip(made[name], expected[name], strict=True):
