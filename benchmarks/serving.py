@@ -1,5 +1,7 @@
 """This service against what one would write instead, over HTTP on this machine: ``python -m benchmarks.serving``.
 
+``--url URL`` instead runs one load on a server that is there already, this one or any other with OpenAI's image API.
+
 flux-tiny, mixed sizes and step counts, the same threads and the same computed steps everywhere: diffusers' pipeline
 with diffusers' MagCache in one Serve deployment, one image at a time and with ``@serve.batch``, and this service with
 two groups of one rank and with one of two. Closed loops and Poisson arrivals; the two ratios that were to be reached
@@ -33,6 +35,7 @@ from benchmarks.serve.load import closed_loop, open_loop, summarise, workload
 from benchmarks.serve.peers import CachedPipeline
 from benchmarks.serve.phases import speed_up
 from benchmarks.serve.plots import draw
+from benchmarks.serve.server import add_arguments, lines, measure_server
 from benchmarks.serve.systems import MODEL, PROFILE, SYSTEMS, THREADS, cluster, ours, running, settle
 from benchmarks.serve.tables import fill, markdown
 
@@ -210,7 +213,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/serving.json"))
     parser.add_argument("--plot", type=Path, default=Path("benchmarks/results/serving.png"))
     parser.add_argument("--page", type=Path, help="Markdown file to put the tables into, such as docs/performance.md")
+    add_arguments(parser)
     args = parser.parse_args()
+    if args.url is not None:
+        figures = measure_server(args)
+        print("\n".join(lines(figures)))
+        print(json.dumps(figures))
+        return 0
     document = run(QUICK if args.quick else Effort(), args.dtype)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import httpx
@@ -36,6 +36,15 @@ class Wish:
 
 
 @dataclass(frozen=True)
+class Target:
+    """A server: its base URL, fields that each request has beside the wish's own, and the API key."""
+
+    url: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    key: str | None = None
+
+
+@dataclass(frozen=True)
 class Outcome:
     """When a request was sent, seconds from the start of its run, and how it went."""
 
@@ -44,17 +53,19 @@ class Outcome:
     status: int
 
 
-def workload(count: int, seed: int) -> list[Wish]:
+def workload(
+    count: int, seed: int, sizes: Sequence[tuple[int, int]] = SIZES, steps: Sequence[int] = STEPS
+) -> list[Wish]:
     """``count`` wishes of mixed sizes and step counts; each prompt is new, so that no cache of prompts helps."""
     rng = np.random.default_rng([5, seed])
     prompts = draw_prompts(count, held_out=True, seed=1000 + seed).texts
     return [
-        Wish(f"{prompt} {index}", *SIZES[rng.integers(len(SIZES))], STEPS[rng.integers(len(STEPS))], index)
+        Wish(f"{prompt} {index}", *sizes[rng.integers(len(sizes))], steps[rng.integers(len(steps))], index)
         for index, prompt in enumerate(prompts)
     ]
 
 
-async def closed_loop(url: str, wishes: Sequence[Wish], clients: int) -> list[Outcome]:
+async def closed_loop(target: str | Target, wishes: Sequence[Wish], clients: int) -> list[Outcome]:
     """``clients`` that each ask again as soon as they are answered, until all wishes are asked for."""
     left = iter(wishes)
 
@@ -62,10 +73,10 @@ async def closed_loop(url: str, wishes: Sequence[Wish], clients: int) -> list[Ou
         for wish in left:
             await ask(wish)
 
-    return await _run(url, lambda ask: [client(ask) for _ in range(clients)])
+    return await _run(target, lambda ask: [client(ask) for _ in range(clients)])
 
 
-async def open_loop(url: str, wishes: Sequence[Wish], rate: float, seed: int) -> list[Outcome]:
+async def open_loop(target: str | Target, wishes: Sequence[Wish], rate: float, seed: int) -> list[Outcome]:
     """Wishes at random times, ``rate`` a second on average (Poisson), whatever becomes of those before."""
     times = np.random.default_rng([6, seed]).exponential(1 / rate, len(wishes)).cumsum()
 
@@ -73,18 +84,22 @@ async def open_loop(url: str, wishes: Sequence[Wish], rate: float, seed: int) ->
         await asyncio.sleep(time_s)
         await ask(wish)
 
-    return await _run(url, lambda ask: [at(float(t), wish, ask) for t, wish in zip(times, wishes, strict=True)])
+    return await _run(target, lambda ask: [at(float(t), wish, ask) for t, wish in zip(times, wishes, strict=True)])
 
 
-async def _run(url: str, clients: Callable[[Callable[[Wish], Awaitable[None]]], list[Any]]) -> list[Outcome]:
+async def _run(
+    server: str | Target, clients: Callable[[Callable[[Wish], Awaitable[None]]], list[Any]]
+) -> list[Outcome]:
     outcomes: list[Outcome] = []
+    target = Target(server) if isinstance(server, str) else server
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
-    async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, limits=limits) as http:
+    headers = {"Authorization": f"Bearer {target.key}"} if target.key else {}
+    async with httpx.AsyncClient(base_url=target.url, timeout=TIMEOUT_S, limits=limits, headers=headers) as http:
         started = time.perf_counter()
 
         async def ask(wish: Wish) -> None:
             sent = time.perf_counter()
-            reply = await http.post("/v1/images/generations", json=wish.body)
+            reply = await http.post("/v1/images/generations", json={**target.fields, **wish.body})
             outcomes.append(Outcome(sent - started, time.perf_counter() - sent, reply.status_code))
 
         async with asyncio.TaskGroup() as group:
