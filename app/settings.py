@@ -5,6 +5,7 @@ the repository.
 """
 
 from collections.abc import Iterator
+from math import prod
 from typing import Literal, Self
 
 from pydantic import BaseModel, Field, field_validator, model_validator
@@ -99,6 +100,11 @@ class Settings(Section):
         description="Copies of those shards that share the tokens of an image (Ulysses); a group has as many ranks as "
         "both sizes multiplied. Exchanges far less than tensor parallelism, and holds the weights once a copy: for "
         "cards without NVLink that hold the model, or for more cards than the heads divide into.",
+    )
+    cfg_parallel: bool = Field(
+        default=False,
+        description="Run the two branches of true CFG on different halves of the group, which has twice as many ranks "
+        "then; images without a negative prompt alternate between the halves.",
     )
     num_replicas: PositiveInt = Field(
         default=1, description="Tensor-parallel groups; each holds a whole copy of the model."
@@ -256,7 +262,12 @@ class Settings(Section):
     @property
     def ranks(self) -> int:
         """Ranks of one group."""
-        return self.tensor_parallel_size * self.sequence_parallel_size
+        return prod(self.parallel_sizes)
+
+    @property
+    def parallel_sizes(self) -> tuple[int, int, int]:
+        """How many ranks share the weights, an image's tokens, and its CFG branches."""
+        return self.tensor_parallel_size, self.sequence_parallel_size, 2 if self.cfg_parallel else 1
 
     @property
     def max_replicas(self) -> int:

@@ -44,8 +44,8 @@ def separate(transformer: Any) -> None:
 def _rank(rank: int, folder: str, rounds: int) -> None:
     torch.set_num_threads(1)
     store = FileStore(f"{folder}/store", RANKS)
-    group, _ = join(rank, RANKS, 1, store, torch.device("cpu"), timeout_seconds=300)
-    engines = {"joined": Engine(MODEL, group), "separate": Engine(MODEL, group)}
+    groups = join(rank, (RANKS, 1, 1), store, torch.device("cpu"), timeout_seconds=300)
+    engines = {"joined": Engine(MODEL, groups), "separate": Engine(MODEL, groups)}
     separate(engines["separate"].transformer)
     found = []
     for rows, side in CASES:

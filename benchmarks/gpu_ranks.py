@@ -14,6 +14,7 @@ from torch.distributed import FileStore
 
 from app.engine.engine import Engine
 from app.engine.parallel import TensorParallelGroup
+from app.engine.process_groups import RankGroups
 from app.messages import PromptEmbeddings
 from benchmarks.gpu_runs import Ours, Request
 from benchmarks.make_checkpoint import make_checkpoint
@@ -32,7 +33,7 @@ def equal(device: torch.device) -> dict[str, Any]:
     """
     folder = Path(tempfile.mkdtemp(prefix="flux-gpu-ranks-"))
     model = make_checkpoint("flux.1-dev", "tiny", folder / "model", components=["transformer", "scheduler"])
-    alone = _image(model, TensorParallelGroup(), device)
+    alone = _image(model, RankGroups(), device)
     mp.spawn(_rank, args=(str(folder), str(device)), nprocs=2)
     together = torch.load(folder / "latents.pt", weights_only=True)
     error = float((together - alone).norm() / alone.norm())
@@ -41,8 +42,8 @@ def equal(device: torch.device) -> dict[str, Any]:
     return {"backend": "gloo", "relative_difference": error}
 
 
-def _image(model: Path, group: TensorParallelGroup, device: torch.device) -> torch.Tensor:
-    engine = Engine(model, group, device, torch.float32)
+def _image(model: Path, groups: RankGroups, device: torch.device) -> torch.Tensor:
+    engine = Engine(model, groups, device, torch.float32)
     config: Any = engine.transformer.config
     generator = torch.Generator().manual_seed(1)
     prompt = PromptEmbeddings(
@@ -56,7 +57,9 @@ def _image(model: Path, group: TensorParallelGroup, device: torch.device) -> tor
 def _rank(rank: int, folder: str, device: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=FileStore(f"{folder}/store", 2), world_size=2, rank=rank)
-    latents = _image(Path(folder) / "model", TensorParallelGroup(rank, 2, dist.group.WORLD), torch.device(device))
+    latents = _image(
+        Path(folder) / "model", RankGroups(TensorParallelGroup(rank, 2, dist.group.WORLD)), torch.device(device)
+    )
     if rank == 0:
         torch.save(latents, f"{folder}/latents.pt")
     dist.barrier()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +15,25 @@ from torch.distributed import FileStore
 from app.engine.process_groups import join
 
 
-def on_ranks(size: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> Any:
-    """What ``work(tensor_group, *arguments)`` returns on rank 0 of ``size`` ranks that share the weights.
+def on_ranks(sizes: tuple[int, int, int], folder: Path, work: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``work(groups, *arguments)`` returns on rank 0.
 
     Args:
+        sizes: how many ranks share the weights, the tokens, and the CFG branches.
         folder: an empty one; the ranks meet there.
         work: a function of a module, since it is sent to other processes.
     """
-    return on_grid(size, 1, folder, _without_sequence, work, *arguments)
-
-
-def on_grid(tensor: int, sequence: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> Any:
-    """What ``work(tensor_group, sequence_group, *arguments)`` returns on rank 0; otherwise like `on_ranks`."""
-    mp.spawn(_rank, args=(tensor, sequence, str(folder), work, arguments), nprocs=tensor * sequence)
+    mp.spawn(_rank, args=(sizes, str(folder), work, arguments), nprocs=prod(sizes))
     return torch.load(folder / "result.pt", weights_only=False)
 
 
-def _without_sequence(tensor: Any, sequence: Any, work: Callable[..., Any], *arguments: Any) -> Any:
-    return work(tensor, *arguments)
-
-
 def _rank(
-    rank: int, tensor: int, sequence: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]
+    rank: int, sizes: tuple[int, int, int], folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
-    store = FileStore(f"{folder}/store", tensor * sequence)
-    groups = join(rank, tensor, sequence, store, torch.device("cpu"), timeout_seconds=120)
-    result = work(*groups, *arguments)
+    store = FileStore(f"{folder}/store", prod(sizes))
+    groups = join(rank, sizes, store, torch.device("cpu"), timeout_seconds=120)
+    result = work(groups, *arguments)
     if rank == 0:
         torch.save(result, f"{folder}/result.pt")
     torch.distributed.barrier()

@@ -1,4 +1,4 @@
-"""Whoever opens a module finds its tests under its name: app/api/forms.py has tests/api/test_forms.py."""
+"""The tests of a module stand under its name: app/api/forms.py has tests/api/test_forms.py."""
 
 from __future__ import annotations
 

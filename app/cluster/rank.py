@@ -14,9 +14,7 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 from app.cluster.by_reference import by_reference
 from app.cluster.network import use_interface_of
 from app.engine.engine import Engine
-from app.engine.parallel import TensorParallelGroup
-from app.engine.process_groups import join
-from app.engine.sequence import SequenceParallelGroup
+from app.engine.process_groups import RankGroups, join
 from app.engine.tuning import Tuning
 from app.engine.warmup import warm_up
 from app.logs import configure_logging
@@ -58,22 +56,20 @@ class Rank:
         device = torch.device(settings.device, 0) if settings.device == "cuda" else torch.device("cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        group, sequence = TensorParallelGroup(), SequenceParallelGroup()
+        groups = RankGroups()
         if rendezvous is not None:
             use_interface_of(ray.util.get_node_ip_address())
             store = self._store or TCPStore(*rendezvous, settings.ranks, is_master=False)
-            sizes = settings.tensor_parallel_size, settings.sequence_parallel_size
-            group, sequence = join(self._rank, *sizes, store, device)
+            groups = join(self._rank, settings.parallel_sizes, store, device)
         tuning = Tuning(
             settings.attention_backend, settings.compile, settings.quantization, settings.modulation_on_host
         )
         self._engine = Engine(
             model,
-            group,
+            groups,
             device,
             getattr(torch, settings.dtype),
             tuning,
-            sequence=sequence,
             single_file=transformer_file(settings),
         )
         logger.info("rank %d of %d holds its shard of %s", self._rank, settings.ranks, model)

@@ -17,10 +17,9 @@ from app.engine.families import Edits
 from app.engine.geometry import Geometry
 from app.engine.loading import load_transformer
 from app.engine.modulation import Modulation
-from app.engine.parallel import TensorParallelGroup
+from app.engine.process_groups import RankGroups
 from app.engine.rows import BatchKey, Branch, Row
 from app.engine.sampling import FlowMatchSampler, mix_noise
-from app.engine.sequence import SequenceParallelGroup
 from app.engine.tuning import Tuning, check_attention, tune
 from app.errors import PlanMismatchError
 from app.messages import (
@@ -57,12 +56,11 @@ class Engine:
     def __init__(
         self,
         model: Path,
-        group: TensorParallelGroup | None = None,
+        groups: RankGroups = RankGroups(),  # noqa: B008 - frozen
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         tuning: Tuning = Tuning(),  # noqa: B008 - frozen
         transformer: ModelMixin | None = None,
-        sequence: SequenceParallelGroup = SequenceParallelGroup(),  # noqa: B008 - frozen
         single_file: Path | None = None,
     ) -> None:
         """Load this rank's shard of ``model`` (a folder in diffusers layout), or take ``transformer`` as it is.
@@ -73,19 +71,17 @@ class Engine:
             CheckpointError, ValueError: see `load_transformer`.
             TuningError: this machine cannot run ``tuning``.
         """
-        self.group = group or TensorParallelGroup()
-        self.sequence = sequence
-        self.rank = sequence.rank * self.group.size + self.group.rank
+        self.groups = groups
         self.device = torch.device(device)
         self.dtype = dtype
         if transformer is None:
             check_attention(tuning.attention_backend, self.device, dtype)
             transformer = load_transformer(
-                model, self.group, self.device, dtype, tuning.quantization, tuning.modulation_on_host, single_file
+                model, groups.tensor, self.device, dtype, tuning.quantization, tuning.modulation_on_host, single_file
             )
-            tune(transformer, tuning, self.device, dtype, sequence)
+            tune(transformer, tuning, self.device, dtype, groups.sequence)
         self.transformer = transformer
-        self._modulation = Modulation(transformer, self.group, self.device)
+        self._modulation = Modulation(transformer, groups.tensor, self.device)
         self.strategy = get_strategy(self.transformer)
         self.sampler = FlowMatchSampler(model)
         self.family = self.sampler.family
@@ -96,6 +92,7 @@ class Engine:
     def restart(self) -> None:
         """Drop all rows, and expect the first plan of a new history."""
         self.rows.clear()
+        self._admitted = 0
         self._sequence = 0
         self._digest = FIRST_DIGEST
 
@@ -127,20 +124,20 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # a result means that the step is done, and its seconds are the GPU's
         return StepResult(
-            rank=self.rank,
+            rank=self.groups.rank,
             sequence=plan.sequence,
             digest=self._digest,
             seconds=time.perf_counter() - started,
             residual_bytes=sum(row.residual_bytes for row in self.rows.values()),
-            latents=latents if self.rank == 0 else {},
-            previews=previews if self.rank == 0 else {},
+            latents=latents if self.groups.rank == 0 else {},
+            previews=previews if self.groups.rank == 0 else {},
         )
 
     def _check(self, plan: StepPlan) -> None:
         expected = plan_digest(self._digest, plan)
         if plan.sequence != self._sequence or plan.digest != expected:
             raise PlanMismatchError(
-                f"rank {self.rank} expected plan {self._sequence} with digest {expected}, "
+                f"rank {self.groups.rank} expected plan {self._sequence} with digest {expected}, "
                 f"got plan {plan.sequence} with digest {plan.digest}"
             )
         self._sequence += 1
@@ -164,9 +161,11 @@ class Engine:
         if job.strength is not None:
             (source,) = conditioning.sources
             latents = mix_noise(source.latents.to(latents), latents, sigmas[0])
+        self._admitted += 1
         references = conditioning.sources if self.family.edits is Edits.REFERENCES else ()
         return Row(
             job=job,
+            number=self._admitted,
             geometry=geometry,
             latents=latents,
             sigmas=sigmas.to(self.device),
@@ -178,11 +177,11 @@ class Engine:
     def _embed_references(self, references: Sequence[SourceImage]) -> torch.Tensor:
         """This rank's part of (reference tokens, inner_dim), all images one after another."""
         channels = self.transformer.config.in_channels
-        tokens = self.sequence.part(torch.cat([torch.empty(0, channels), *(one.latents for one in references)]))
+        tokens = self.groups.sequence.part(torch.cat([torch.empty(0, channels), *(one.latents for one in references)]))
         return self.strategy.embed_image(self.transformer, tokens.to(self.device, self.dtype)[None])[0]
 
     def _branch(self, prompt: PromptEmbeddings, timesteps: torch.Tensor, job: DenoiseJob) -> Branch:
-        tokens = self.sequence.part(prompt.tokens).to(self.device, self.dtype)
+        tokens = self.groups.sequence.part(prompt.tokens).to(self.device, self.dtype)
         context = self.strategy.context(self.transformer, tokens[None])[0]
         steps = len(timesteps)
         guidance = torch.full((steps,), job.guidance_scale, dtype=torch.float32, device=self.device)
@@ -203,7 +202,7 @@ class Engine:
             for step in row_step.branches
         ]
         running = [part for part in parts if part.step.runs]
-        velocities = iter(self._velocity(running) if running else ())
+        velocities = iter(self._velocities(running) if running else ())
         previews = {}
         for row_step in row_steps:
             row = self.rows[row_step.row_id]
@@ -228,9 +227,16 @@ class Engine:
             row.latents = row.displaced(row_step.move).to(self.dtype)
         return row.displaced(row_step.estimate) if row_step.preview else None
 
+    def _velocities(self, parts: Sequence[BatchItem]) -> torch.Tensor:
+        """`_velocity` of all ``parts``, of which each copy of the shard computes its own."""
+        owners = [part.row.owner(part.step.branch, self.groups.branches.size) for part in parts]
+        own = [part for part, owner in zip(parts, owners, strict=True) if owner == self.groups.branches.rank]
+        none = parts[0].row.latents[None][:0]
+        return self.groups.branches.merge(self._velocity(own) if own else none, owners)
+
     def _velocity(self, parts: Sequence[BatchItem]) -> torch.Tensor:
         """Predicted velocities, (parts, image_tokens, channels), each computed or with a reused residual."""
-        latents = self.sequence.part(torch.stack([part.row.latents for part in parts]))
+        latents = self.groups.sequence.part(torch.stack([part.row.latents for part in parts]))
         hidden = self.strategy.embed_image(self.transformer, latents)
         computing = [index for index, part in enumerate(parts) if part.step.compute]
         if len(computing) == len(parts):
@@ -245,7 +251,7 @@ class Engine:
                 output[computing] = self._blocks(subset, hidden[computing])
         modulation = torch.stack([part.branch.output_modulation[part.row_step.step] for part in parts])
         velocity: torch.Tensor = self.strategy.project(self.transformer, output, modulation)
-        return self.sequence.gather(velocity, parts[0].row.geometry.tokens)
+        return self.groups.sequence.gather(velocity, parts[0].row.geometry.tokens)
 
     def _blocks(self, parts: Sequence[BatchItem], hidden: torch.Tensor) -> torch.Tensor:
         """Run the block stack on rows that compute and keep their residuals; (parts, image_tokens, inner_dim)."""
@@ -272,6 +278,6 @@ class Engine:
         """Positions of this rank's tokens: its parts of the text, of the image and of the references."""
         ids = self.family.layout.position_ids(geometry, text_tokens, references).to(self.device)
         segments = text_tokens, geometry.tokens, sum(one.tokens for one in references)
-        own = torch.cat([self.sequence.part(segment) for segment in ids.split(segments)])
-        sizes = self.sequence.part_sizes(*segments)
+        own = torch.cat([self.groups.sequence.part(segment) for segment in ids.split(segments)])
+        sizes = self.groups.sequence.part_sizes(*segments)
         return positions(self.transformer, self.transformer.pos_embed(own), tuple(sizes))

@@ -75,6 +75,7 @@ class Row:
     """One image under way.
 
     Attributes:
+        number: of the row among all that were admitted.
         latents: (image_tokens, channels), packed.
         sigmas: (steps to run + 1,), float32, on the rank's device.
         references: (reference tokens, inner_dim), the embedded reference images one after another; they are the same
@@ -85,6 +86,7 @@ class Row:
     """
 
     job: DenoiseJob
+    number: int
     geometry: Geometry
     latents: torch.Tensor
     sigmas: torch.Tensor
@@ -97,6 +99,10 @@ class Row:
     def batch_key(self) -> BatchKey:
         """Rows with equal keys have equal tensor shapes and position ids, and can share a forward pass."""
         return self.geometry, next(iter(self.branches.values())).text_tokens, self.reference_geometries
+
+    def owner(self, branch: str, copies: int) -> int:
+        """Which of the shard's ``copies`` runs a CFG branch of this row, at every step."""
+        return (self.number + list(self.branches).index(branch)) % copies
 
     @property
     def residual_bytes(self) -> int:

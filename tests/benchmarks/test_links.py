@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from app.engine.engine import Engine
 from app.engine.parallel import TensorParallelGroup
+from app.engine.process_groups import RankGroups
 from app.engine.sequence import SequenceParallelGroup
 from benchmarks import links
 from tests.local_group import MODEL, execute, job, plans, random_conditioning
@@ -35,7 +36,8 @@ def test_what_a_rank_sends_is_what_the_engine_sends(
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     monkeypatch.setattr(dist, "all_to_all_single", all_to_all)
-    engine = Engine(MODEL, TensorParallelGroup(0, tensor), sequence=SequenceParallelGroup(0, sequence))
+    groups = RankGroups(TensorParallelGroup(0, tensor), SequenceParallelGroup(0, sequence))
+    engine = Engine(MODEL, groups)
     asked = job("a/0", steps=2)
     admission, *steps = [replace(plan) for plan in plans([asked])]
     assert len(steps) == 1

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from app.engine.engine import Engine
-from app.engine.parallel import TensorParallelGroup
+from app.engine.process_groups import RankGroups
 from app.messages import Conditioning, DenoiseJob, MagCacheOptions, StepPlan
 from app.settings import MagCacheSettings, Settings
 from magcache_core import choose, load_profile
@@ -156,16 +156,16 @@ def mixed_plans() -> tuple[list[StepPlan], dict[str, Conditioning]]:
     return form(jobs, limits(4, 576), [0, 1, 2, 4, 4], {"b/0": 7}).plans, conditioning
 
 
-def _execute_mix(group: TensorParallelGroup) -> dict[str, torch.Tensor]:
-    engine = Engine(MODEL, group)
+def _execute_mix(groups: RankGroups) -> dict[str, torch.Tensor]:
+    engine = Engine(MODEL, groups)
     latents = execute(engine, *mixed_plans())
     assert not engine.rows
     return latents
 
 
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    sharded = on_ranks(2, tmp_path, _execute_mix)
-    whole = _execute_mix(TensorParallelGroup())
+    sharded = on_ranks((2, 1, 1), tmp_path, _execute_mix)
+    whole = _execute_mix(RankGroups())
     assert sharded.keys() == whole.keys() == {"a/0", "c/0", "d/0", "e/0"}
     for row_id, expected in whole.items():
         assert relative_error(sharded[row_id], expected) <= 1e-5

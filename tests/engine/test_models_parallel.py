@@ -9,15 +9,14 @@ import pytest
 import torch
 
 from app.engine.engine import Engine
-from app.engine.parallel import TensorParallelGroup
-from app.engine.sequence import SequenceParallelGroup
+from app.engine.process_groups import RankGroups
 from app.engine.tuning import Tuning
 from app.messages import Conditioning, DenoiseJob, StepPlan
 from magcache_core import Plan, apply_mag_cache, choose, decisions, load_profile, remove_mag_cache
 from tests.engine import bfl
 from tests.engine.models import TinyModel, image, plans, run
 from tests.local_group import job, psnr
-from tests.ranks import on_grid, relative_error
+from tests.ranks import on_ranks, relative_error
 
 CASES: dict[str, tuple[DenoiseJob, int]] = {
     "flux.1-dev": (job("a/0", size=(64, 80), steps=12, true_cfg_scale=2.0), 0),
@@ -44,20 +43,18 @@ def _cached(asked: DenoiseJob) -> list[Plan]:
     return [plan, replace(plan, reuse="corrected")]
 
 
-def _run_all(
-    group: TensorParallelGroup, sequence: SequenceParallelGroup, folder: Path, work: dict[str, Work]
-) -> dict[str, list[torch.Tensor]]:
+def _run_all(groups: RankGroups, folder: Path, work: dict[str, Work]) -> dict[str, list[torch.Tensor]]:
     made = {
-        name: [run(Engine(folder / name, group, sequence=sequence), formed, tensors) for formed, tensors in parts]
+        name: [run(Engine(folder / name, groups), formed, tensors) for formed, tensors in parts]
         for name, parts in work.items()
     }
     for label, (name, tuning) in TUNED.items():
         formed, tensors = work[name][0]
-        made[label] = [run(Engine(folder / name, group, tuning=tuning, sequence=sequence), formed, tensors)]
+        made[label] = [run(Engine(folder / name, groups, tuning=tuning), formed, tensors)]
     for name in SINGLE_FILES:
         formed, tensors = work[name][0]
         file = folder / f"{name}.safetensors"
-        made[file.name] = [run(Engine(folder / name, group, sequence=sequence, single_file=file), formed, tensors)]
+        made[file.name] = [run(Engine(folder / name, groups, single_file=file), formed, tensors)]
     return made
 
 
@@ -84,9 +81,9 @@ def expected(models: dict[str, TinyModel]) -> dict[str, list[torch.Tensor]]:
     return found
 
 
-@pytest.mark.parametrize(("tensor", "sequence"), [(2, 1), (3, 1), (2, 2)])
+@pytest.mark.parametrize("sizes", [(2, 1, 1), (3, 1, 1), (2, 2, 1), (1, 1, 2)])
 def test_sharded_equals_the_pipelines(
-    tensor: int, sequence: int, models: dict[str, TinyModel], expected: dict[str, list[torch.Tensor]], tmp_path: Path
+    sizes: tuple[int, int, int], models: dict[str, TinyModel], expected: dict[str, list[torch.Tensor]], tmp_path: Path
 ) -> None:
     work: dict[str, Work] = {}
     for name, (asked, sources) in CASES.items():
@@ -95,7 +92,7 @@ def test_sharded_equals_the_pipelines(
         for plan in _cached(asked):
             sigmas = Engine(models[name].folder).sampler.sigmas(asked.num_inference_steps, 20).tolist()
             work[name].append((plans(asked, dict.fromkeys(asked.branches, decisions(plan, sigmas))), tensors))
-    made = on_grid(tensor, sequence, tmp_path, _run_all, next(iter(models.values())).folder.parent, work)
+    made = on_ranks(sizes, tmp_path, _run_all, next(iter(models.values())).folder.parent, work)
     for label, (name, _) in TUNED.items():
         allowed = 0.05 if label == "fp8" else 1e-4
         (ours,), theirs = made.pop(label), expected[name][0]

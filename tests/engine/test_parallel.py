@@ -12,34 +12,23 @@ from app.engine.engine import Engine
 from app.engine.geometry import Geometry
 from app.engine.loading import load_transformer
 from app.engine.parallel import TensorParallelGroup, shard_specs
-from app.messages import Conditioning, MagCacheOptions, StepPlan
-from tests.local_group import MODEL, execute, job, plans, random_conditioning
+from app.engine.process_groups import RankGroups
+from tests.engine.mixed import mixed
+from tests.local_group import MODEL, execute
 from tests.ranks import on_ranks, relative_error
 
 CPU = torch.device("cpu")
 
 
-def _mix() -> tuple[list[StepPlan], dict[str, Conditioning]]:
-    """Requests of several sizes, step counts and settings, some with true CFG, that arrive one after another."""
-    cached = MagCacheOptions(True)
-    jobs = [
-        job("a/0", steps=10),
-        job("b/0", steps=12, size=(160, 96), magcache=cached),
-        job("c/0", steps=8, true_cfg_scale=2.0, magcache=cached),
-    ]
-    conditioning = {one.row_id: random_conditioning(one, seed) for seed, one in enumerate(jobs)}
-    return plans(jobs, arrivals=[0, 2, 4]), conditioning
-
-
-def _execute_mix(group: TensorParallelGroup) -> dict[str, torch.Tensor]:
-    return execute(Engine(MODEL, group), *_mix())
+def _execute_mix(groups: RankGroups) -> dict[str, torch.Tensor]:
+    return execute(Engine(MODEL, groups), *mixed())
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_sharded_equals_whole(size: int, tmp_path: Path) -> None:
-    sharded = on_ranks(size, tmp_path, _execute_mix)
-    whole = _execute_mix(TensorParallelGroup())
-    assert sharded.keys() == whole.keys() == {"a/0", "b/0", "c/0"}
+    sharded = on_ranks((size, 1, 1), tmp_path, _execute_mix)
+    whole = _execute_mix(RankGroups())
+    assert sharded.keys() == whole.keys() == {"a/0", "b/0", "c/0", "d/0"}
     for row_id, expected in whole.items():
         assert relative_error(sharded[row_id], expected) <= 1e-5
 
@@ -65,7 +54,7 @@ def test_a_double_block_sums_three_times_and_a_single_block_once(monkeypatch: py
         return partial
 
     monkeypatch.setattr(TensorParallelGroup, "sum", count)
-    engine = Engine(MODEL, TensorParallelGroup(0, 2))
+    engine = Engine(MODEL, RankGroups(TensorParallelGroup(0, 2)))
     blocks = engine.transformer
     hidden, context = torch.randn(1, 64, 192), torch.randn(1, 32, 192)
     modulation = engine._modulation.by_block(torch.randn(1, engine._modulation.width))

@@ -8,32 +8,19 @@ import pytest
 import torch
 
 from app.engine.engine import Engine
-from app.engine.parallel import TensorParallelGroup
+from app.engine.process_groups import RankGroups
 from app.engine.sequence import SequenceParallelGroup, check_heads
-from app.messages import Conditioning, MagCacheOptions, StepPlan
-from tests.local_group import MODEL, execute, job, plans, random_conditioning
-from tests.ranks import on_grid, relative_error
-
-
-def _mix() -> tuple[list[StepPlan], dict[str, Conditioning]]:
-    """Requests of several sizes (49, 60 and 64 image tokens) and settings that arrive one after another."""
-    cached = MagCacheOptions(True)
-    jobs = [
-        job("a/0", steps=10),
-        job("b/0", steps=12, size=(160, 96), magcache=cached),
-        job("c/0", steps=8, true_cfg_scale=2.0, magcache=cached),
-        job("d/0", steps=9, size=(112, 112), magcache=cached),
-    ]
-    conditioning = {one.row_id: random_conditioning(one, seed) for seed, one in enumerate(jobs)}
-    return plans(jobs, arrivals=[0, 2, 4, 5]), conditioning
+from tests.engine.mixed import mixed
+from tests.local_group import MODEL, execute
+from tests.ranks import on_ranks, relative_error
 
 
 def _execute_mix(
-    group: TensorParallelGroup, sequence: SequenceParallelGroup
+    groups: RankGroups,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Size]]:
     """Latents, and the shapes of residuals half way."""
-    engine = Engine(MODEL, group, sequence=sequence)
-    formed, conditioning = _mix()
+    engine = Engine(MODEL, groups)
+    formed, conditioning = mixed()
     half = len(formed) // 2
     latents = execute(engine, formed[:half], conditioning)
     kept = {name: row.branches["cond"].residuals for name, row in engine.rows.items()}
@@ -44,8 +31,8 @@ def _execute_mix(
 @pytest.mark.parametrize(("tensor", "sequence"), [(1, 2), (1, 3), (2, 2)])
 def test_shared_tokens_equal_the_whole(tensor: int, sequence: int, tmp_path: Path) -> None:
     """(2, 2) has three heads a shard, which two ranks share unevenly."""
-    shared, residuals = on_grid(tensor, sequence, tmp_path, _execute_mix)
-    whole, all_residuals = _execute_mix(TensorParallelGroup(), SequenceParallelGroup())
+    shared, residuals = on_ranks((tensor, sequence, 1), tmp_path, _execute_mix)
+    whole, all_residuals = _execute_mix(RankGroups())
     assert shared.keys() == whole.keys() == {"a/0", "b/0", "c/0", "d/0"}
     for row_id, expected in whole.items():
         assert relative_error(shared[row_id], expected) <= 1e-5
@@ -54,8 +41,8 @@ def test_shared_tokens_equal_the_whole(tensor: int, sequence: int, tmp_path: Pat
         assert residuals[row_id] == (-(-tokens // sequence), channels), "rank 0 keeps its part only"
 
 
-def _round_trip(group: TensorParallelGroup, sequence: SequenceParallelGroup) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    found = []
+def _round_trip(groups: RankGroups) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    sequence, found = groups.sequence, []
     for tokens, heads in ((12, 4), (13, 3), (5, 5)):
         whole = torch.randn(2, tokens, heads, 6, generator=torch.Generator().manual_seed(tokens))
         own = sequence.part(whole.flatten(2)).unflatten(2, (heads, 6))
@@ -70,7 +57,7 @@ def _of_all_tokens(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
 
 
 def test_every_head_sees_every_token(tmp_path: Path) -> None:
-    for ours, expected in on_grid(1, 3, tmp_path, _round_trip):
+    for ours, expected in on_ranks((1, 3, 1), tmp_path, _round_trip):
         torch.testing.assert_close(ours, expected)
 
 
