@@ -38,7 +38,9 @@ class AccessMiddleware:
     def _check(self, scope: Scope, headers: Headers) -> None:
         path = path_of(scope)
         if self._keys is not None and path not in _OPEN and (path != "/metrics" or self._http.metrics_need_key):
-            scope["state"]["key_name"] = self._keys.name_of(headers.get("authorization"))
+            azure = headers.get("api-key")
+            given = headers.get("authorization", None if azure is None else f"Bearer {azure}")
+            scope["state"]["key_name"] = self._keys.name_of(given)
         for name in PROXY_HEADERS:
             if name in headers and not self._http.allow_proxy_headers:
                 raise InvalidRequestError(

@@ -18,7 +18,7 @@ from app.api.edit_body import EditBody, read_edit
 from app.api.image_memory import ImageMemory
 from app.api.middleware import EDITS_PATH
 from app.api.resolve import ResolvedRequest, resolve_request
-from app.api.routes import IMAGES_RESPONSES, Service, answer, key_name_of
+from app.api.routes import IMAGES_RESPONSES, Service, answer, key_name_of, model_in_path
 from app.api.schemas import EditsRequest
 from app.api.uploads import UploadHead, read_head, read_upload, size_like
 from app.api.validation import parse
@@ -79,7 +79,7 @@ async def _resolved(request: Request) -> ResolvedRequest:
             request_id, key_name = request.state.request_id, key_name_of(request)
             return resolve_request(body, settings, family, request_id, accept, sources, strength, key_name)
 
-        body = parse(sent.fields, EditsRequest, resolve)
+        body = parse(sent.fields | model_in_path(request), EditsRequest, resolve)
         accept = request.headers.get("accept", "")
         resolve(body, accept)
         arriving.grow(sum(len(upload.content) for upload in sent.images if isinstance(upload.content, str)))

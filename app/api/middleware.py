@@ -26,6 +26,7 @@ EDITS_PATH = "/v1/images/edits"
 # nginx's status for a client that left before the answer; no such reply is ever sent.
 CLIENT_CLOSED_REQUEST = 499
 CLIENT_LEFT = "client_left"  # its error code, which only metrics get to see
+_OTHER_PATHS = re.compile(r"(?:/openai(?:/v1|/deployments/(?P<model>.+?))?)?(?P<route>/images/(?:generations|edits))")
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -59,11 +60,12 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        scope = {**scope, "path": _plain_path(scope)}
+        path, deployment = _route(scope)
+        scope = {**scope, "path": path}
         headers = Headers(scope=scope)
         given = headers.get("x-request-id")
         request_id = sane_request_id(given)
-        scope.setdefault("state", {})["request_id"] = request_id
+        scope.setdefault("state", {}).update(request_id=request_id, deployment=deployment)
         with self._traced(scope, headers, request_id) as ended:
             ended(await self._serve(scope, receive, send, given))
 
@@ -133,10 +135,16 @@ class RequestMiddleware:
             self.metrics.observe_request(outcome(status), status, seconds, code=code, request_id=request_id)
 
 
-def _plain_path(scope: Scope) -> str:
-    """The path without doubled slashes and without one at its end, which base URLs that end with a slash bring."""
+def _route(scope: Scope) -> tuple[str, str | None]:
+    """The path that the routes know, and the model that Azure's form of it names.
+
+    Doubled slashes and one at the end, which base URLs that end with a slash bring, are left out. Azure's clients and
+    those of LiteLLM's proxy send `/openai/deployments/MODEL/images/...`, `/openai/v1/images/...` or `/images/...`.
+    """
     path = re.sub("/{2,}", "/", path_of(scope)).removesuffix("/") or "/"
-    return f"{scope.get('root_path', '')}{path}"
+    other = _OTHER_PATHS.fullmatch(path)
+    path = f"/v1{other['route']}" if other else path
+    return f"{scope.get('root_path', '')}{path}", other["model"] if other else None
 
 
 def path_of(scope: Scope) -> str:

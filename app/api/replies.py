@@ -88,7 +88,7 @@ def image_reply(resolved: ResolvedRequest, image: GeneratedImage) -> ImageReply:
     report, job = image.report, resolved.job
     content = base64.b64encode(image.data).decode("ascii")
     return ImageReply(
-        b64_json=None if resolved.as_url else content,
+        b64_json=content if resolved.as_b64 else None,
         url=f"data:image/{job.output_format};base64,{content}" if resolved.as_url else None,
         seed=image.seed,
         magcache=MagCacheReply(

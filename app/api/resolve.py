@@ -33,12 +33,14 @@ class ResolvedRequest:
     Attributes:
         as_file: the reply is the bare file.
         as_url: the JSON reply has the file as a ``data:`` URL.
+        as_b64: it has the file as base64.
         stream: the reply is a stream of events, with ``progress`` of each step.
     """
 
     job: ImagesJob
     as_file: bool
     as_url: bool
+    as_b64: bool
     stream: bool
     progress: bool
     quality: Quality
@@ -103,6 +105,8 @@ def resolve_request(
         warnings.append("output_compression is ignored: png is lossless")
     negative_prompt, true_cfg_scale = true_cfg(request, family, warnings)
     quality = _quality(request, warnings)
+    # DALL-E's clients may read either: its reply was a URL, and OpenAI's newer models reply with base64 only.
+    dalle = request.response_format is None and (request.model or "").startswith("dall-e")
     steps_to_run = steps - first_step(steps, strength)
     job = ImagesJob(
         request_id=request_id,
@@ -128,7 +132,8 @@ def resolve_request(
     return ResolvedRequest(
         job=job,
         as_file=as_file,
-        as_url=request.response_format == "url" and not stream,
+        as_url=(request.response_format == "url" or dalle) and not stream,
+        as_b64=request.response_format != "url" or stream,
         stream=stream,
         progress=request.progress or False,
         quality=quality,

@@ -76,6 +76,12 @@ def key_name_of(request: Request) -> str:
     return name
 
 
+def model_in_path(request: Request) -> dict[str, str]:
+    """The field `model` of a request whose path names it, as Azure's does; it counts for more than the body's."""
+    model = request.state.deployment
+    return {} if model is None else {"model": model}
+
+
 def _errors(**descriptions: str) -> dict[int | str, dict[str, Any]]:
     return {code.lstrip("s"): {"model": ErrorReply, "description": text} for code, text in descriptions.items()}
 
@@ -136,7 +142,7 @@ async def generate(request: Request) -> Response:
         request_id=request.state.request_id,
         key_name=key_name_of(request),
     )
-    body = parse(fields, ImagesRequest, resolve)
+    body = parse(fields | model_in_path(request), ImagesRequest, resolve)
     return await answer(request, resolve(body, accept=request.headers.get("accept", "")))
 
 

@@ -200,7 +200,9 @@ class ImageReply(BaseModel):
     """One image."""
 
     b64_json: str | None = Field(description="The file, base64; `null` with `response_format: url`.")
-    url: str | None = Field(description="With `response_format: url` the file as a `data:` URL.")
+    url: str | None = Field(
+        description="With `response_format: url` the file as a `data:` URL; also without one for a model named DALL-E."
+    )
     seed: int = Field(description="The seed that makes this very image again.")
     magcache: MagCacheReply
     timings: Timings
