@@ -18,14 +18,12 @@ from typing import Any
 
 import torch
 
-from magcache_core.measure import BranchMeasurement, measure_sensitivity, recording
-from magcache_core.profile_data import BranchCurve, Profile, write_profile
+from magcache_core.measure import measure_sensitivity, recording
+from magcache_core.profile_data import Profile, write_profile
 from magcache_core.profile_store import load_profile
 from magcache_core.reuse import REUSE_MODES
+from magcache_core.run_sums import BranchSums, RunMeasurement
 from magcache_core.trials import try_schedules
-
-LONGEST_SEGMENT = 12
-"""Reused steps in a row to measure costs for; beyond it a schedule isn't planned."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def calibrate(pipe: Any, job: CalibrationJob, name: str, model: str, progress: b
     from tqdm import tqdm
 
     pipe.set_progress_bar_config(disable=True)
-    measurements: dict[str, BranchMeasurement] = {}
+    sums: dict[str, BranchSums] = {}
     runs = job.runs
     bar = tqdm(total=len(runs) * job.steps, unit="step", disable=not progress, desc=f"calibrating {name}")
     for start in range(0, len(runs), job.batch):
@@ -96,8 +94,12 @@ def calibrate(pipe: Any, job: CalibrationJob, name: str, model: str, progress: b
             pipe(**_call_arguments(pipe, job, batch))
         sigmas = pipe.scheduler.sigmas.tolist()
         for branch, trace in traces.items():
-            measurement = measurements.setdefault(branch, BranchMeasurement(sigmas, LONGEST_SEGMENT))
-            measurement.add(trace, lambda: bar.update(len(batch) / len(traces)))  # noqa: B023  called at once
+            before = sums.get(branch)
+            run = RunMeasurement(sigmas, gram=None if before is None else before.gram)
+            for step in zip(trace.residuals, trace.velocities, trace.replays, strict=True):
+                run.add(*step)
+                bar.update(len(batch) / len(traces))
+            sums[branch] = run.sums if before is None else before + run.sums
     sensitivity = _sensitivity(pipe, job, runs[: job.batch], progress)
     bar.close()
     return Profile(
@@ -109,7 +111,7 @@ def calibrate(pipe: Any, job: CalibrationJob, name: str, model: str, progress: b
         height=job.height,
         guidance_scale=job.guidance_scale,
         sigmas=tuple(round(sigma, 6) for sigma in sigmas[: job.steps]),
-        branches={branch: _curve(measurement, sensitivity) for branch, measurement in measurements.items()},
+        branches={branch: measured.curve(sensitivity) for branch, measured in sums.items()},
         provenance=_provenance(pipe, job),
     )
 
@@ -176,11 +178,6 @@ def _call_arguments(pipe: Any, job: CalibrationJob, batch: Sequence[tuple[str, i
     if unknown:
         raise ValueError(f"{type(pipe).__name__} does not take {', '.join(sorted(unknown))}")
     return {key: value for key, value in arguments.items() if key in accepted}
-
-
-def _curve(measurement: BranchMeasurement, sensitivity: Sequence[float]) -> BranchCurve:
-    ratios, stds, cosines = (tuple(round(v, 5) for v in values) for values in measurement.statistics())
-    return BranchCurve(ratios, stds, cosines, measurement.costs(sensitivity))
 
 
 def _provenance(pipe: Any, job: CalibrationJob) -> dict[str, Any]:

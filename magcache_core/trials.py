@@ -9,7 +9,7 @@ local search around the best.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -36,12 +36,44 @@ def try_schedules(
     seed: int = 0,
     progress: Callable[[], object] = lambda: None,
 ) -> tuple[Trial, ...]:
-    """The best schedule found for each number of computed steps below ``profile.steps``.
+    """The best schedule found for each number of computed steps below ``profile.steps``, by runs of a pipeline.
 
     Args:
         transformer: the model that ``run`` calls.
         run: one run with ``profile.steps`` steps, always from the same noise; images in [0, 1], (rows, 3, height,
             width).
+        progress: called after each number of computed steps.
+
+    The other arguments and the result are those of `search`.
+    """
+    reference = as_served(run())
+    trying = search(profile, moves, budgets, seed, progress)
+    candidate = next(trying)
+    while True:
+        apply_mag_cache(transformer, candidate)
+        try:
+            error = mean_error(distances(as_served(run()), reference))
+        finally:
+            remove_mag_cache(transformer)
+        try:
+            candidate = trying.send(error)
+        except StopIteration as end:
+            found: tuple[Trial, ...] = end.value
+            return found
+
+
+def search(
+    profile: Profile,
+    moves: int = 6,
+    budgets: Sequence[int] | None = None,
+    seed: int = 0,
+    progress: Callable[[], object] = lambda: None,
+) -> Generator[Plan, float, tuple[Trial, ...]]:
+    """Search for the best schedule of each number of computed steps: yields plans and is sent their `mean_error`.
+
+    Equal errors lead to equal plans, so a search that was cut short goes on when it is sent what it was sent before.
+
+    Args:
         profile: measured costs, which name candidates and fit weights.
         moves: schedules to try beside the candidates, each with one computed step of the best so far moved.
         budgets: numbers of computed steps to try again; the others keep the profile's trials. By default all.
@@ -51,19 +83,13 @@ def try_schedules(
     Returns:
         By rising number of computed steps; errors never rise.
     """
-    reference = _bytes(run())
     rng = random.Random(seed)
     known: dict[tuple[str, str], Trial] = {}
 
-    def tried(candidate: Plan) -> Trial:
+    def tried(candidate: Plan) -> Generator[Plan, float, Trial]:
         key = candidate.schedule, candidate.reuse
         if key not in known:
-            apply_mag_cache(transformer, candidate)
-            try:
-                distances = (_bytes(run()) - reference).square().flatten(1).mean(dim=1).sqrt()
-            finally:
-                remove_mag_cache(transformer)
-            known[key] = Trial(*key, distances.clamp(min=LEAST).log().mean().exp().item())
+            known[key] = Trial(*key, (yield candidate))
         return known[key]
 
     found: list[Trial] = []
@@ -73,10 +99,13 @@ def try_schedules(
         if budget in kept and budgets is not None and budget not in budgets:
             best = kept[budget]
         else:
-            best = min(map(tried, _candidates(profile, budget, before, kept.get(budget))), key=_error)
+            first, *others = _candidates(profile, budget, before, kept.get(budget))
+            best = yield from tried(first)
+            for candidate in others:
+                best = min(best, (yield from tried(candidate)), key=_error)
             for _ in range(moves):
                 moved = fill(profile, _moved(best.schedule, profile.protected_steps, rng), best.reuse)
-                best = min(best, tried(moved), key=_error)
+                best = min(best, (yield from tried(moved)), key=_error)
         # A smaller budget that did better by luck bounds what this one is expected to do.
         found.append(best if before is None else replace(best, error=min(best.error, before.error)))
         progress()
@@ -105,9 +134,19 @@ def _error(trial: Trial) -> float:
     return trial.error
 
 
-def _bytes(images: torch.Tensor) -> torch.Tensor:
-    """As served, in steps of 1/255."""
+def as_served(images: torch.Tensor) -> torch.Tensor:
+    """``images`` in [0, 1] in steps of 1/255, (rows, 3, height, width)."""
     return (images.float().clamp(0, 1) * 255).round() / 255
+
+
+def distances(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Root mean square over the pixels of each image, (rows,)."""
+    return (images - reference).square().flatten(1).mean(dim=1).sqrt()
+
+
+def mean_error(distances: torch.Tensor) -> float:
+    """The geometric mean of `distances`: the error of a `Trial`."""
+    return distances.clamp(min=LEAST).log().mean().exp().item()
 
 
 def _moved(schedule: str, protected: tuple[int, ...], rng: random.Random) -> str:

@@ -24,6 +24,7 @@ from magcache_core.calibrate import calibrate, try_out
 from magcache_core.correct import evenly_corrected
 from magcache_core.planner import corrected_plans
 from magcache_core.profile_data import ProfileError, parse, to_json
+from magcache_core.trials import search
 from tests.magcache_core.prompt_pipe import STEPS, PromptPipe, embeddings, job
 
 
@@ -132,3 +133,33 @@ def test_other_step_counts_are_even_below_two_fifths_and_planned_beyond(tried: P
         assert plan(corrected, steps, budget=budget) == fill(corrected, evenly_corrected(steps, budget), "corrected")
     for steps, budget in ((STEPS + 2, 4), (STEPS + 4, 5)):
         assert plan(corrected, steps, budget=budget) == plan(corrected, steps, budget=budget, reuse="corrected")
+
+
+def test_a_search_cut_short_goes_on_where_it_was(tried: Profile) -> None:
+    bare = replace(tried, trials=())
+
+    def judge(candidate: Plan) -> float:
+        return 1.0 / (1 + sum(i * i for i, mark in enumerate(candidate.schedule) if mark == "C"))
+
+    def drive(known: dict[tuple[str, str], float], most: int) -> tuple[Trial, ...] | None:
+        trying = search(bare, moves=3)
+        try:
+            candidate = next(trying)
+            while True:
+                key = candidate.schedule, candidate.reuse
+                if key not in known:
+                    if len(known) == most:
+                        return None
+                    known[key] = judge(candidate)
+                candidate = trying.send(known[key])
+        except StopIteration as end:
+            return end.value
+
+    whole = drive({}, 10_000)
+    assert whole is not None
+    known: dict[tuple[str, str], float] = {}
+    for most in range(5, 10_000, 5):
+        if (found := drive(known, most)) is not None:
+            assert found == whole
+            assert most > 10
+            return
