@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from magcache_core.run_sums import BranchSums
+
 Latents = torch.Tensor | Awaitable[torch.Tensor]
 """(image_tokens, channels), packed as diffusers' pipelines pack them; large ones as a reference that gives them when it
 is awaited, so that only the process that decodes them opens them."""
@@ -75,6 +77,21 @@ class MagCacheOptions:
     client_chose: bool = False
 
 
+@dataclass(frozen=True)
+class CalibrationRun:
+    """What a row of a calibration does. Such a row steps only while there is no client's image.
+
+    Attributes:
+        schedule: one character per step, ``C`` computes, ``.`` reuses.
+        reuse: how reused steps are filled in, one of `magcache_core.REUSE_MODES` but ``fitted``.
+        record: its steps are measured (`magcache_core.run_sums`); all of them compute.
+    """
+
+    schedule: str
+    reuse: str = "residual"
+    record: bool = False
+
+
 def first_step(steps: int, strength: float | None) -> int:
     """The first step of image-to-image in a schedule of ``steps``; diffusers skips the same ones."""
     return 0 if strength is None else min(int(max(steps - steps * strength, 0)), steps - 1)
@@ -94,6 +111,7 @@ class DenoiseJob:
         key_name: the name of the API key that the request came with; empty where the service has none.
         computing: the steps that compute in some branch, counted from the job's first; None when any of them may.
         source_tokens: tokens of the reference images, which every step reads beside the image's own.
+        calibration: what the row does instead of following ``magcache``, where it is a calibration's.
     """
 
     row_id: str
@@ -113,6 +131,7 @@ class DenoiseJob:
     source_tokens: int = 0
     key_name: str = ""
     computing: tuple[int, ...] | None = None
+    calibration: CalibrationRun | None = None
 
     @property
     def first_step(self) -> int:
@@ -125,6 +144,11 @@ class DenoiseJob:
         return self.num_inference_steps - self.first_step
 
     @property
+    def is_recorded(self) -> bool:
+        """Whether its steps are measured for a calibration."""
+        return self.calibration is not None and self.calibration.record
+
+    @property
     def branches(self) -> tuple[str, ...]:
         """The CFG branches that each step evaluates."""
         return (COND, UNCOND) if self.true_cfg_scale > 1.0 else (COND,)
@@ -135,11 +159,14 @@ class Conditioning:
     """The tensors of one job; ``negative`` is set exactly when true CFG runs.
 
     ``sources`` are the images that an edit refers to (Kontext, klein), or the one that ``strength`` starts from.
+    ``grams`` are, for a row that is recorded, the inner products of the residuals of the runs before, by branch; see
+    `magcache_core.run_sums.RunMeasurement`.
     """
 
     prompt: PromptEmbeddings
     negative: PromptEmbeddings | None = None
     sources: tuple[SourceImage, ...] = ()
+    grams: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def token_counts(self) -> tuple[TokenCount, ...]:
@@ -200,7 +227,8 @@ class StepPlan:
     """One plan for all ranks: first drop rows, then admit rows, then step rows.
 
     ``digest`` hashes this plan and all before it, which exposes a rank that missed a plan or got another one.
-    The conditioning tensors of ``admit`` are sent beside the plan, in its order.
+    The conditioning tensors of ``admit`` are sent beside the plan, in its order. A plan in the ``background`` steps a
+    row of a calibration, and no client's image.
     """
 
     sequence: int
@@ -208,13 +236,15 @@ class StepPlan:
     admit: tuple[DenoiseJob, ...] = ()
     rows: tuple[RowStep, ...] = ()
     drop: tuple[str, ...] = ()
+    background: bool = False
 
 
 @dataclass(frozen=True)
 class StepResult:
     """A rank's result of one plan.
 
-    ``latents`` holds finished rows and ``previews`` the x0 estimates asked for, by row id and on rank 0 only.
+    ``latents`` holds finished rows, ``previews`` the x0 estimates asked for, and ``sums`` what was measured of finished
+    rows that were recorded, by branch; by row id and on rank 0 only.
     ``idle_seconds`` is how long the rank waited for this plan while it held rows to step.
     """
 
@@ -226,6 +256,7 @@ class StepResult:
     latents: Mapping[str, Latents]
     previews: Mapping[str, Latents] = field(default_factory=dict)
     idle_seconds: float = 0.0
+    sums: Mapping[str, Mapping[str, BranchSums]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -243,7 +274,7 @@ FIRST_DIGEST = "0" * 16
 def plan_digest(previous: str, plan: StepPlan) -> str:
     """The digest of ``plan`` after a history with digest ``previous``; the plan's own digest field is ignored."""
     rows = ";".join(map(_row_text, plan.rows))
-    content = f"{previous} {plan.sequence} {plan.admit!r} {plan.drop!r} {rows}"
+    content = f"{previous} {plan.sequence} {plan.admit!r} {plan.drop!r} {plan.background} {rows}"
     return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
@@ -312,7 +343,8 @@ class DenoiseReport:
 
 @dataclass(frozen=True)
 class DenoiseResult:
-    """Finished latents and their report."""
+    """Finished latents and their report; ``sums`` by branch where the row was recorded."""
 
     latents: Latents
     report: DenoiseReport
+    sums: Mapping[str, BranchSums] = field(default_factory=dict)

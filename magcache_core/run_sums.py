@@ -104,6 +104,11 @@ class RunMeasurement:
         )
 
     @property
+    def nbytes(self) -> int:
+        """Memory of the tensors that it keeps."""
+        return sum(one.nbytes for one in (*self._residuals, *self._velocities, *self._drifts.values()))
+
+    @property
     def sums(self) -> BranchSums:
         """The sums of this run; ValueError before its last step."""
         steps = len(self._sigmas) - 1

@@ -18,7 +18,7 @@ def test_a_digest_depends_on_every_field() -> None:
         BranchStep: {"branch": "uncond", "compute": True, "weights": (0.25,), "residuals_kept": 1},
         RowStep: {"row_id": "c/0", "step": 4, "branches": (branch, branch), "last": False, "preview": True}
         | {"move": (0.5,), "estimate": (0.25,)},
-        StepPlan: {"sequence": 2, "admit": (job("a/0", seed=8),), "rows": (), "drop": ()},
+        StepPlan: {"sequence": 2, "admit": (job("a/0", seed=8),), "rows": (), "drop": (), "background": True},
     }
     for message, values in others.items():
         assert set(values) == {field.name for field in fields(message)} - {"digest"}

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import ray
@@ -41,6 +41,7 @@ from app.metrics import CoordinatorMetrics
 from app.model_files import model_folder
 from app.settings import Settings
 from app.telemetry import REQUEST_ID
+from magcache_core.run_sums import BranchSums
 
 logger = logging.getLogger(__name__)
 
@@ -176,6 +177,9 @@ class Coordinator:
     async def _send_plans(self) -> None:
         while True:
             await self._work.wait()
+            if self._scheduler.in_background:
+                # No running ahead: a client's image waits for one step of a calibration at most.
+                await self._sent.join()
             await self._room.acquire()
             sent = self._admission.next_message(lambda row_id: self._images[row_id].entry.shape)
             self._end_what_is_too_late()
@@ -196,6 +200,7 @@ class Coordinator:
                 _check(one.plan, results)
                 self._learn(one, results)
                 self._take_steps(one.plan, results[0])
+            self._sent.task_done()
 
     def _take_steps(self, plan: StepPlan, result: StepResult) -> None:
         for row in plan.rows:
@@ -206,16 +211,17 @@ class Coordinator:
                 if image.progress is not None and (preview is not None or image.progress.is_due(row.last)):
                     self._emit(image, image.progress, preview)
         for row_id, latents in result.latents.items():
-            self._finish(row_id, latents)
+            self._finish(row_id, latents, result.sums.get(row_id, {}))
 
-    def _finish(self, row_id: str, latents: Latents) -> None:
+    def _finish(self, row_id: str, latents: Latents, sums: Mapping[str, BranchSums]) -> None:
         image = self._images.get(row_id)
         if image is None or image.done.done():
             return
         report = image.entry.report(time.monotonic())
-        self._metrics.observe_request(report, image.entry.job.request_id)
-        self.counts.finished += 1
-        image.done.set_result(DenoiseResult(latents, report))
+        if image.entry.job.calibration is None:
+            self._metrics.observe_request(report, image.entry.job.request_id)
+            self.counts.finished += 1
+        image.done.set_result(DenoiseResult(latents, report, sums))
 
     # What else happens to images and to the group.
 
@@ -270,6 +276,8 @@ class Coordinator:
 
     def _learn(self, sent: SentPlan, results: Sequence[StepResult]) -> None:
         self._admission.on_results(sent, results)
+        if sent.plan.background:
+            return
         self._metrics.observe_step(
             sent.plan,
             [result.seconds for result in results],

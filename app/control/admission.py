@@ -23,7 +23,7 @@ from app.settings import Settings
 
 @dataclass(frozen=True)
 class SentPlan:
-    """A plan sent to the ranks, its parts by cost, and its estimated time."""
+    """A plan sent to the ranks, its parts by cost, and its estimated time; neither for one in the background."""
 
     plan: StepPlan
     parts: tuple[PlanPart, ...]
@@ -62,6 +62,9 @@ class AdmissionController:
             InvalidRequestError: one step of it does not fit into a batch.
             magcache_core.ConfigError: ``computed_steps`` cannot be met with the other settings.
         """
+        if job.calibration is not None:
+            self._tokens(job)
+            return self.scheduler.submit(job, self._planner.schedules(job))
         entry = self._queue(job)
         self._key_limits.take(entry)
         return entry
@@ -108,7 +111,8 @@ class AdmissionController:
         estimates: list[tuple[tuple[PlanPart, ...], float]] = []
 
         def seconds_of(plan: StepPlan) -> float:
-            parts = parts_of(plan, shape_of)
+            # Measuring a step takes time as well, which says nothing about clients' steps.
+            parts = () if plan.background else parts_of(plan, shape_of)
             estimates.append((parts, self.costs.plan_seconds(parts)))
             return estimates[-1][1]
 
@@ -123,6 +127,9 @@ class AdmissionController:
         """Update estimates and counters from the ranks' results for one plan."""
         self._sent_s -= sent.seconds
         seconds = max(result.seconds for result in results)
+        if sent.plan.background:
+            self.counts.calibration_seconds += seconds
+            return
         idle_seconds = max(result.idle_seconds for result in results)
         split = self.costs.observe(sent.parts, seconds, idle_seconds)
         self.counts.computed_seconds += split[True]

@@ -11,12 +11,13 @@ import torch
 
 from app.engine.geometry import Geometry
 from app.errors import InvalidRequestError
-from app.messages import BranchStep, DenoiseJob, MagCacheOptions
+from app.messages import BranchStep, CalibrationRun, DenoiseJob, MagCacheOptions
 from app.settings import Settings
 from magcache_core import (
     VELOCITY_MODES,
     ConfigError,
     Decision,
+    Plan,
     Profile,
     ProfileError,
     choose,
@@ -138,10 +139,18 @@ class SchedulePlanner:
             magcache_core.ConfigError: ``computed_steps`` cannot be met with the other settings.
             InvalidRequestError: ``min_computed_steps`` is more than ``computed_share`` computes.
         """
+        if job.calibration is not None:
+            return dict.fromkeys(job.branches, self._dictated(job, job.calibration))
         followed = self._with_budget(job, job.magcache if options is None else options)
         key = followed, job.num_inference_steps, job.first_step, job.width, job.height
         guided = len(job.branches) > 1
         return {branch: self._plan(*key, branch, guided) for branch in job.branches}
+
+    def _dictated(self, job: DenoiseJob, run: CalibrationRun) -> BranchSchedule:
+        """The schedule that a calibration wants to be run; one that is recorded keeps each step's residual."""
+        sigmas = self._noise.sigmas(job.num_inference_steps, Geometry.of(job.width, job.height).tokens).tolist()
+        decided = decisions(Plan(run.schedule, run.reuse), sigmas)
+        return BranchSchedule(decided, max(int(run.record), *(len(one.weights) for one in decided)), 0.0)
 
     def _with_budget(self, job: DenoiseJob, options: MagCacheOptions) -> MagCacheOptions:
         """``options`` with the number of computed steps that their share stands for; none without a profile."""

@@ -16,9 +16,13 @@ With API keys, the keys share the group equally: images are ordered by start-tim
 1996). Each gets a tag, the work that its key was granted before it; a key that was idle begins at the tag of the image
 that joined last, so that it is served next and has no claim on the past. Among the images of one key, the more urgent
 by due time has the lower tag. No rate is estimated, so the shares hold however fast the steps are.
+
+Rows of a calibration are in the background: they count nowhere else, and the first of them takes a step when no
+client's image is there. When one comes, such a row stays where it is and goes on afterwards.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
@@ -43,7 +47,8 @@ class StepScheduler:
         - a row that reuses is in the next plan, and one that computes in the next plan that computes;
         - except for a running row that is deferred in favour of more urgent ones; it is in the one after that: running
           rows have so few tokens (see `_has_room`) that the deferred ones always fit into one step, and go first;
-        - no image joins before a more urgent one that has no room yet.
+        - no image joins before a more urgent one that has no room yet;
+        - a calibration's row steps alone, and only when no image is running or waiting.
     """
 
     def __init__(
@@ -60,6 +65,7 @@ class StepScheduler:
         self._waiting: SortedDict[DueKey, RequestState] = SortedDict()
         self._running: SortedDict[DueKey, RequestState] = SortedDict()
         self._deadlines: SortedDict[DueKey, RequestState] = SortedDict()
+        self._background: deque[RequestState] = deque()
         self._tokens = 0  # of the running rows, all branches
         self._arrivals = 0
         self._fair = settings.http.api_keys_file is not None
@@ -79,6 +85,11 @@ class StepScheduler:
     def running(self) -> int:
         """Number of images admitted and not finished."""
         return len(self._running)
+
+    @property
+    def in_background(self) -> bool:
+        """Whether the next plan steps a row of a calibration, if anything."""
+        return bool(self._background) and not self._running and not self._waiting
 
     @property
     def empty(self) -> bool:
@@ -102,6 +113,13 @@ class StepScheduler:
     def submit(self, job: DenoiseJob, schedules: Mapping[str, BranchSchedule]) -> RequestState:
         """Queue an image; its ``row_id`` must not be known already."""
         now = self._clock()
+        if job.calibration is not None:
+            shape = RowShape.of(job, self._settings)
+            entry = RequestState(job, shape, schedules, now, (float("inf"), self._arrivals))
+            self._arrivals += 1
+            self._entries[job.row_id] = entry
+            self._background.append(entry)
+            return entry
         patience = self._settings.patience_s
         allowed = patience if job.deadline_s is None else min(patience, job.deadline_s)
         urgency_s = now + allowed - job.priority * patience
@@ -160,9 +178,10 @@ class StepScheduler:
     def next_message(self, seconds_of: Callable[[StepPlan], float]) -> tuple[StepPlan, ...]:
         """The next plans to send in one message; empty when there is nothing to do.
 
-        A message ends with the first plan that returns latents or a preview, or before a computed step once its plans
-        are estimated to take `MESSAGE_S`. So a computed step of a large model is a message with the reused steps that
-        follow it, while several of a small model share one: their steps take less time than a message.
+        A message ends with the first plan that returns latents or a preview, after one computed step of a calibration,
+        or before a computed step once its plans are estimated to take `MESSAGE_S`. So a computed step of a large model
+        is a message with the reused steps that follow it, while several of a small model share one: their steps take
+        less time than a message.
 
         Args:
             seconds_of: the estimated time of a plan.
@@ -175,7 +194,7 @@ class StepScheduler:
                 break
             plans.append(plan)
             seconds += seconds_of(plan)
-            if any(row.last or row.preview for row in plan.rows):
+            if any(row.last or row.preview for row in plan.rows) or (plan.background and _computes(plan)):
                 break
         return tuple(plans)
 
@@ -184,6 +203,9 @@ class StepScheduler:
         now = self._clock()
         self._end_what_is_too_late(now)
         stepping, admitted = self._pack(now)
+        background = not stepping and bool(self._background)
+        if background:
+            stepping, admitted = self._background_step(now)
         if not stepping and not self._dropped:
             return None
         plan = StepPlan(
@@ -192,6 +214,7 @@ class StepScheduler:
             admit=tuple(replace(entry.job, computing=entry.row_schedule.round_steps) for entry in admitted),
             rows=tuple(entry.next_step() for entry in stepping),
             drop=tuple(self._dropped),
+            background=background,
         )
         self._digest = plan_digest(self._digest, plan)
         self._sequence += 1
@@ -237,6 +260,14 @@ class StepScheduler:
                 joining = False
         return stepping, admitted
 
+    def _background_step(self, now: float) -> tuple[list[RequestState], list[RequestState]]:
+        """The first row in the background, and that row once more if its first step admits it."""
+        entry = self._background[0]
+        joining = entry.admitted_s is None
+        if joining:
+            entry.admitted_s = now
+        return [entry], [entry] * joining
+
     def _has_room(self, entry: RequestState, budget: int, largest: int, rows: int) -> bool:
         """Whether an image may join: its first step fits into the budget, and no row is deferred twice in a row.
 
@@ -268,7 +299,9 @@ class StepScheduler:
 
     def _forget(self, entry: RequestState) -> None:
         del self._entries[entry.job.row_id]
-        if entry.admitted_s is None:
+        if entry.job.calibration is not None:
+            self._background.remove(entry)
+        elif entry.admitted_s is None:
             del self._waiting[entry.key]
         else:
             del self._running[entry.key]
@@ -282,6 +315,10 @@ class StepScheduler:
                 break
             self.cancel(entry.job.row_id)
             self._too_late.append(entry)
+
+
+def _computes(plan: StepPlan) -> bool:
+    return any(branch.compute for row in plan.rows for branch in row.branches)
 
 
 def _first(ordered: SortedDict[DueKey, RequestState]) -> RequestState | None:

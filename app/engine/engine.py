@@ -37,6 +37,7 @@ from app.messages import (
     plan_digest,
 )
 from magcache_core import get_strategy
+from magcache_core.run_sums import RunMeasurement
 from magcache_core.strategies import Rotary
 
 
@@ -120,7 +121,8 @@ class Engine:
         previews: dict[str, torch.Tensor] = {}
         for _, same_shape in groupby(by_shape, key=self._batch_key):
             previews |= self._step(list(same_shape))
-        latents = {step.row_id: self.rows.pop(step.row_id).latents.cpu() for step in plan.rows if step.last}
+        finished = {step.row_id: self.rows.pop(step.row_id) for step in plan.rows if step.last}
+        latents = {row_id: row.latents.cpu() for row_id, row in finished.items()}
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # a result means that the step is done, and its seconds are the GPU's
         return StepResult(
@@ -131,6 +133,7 @@ class Engine:
             residual_bytes=sum(row.residual_bytes for row in self.rows.values()),
             latents=latents if self.groups.rank == 0 else {},
             previews=previews if self.groups.rank == 0 else {},
+            sums={row_id: sums for row_id, row in finished.items() if (sums := row.sums)},
         )
 
     def _check(self, plan: StepPlan) -> None:
@@ -162,6 +165,9 @@ class Engine:
             (source,) = conditioning.sources
             latents = mix_noise(source.latents.to(latents), latents, sigmas[0])
         self._admitted += 1
+        if job.is_recorded and self.groups.rank == 0:
+            for name, branch in branches.items():
+                branch.measurement = RunMeasurement(sigmas.tolist(), gram=conditioning.grams.get(name))
         references = conditioning.sources if self.family.edits is Edits.REFERENCES else ()
         return Row(
             job=job,
@@ -202,7 +208,10 @@ class Engine:
             for step in row_step.branches
         ]
         running = [part for part in parts if part.step.runs]
-        velocities = iter(self._velocities(running) if running else ())
+        computed = self._velocities(running) if running else ()
+        for part, velocity in zip(running, computed, strict=True):
+            self._measure(part, velocity)
+        velocities = iter(computed)
         previews = {}
         for row_step in row_steps:
             row = self.rows[row_step.row_id]
@@ -252,6 +261,22 @@ class Engine:
         modulation = torch.stack([part.branch.output_modulation[part.row_step.step] for part in parts])
         velocity: torch.Tensor = self.strategy.project(self.transformer, output, modulation)
         return self.groups.sequence.gather(velocity, parts[0].row.geometry.tokens)
+
+    def _measure(self, part: BatchItem, velocity: torch.Tensor) -> None:
+        """Measure the step that ``part`` computed, if its row is recorded: on rank 0, with all ranks' tokens."""
+        if not part.row.job.is_recorded or self.groups.branches.rank != 0:
+            return
+        residual = self.groups.sequence.gather(part.branch.residuals[0][None], part.row.geometry.tokens)
+        if part.branch.measurement is None:
+            return
+        hidden = self.strategy.embed_image(self.transformer, part.row.latents[None])
+        modulation = part.branch.output_modulation[part.row_step.step][None]
+
+        def replay(residual: torch.Tensor) -> torch.Tensor:
+            projected: torch.Tensor = self.strategy.project(self.transformer, hidden + residual, modulation)
+            return projected
+
+        part.branch.measurement.add(residual, velocity[None], replay)
 
     def _blocks(self, parts: Sequence[BatchItem], hidden: torch.Tensor) -> torch.Tensor:
         """Run the block stack on rows that compute and keep their residuals; (parts, image_tokens, inner_dim)."""

@@ -11,6 +11,7 @@ import torch
 from app.engine.geometry import Geometry
 from app.messages import BranchStep, DenoiseJob
 from magcache_core.correct import CORRECTING
+from magcache_core.run_sums import BranchSums, RunMeasurement
 
 BatchKey = tuple[Geometry, int, tuple[Geometry, ...]]
 """An image's geometry, its number of text tokens, and the geometries of its reference images."""
@@ -28,6 +29,7 @@ class Branch:
         output_modulation: (steps to run, 2 inner_dim), what scales and shifts the blocks' output at every step.
         residuals: the block stack's last outputs minus its inputs, newest first, each (image_tokens, inner_dim), this
             rank's part of the tokens.
+        measurement: what is measured of the run, where it is recorded; on rank 0 only, which has all that there is.
     """
 
     text_tokens: int
@@ -35,6 +37,7 @@ class Branch:
     modulation: Mapping[int, torch.Tensor]
     output_modulation: torch.Tensor
     residuals: deque[torch.Tensor] = field(default_factory=deque)
+    measurement: RunMeasurement | None = None
 
     def modulation_at(self, step: int) -> torch.Tensor:
         """The modulation of a step that computes, (columns,).
@@ -101,14 +104,26 @@ class Row:
         return self.geometry, next(iter(self.branches.values())).text_tokens, self.reference_geometries
 
     def owner(self, branch: str, copies: int) -> int:
-        """Which of the shard's ``copies`` runs a CFG branch of this row, at every step."""
+        """Which of the shard's ``copies`` runs a CFG branch of this row, at every step.
+
+        A recorded row stays with the first, which has rank 0: it measures.
+        """
+        if self.job.is_recorded:
+            return 0
         return (self.number + list(self.branches).index(branch)) % copies
 
     @property
     def residual_bytes(self) -> int:
         """Memory that the stored residuals and velocities take."""
         residuals = sum(r.nbytes for branch in self.branches.values() for r in branch.residuals)
-        return residuals + sum(velocity.nbytes for velocity in self.velocities)
+        measured = sum(b.measurement.nbytes for b in self.branches.values() if b.measurement is not None)
+        return residuals + measured + sum(velocity.nbytes for velocity in self.velocities)
+
+    @property
+    def sums(self) -> dict[str, BranchSums]:
+        """What was measured of a finished run, by branch; empty where it was not recorded."""
+        measured = {name: branch.measurement for name, branch in self.branches.items()}
+        return {name: measurement.sums for name, measurement in measured.items() if measurement is not None}
 
     def guided(self, velocities: Sequence[torch.Tensor]) -> torch.Tensor:
         """The branches' velocities as one, by true CFG where there are two."""
