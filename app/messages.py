@@ -326,6 +326,7 @@ class DenoiseReport:
         queue_position: its place in the queue at its arrival, from 1; 0 when there was room at once.
         lowered_by: ``deadline`` or ``load`` when computed steps were lowered for it, else None.
         uncached_reason: why all steps were computed although MagCache was enabled, else None.
+        profile: ``NAME@VERSION`` of the profile that the schedule was planned with; None without one.
     """
 
     schedule: str
@@ -339,6 +340,7 @@ class DenoiseReport:
     queue_position: int = 0
     lowered_by: str | None = None
     uncached_reason: str | None = None
+    profile: str | None = None
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,12 @@ class MagCacheSettings(Section):
         description="Calibrated profile: a name that ships with magcache_core or a path to its JSON; null takes, for "
         "each request, the shipped one of this model that is nearest in steps and pixels.",
     )
+    profile_dir: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder of the profiles that the service calibrates itself, for example a volume that all nodes "
+        "mount; one that was measured for a request's steps, size and guidance goes before `profile`. null keeps none.",
+    )
     mag_threshold: float | None = Field(
         default=None, ge=0.0, description="Accumulated error at which a step must compute; null is the profile's."
     )

@@ -11,7 +11,14 @@ from magcache_core.hooks import apply_mag_cache, remove_mag_cache
 from magcache_core.plan_data import Plan, Trial
 from magcache_core.planner import evenly_spaced, fewest_steps, fill, plan
 from magcache_core.profile_data import BranchCurve, Profile, ProfileError, write_profile
-from magcache_core.profile_store import load_profile, pick_profile, profile_names
+from magcache_core.profile_store import (
+    load_profile,
+    pick_profile,
+    profile_names,
+    save_profile,
+    stored_profiles,
+    was_measured_for,
+)
 from magcache_core.reuse import REUSE_MODES, decisions, reuse_weights
 from magcache_core.state import Decision, MagCacheState, predicted_error, schedule
 from magcache_core.strategies import (
@@ -56,7 +63,10 @@ __all__ = [
     "registered_strategies",
     "remove_mag_cache",
     "reuse_weights",
+    "save_profile",
     "schedule",
+    "stored_profiles",
     "velocity_steps",
+    "was_measured_for",
     "write_profile",
 ]

@@ -18,7 +18,7 @@ def describe(profile: Profile, steps: int | None = None) -> str:
     marks = schedule(config)
     guidance = "" if profile.guidance_scale is None else f", guidance {profile.guidance_scale:g}"
     lines = [
-        f"{profile.name}: {profile.model} ({profile.transformer})",
+        f"{profile.name}@{profile.version}: {profile.model} ({profile.transformer})",
         f"  measured at {profile.steps} steps, {profile.width}x{profile.height}{guidance}",
         f"  settings: threshold {profile.threshold:g}, max skip {profile.max_skip_steps}, "
         f"retention {profile.retention_ratio:g}, protected steps {list(profile.protected_steps) or 'none'}",

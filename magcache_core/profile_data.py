@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,11 @@ class Profile:
     budget: int | None = None
     trials: tuple[Trial, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def version(self) -> str:
+        """A hash of all that the profile says: equal versions plan alike."""
+        return hashlib.sha256(to_json(self).encode()).hexdigest()[:12]
 
     @property
     def ratios(self) -> tuple[float, ...]:

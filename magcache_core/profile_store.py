@@ -1,17 +1,24 @@
-"""Find profiles: by name, by path, or the nearest one for a model, step count and size."""
+"""Find profiles: by name, by path, or the nearest one for a request; keep calibrated ones in a folder."""
 
 from __future__ import annotations
 
 import logging
 import math
+import os
+import uuid
 from collections.abc import Iterable
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
-from magcache_core.profile_data import Profile, ProfileError, parse
+from magcache_core.profile_data import Profile, ProfileError, parse, write_profile
 
 logger = logging.getLogger(__name__)
+
+SAME_SIZE = math.sqrt(2.0)
+"""Images whose numbers of pixels differ by less than this factor are of one size class."""
+SAME_GUIDANCE = 0.5
+"""Largest difference of distilled guidance scales that count as one."""
 
 
 @lru_cache(maxsize=1)
@@ -43,16 +50,56 @@ def _shipped(name: str) -> Profile:
     return parse(file.read_text(encoding="utf-8"), f"{name}.json")
 
 
+def save_profile(profile: Profile, folder: Path) -> Path:
+    """Write ``profile`` into ``folder`` under its name; others that read the folder see the old file or the new one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{profile.name}.json"
+    new = folder / f".{profile.name}.{uuid.uuid4().hex}"
+    write_profile(profile, new)
+    os.replace(new, path)
+    return path
+
+
+def stored_profiles(folder: Path) -> list[Profile]:
+    """The profiles in ``folder``, by file name; a damaged one is logged and left out."""
+    profiles = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            profiles.append(load_profile(path))
+        except ProfileError as error:
+            logger.error("%s; it is left out", error)
+    return profiles
+
+
+def was_measured_for(
+    profile: Profile, model: str, steps: int, width: int, height: int, guidance_scale: float | None = None
+) -> bool:
+    """Whether ``profile`` was measured for such requests: same model and steps, about the same size and guidance."""
+    pixels = abs(math.log(profile.width * profile.height / (width * height)))
+    return (
+        _model_key(profile.model) == _model_key(model)
+        and profile.steps == steps
+        and pixels < math.log(SAME_SIZE)
+        and _guidance_distance(profile, guidance_scale) <= SAME_GUIDANCE
+    )
+
+
 def pick_profile(
-    model: str, steps: int, width: int, height: int, candidates: Iterable[Profile] | None = None
+    model: str,
+    steps: int,
+    width: int,
+    height: int,
+    candidates: Iterable[Profile] | None = None,
+    guidance_scale: float | None = None,
 ) -> Profile:
-    """The profile that fits a request best: the model's, nearest in steps, then in pixels; the pick is logged.
+    """The profile that fits a request best: the model's, nearest in steps, pixels and guidance; the pick is logged.
 
     Args:
         model: model id, as in the profile (compared without case; a path counts by its last part).
         steps: denoising steps of the request.
         width, height: pixels.
-        candidates: profiles to choose from; the shipped ones by default.
+        candidates: profiles to choose from, the first of equally near ones; the shipped ones by default.
+        guidance_scale: distilled guidance of the request, if it counts.
 
     Raises:
         ProfileError: no candidate is for this model.
@@ -63,11 +110,11 @@ def pick_profile(
         known = ", ".join(sorted({profile.model for profile in profiles}))
         raise ProfileError(f"no profile for model {model!r}; there are profiles for {known}")
 
-    def distance(profile: Profile) -> tuple[float, float, str]:
+    def distance(profile: Profile) -> tuple[float, float, float]:
         return (
             abs(math.log(profile.steps / steps)),
             abs(math.log(profile.width * profile.height / (width * height))),
-            profile.name,
+            _guidance_distance(profile, guidance_scale),
         )
 
     chosen = min(fitting, key=distance)
@@ -76,6 +123,11 @@ def pick_profile(
         chosen.name, chosen.steps, chosen.width, chosen.height, model, steps, width, height,
     )  # fmt: skip
     return chosen
+
+
+def _guidance_distance(profile: Profile, guidance_scale: float | None) -> float:
+    known = profile.guidance_scale
+    return 0.0 if known is None or guidance_scale is None else abs(known - guidance_scale)
 
 
 def _model_key(model: str) -> str:

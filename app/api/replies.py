@@ -100,6 +100,7 @@ def image_reply(resolved: ResolvedRequest, image: GeneratedImage) -> ImageReply:
             negative_schedule=report.negative_schedule,
             lowered_by=report.lowered_by,  # type: ignore[arg-type]  # the scheduler's two words
             uncached_reason=report.uncached_reason,
+            profile=report.profile,
         ),
         timings=Timings(**image.phases),
         eta_s=report.eta_seconds,
@@ -130,6 +131,7 @@ def _headers(resolved: ResolvedRequest, images: list[GeneratedImage]) -> dict[st
         ],
         "X-MagCache-Lowered-By": [report.lowered_by for report in reports],
         "X-MagCache-Uncached-Reason": [report.uncached_reason for report in reports[:1]],
+        "X-MagCache-Profile": [report.profile for report in reports[:1]],
     }
     headers = {
         "X-Size": resolved.size,

@@ -184,6 +184,7 @@ class MagCacheReply(BaseModel):
     negative_schedule: str | None = Field(description="The schedule of the negative prompt's branch under true CFG.")
     lowered_by: Literal["deadline", "load"] | None = Field(description="What took computed steps away, if any.")
     uncached_reason: str | None = Field(description="Why every step was computed though MagCache is on, if so.")
+    profile: str | None = Field(description="`NAME@VERSION` of the profile that the schedule was planned with, if any.")
 
 
 class Timings(BaseModel):

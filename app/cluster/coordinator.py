@@ -27,6 +27,7 @@ from app.errors import (
 )
 from app.logs import configure_logging
 from app.messages import (
+    COND,
     Conditioning,
     DenoiseJob,
     DenoiseResult,
@@ -95,9 +96,11 @@ class Coordinator:
         configure_logging(settings)
         self._ranks = list(ranks)
         self._watch = RankWatch(self._ranks)
-        planner = SchedulePlanner(settings, FlowMatchSampler(model_folder(settings)))
+        self._settings = settings
+        self._noise = FlowMatchSampler(model_folder(settings))
+        self._planner = SchedulePlanner(settings, self._noise)
         slowest = [max(times, key=lambda one: one.seconds) for times in zip(*measured_times, strict=True)]
-        self._admission = AdmissionController(settings, planner, slowest)
+        self._admission = AdmissionController(settings, self._planner, slowest)
         self._scheduler = self._admission.scheduler
         self._default_job = default_job(settings)
         self._registry = CollectorRegistry()
@@ -243,6 +246,17 @@ class Coordinator:
         for image in ended:
             image.fail(RequestCancelledError(f"request {request_id} was cancelled"))
         return len(ended), len(under_way) - len(ended)
+
+    async def read_profiles(self) -> None:
+        """Read the stored MagCache profiles again, for new images; the log says what that changes by default."""
+        before = self._planner.schedules(self._default_job)[COND]
+        self._planner = await asyncio.to_thread(SchedulePlanner, self._settings, self._noise)
+        self._admission.use(self._planner)
+        after = self._planner.schedules(self._default_job)[COND]
+        logger.info(
+            "MagCache plan of a default image: %s by %s, before %s by %s",
+            after.text, after.profile or "no profile", before.text, before.profile or "no profile",
+        )  # fmt: skip
 
     async def load(self) -> dict[str, float]:
         """Images ``waiting`` and ``running``, and ``eta_s``, the estimate that a request of no wishes would get."""

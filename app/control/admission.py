@@ -87,6 +87,7 @@ class AdmissionController:
             self.counts.refused += 1
             raise
         entry = self.scheduler.submit(job, self._planner.schedules(job))
+        entry.selector = self._selector
         position = self.scheduler.position(entry)
         at_once = position <= self.scheduler.free_places(entry.tokens)
         forecast = self._forecast(entry)
@@ -104,6 +105,11 @@ class AdmissionController:
                 soonest_s=entry.eta_s,
             )
         return entry
+
+    def use(self, planner: SchedulePlanner) -> None:
+        """Plan new images with ``planner``; those that are here keep the one that they came with."""
+        self._planner = planner
+        self._selector = ScheduleSelector(self._settings.magcache, planner)
 
     def next_message(self, shape_of: Callable[[str], RowShape]) -> list[SentPlan]:
         """The plans of the next message to the ranks, noted as sent; ``shape_of`` gives a row's shape by its id."""
@@ -180,7 +186,8 @@ class AdmissionController:
             return forecast.total_s(make_row_schedule(schedules))
 
         time_s = None if entry.deadline_s is None else entry.deadline_s - self._clock()
-        return self._selector.choose(entry.job, self._pressure(queue_s), time_s, seconds)
+        assert entry.selector is not None
+        return entry.selector.choose(entry.job, self._pressure(queue_s), time_s, seconds)
 
     def _pressure(self, queue_s: float) -> float:
         """How far load lowers quality, 0 to 1; at 1 before the queue is full, so before any image is refused."""

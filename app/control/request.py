@@ -1,9 +1,12 @@
 """The state of one image in the request table, from its submission to its last step."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from app.control.quality import ScheduleSelector
 from app.control.schedule import BranchSchedule, RowSchedule, make_row_schedule
 from app.engine.geometry import Geometry
 from app.messages import COND, UNCOND, DenoiseJob, DenoiseReport, RowStep
@@ -25,7 +28,7 @@ class RowShape:
     tokens: int
 
     @classmethod
-    def of(cls, job: DenoiseJob, settings: Settings) -> "RowShape":
+    def of(cls, job: DenoiseJob, settings: Settings) -> RowShape:
         """The shape of ``job``'s rows."""
         tokens = settings.image_tokens(job.width * job.height) + job.source_tokens
         return cls(Geometry.of(job.width, job.height), tokens)
@@ -43,6 +46,8 @@ class RequestState:
         deferred: its computed step did not fit into the last batch; it goes first in the next.
         eta_s, position: the estimates at its arrival: seconds to its last step, and its place in the queue.
         lowered_by: why it computes fewer steps than asked for, ``deadline`` or ``load``.
+        selector: what chose its schedules at its arrival and does so again at its admission, by the same profiles; a
+            calibration's row has none.
     """
 
     job: DenoiseJob
@@ -57,6 +62,7 @@ class RequestState:
     position: int = 0
     lowered_by: str | None = None
     urgency_s: float = 0.0
+    selector: ScheduleSelector | None = None
     previews: frozenset[int] = field(init=False)
     row_schedule: RowSchedule = field(init=False)
 
@@ -135,6 +141,7 @@ class RequestState:
             queue_position=self.position,
             lowered_by=self.lowered_by,
             uncached_reason=cond.uncached_reason,
+            profile=cond.profile,
         )
 
 

@@ -1,10 +1,13 @@
 """A request's whole MagCache schedule, known at admission: per CFG branch, what each step does."""
 
+from __future__ import annotations
+
 import math
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -26,6 +29,9 @@ from magcache_core import (
     fill,
     load_profile,
     pick_profile,
+    profile_names,
+    stored_profiles,
+    was_measured_for,
 )
 
 
@@ -37,12 +43,14 @@ class BranchSchedule:
         residuals_kept: computed residuals that the branch keeps for later steps; 0 when nothing is reused.
         predicted_error: what `magcache_core` expects the reused steps to cost.
         uncached_reason: why every step computes though reuse was asked for, or None.
+        profile: name and version of the profile that it was planned with, or None.
     """
 
     decisions: tuple[Decision, ...]
     residuals_kept: int
     predicted_error: float
     uncached_reason: str | None = None
+    profile: str | None = None
 
     @cached_property
     def text(self) -> str:
@@ -117,6 +125,19 @@ class NoiseSchedule(Protocol):
         """Noise levels from 1 down to 0, (steps + 1,)."""
 
 
+@dataclass(frozen=True, eq=False)
+class _FoundProfile:
+    """A profile, cut to the steps that run, and the name and version of the whole one."""
+
+    profile: Profile
+    label: str
+
+
+def _measured_by(job: DenoiseJob) -> tuple[int, int, int, int, float]:
+    """What decides which profile a job gets: steps, first step, width, height and guidance."""
+    return job.num_inference_steps, job.first_step, job.width, job.height, job.guidance_scale
+
+
 class SchedulePlanner:
     """Turns a job's MagCache options, the server's settings and the model's profile into decisions."""
 
@@ -125,6 +146,8 @@ class SchedulePlanner:
         self._noise = noise
         named = settings.magcache.profile
         self._named = load_profile(named) if named is not None else None
+        folder = settings.magcache.profile_dir
+        self._stored = [] if folder is None else stored_profiles(Path(folder))
         # Jobs with equal settings share one plan, which costs milliseconds to find.
         self._plan = lru_cache(maxsize=4096)(self._plan_branch)
         self._profile = lru_cache(maxsize=1024)(self._find_profile)
@@ -142,9 +165,8 @@ class SchedulePlanner:
         if job.calibration is not None:
             return dict.fromkeys(job.branches, self._dictated(job, job.calibration))
         followed = self._with_budget(job, job.magcache if options is None else options)
-        key = followed, job.num_inference_steps, job.first_step, job.width, job.height
         guided = len(job.branches) > 1
-        return {branch: self._plan(*key, branch, guided) for branch in job.branches}
+        return {branch: self._plan(followed, *_measured_by(job), branch, guided) for branch in job.branches}
 
     def _dictated(self, job: DenoiseJob, run: CalibrationRun) -> BranchSchedule:
         """The schedule that a calibration wants to be run; one that is recorded keeps each step's residual."""
@@ -171,13 +193,12 @@ class SchedulePlanner:
 
     def fewest(self, job: DenoiseJob, options: MagCacheOptions) -> int | None:
         """The fewest computed steps that a plan for ``job`` can have; None where there is no profile to plan with."""
-        key = job.num_inference_steps, job.first_step, job.width, job.height
-        profile = self._profile(*key)
-        if profile is None:
+        found = self._profile(*_measured_by(job))
+        if found is None:
             return None
         return max(
             fewest_steps(
-                profile,
+                found.profile,
                 job.steps_to_run,
                 branch=branch,
                 max_skip_steps=options.mag_max_skip_steps,
@@ -186,25 +207,39 @@ class SchedulePlanner:
             for branch in job.branches
         )
 
-    def _find_profile(self, steps: int, first_step: int, width: int, height: int) -> Profile | None:
+    def _find_profile(
+        self, steps: int, first_step: int, width: int, height: int, guidance: float
+    ) -> _FoundProfile | None:
+        request = self._settings.model, steps, width, height
+        own = [one for one in self._stored if was_measured_for(one, *request, guidance)]
         profile = self._named
-        if profile is None:
+        if own or profile is None:
+            shipped = map(load_profile, profile_names())
             try:
-                profile = pick_profile(self._settings.model, steps, width, height)
+                profile = pick_profile(*request, own or [*self._stored, *shipped], guidance)
             except ProfileError:
                 return None
-        return profile.tail(first_step, steps)
+        return _FoundProfile(profile.tail(first_step, steps), f"{profile.name}@{profile.version}")
 
     def _plan_branch(
-        self, options: MagCacheOptions, steps: int, first_step: int, width: int, height: int, branch: str, guided: bool
+        self,
+        options: MagCacheOptions,
+        steps: int,
+        first_step: int,
+        width: int,
+        height: int,
+        guidance: float,
+        branch: str,
+        guided: bool,
     ) -> BranchSchedule:
-        profile = self._profile(steps, first_step, width, height) if options.enabled else None
-        if profile is None:
+        found = self._profile(steps, first_step, width, height, guidance) if options.enabled else None
+        if found is None:
             if options.enabled and options.computed_steps is not None:
                 allowed = "left out: there is no MagCache profile for this model to plan with"
                 raise ConfigError("computed_steps", options.computed_steps, allowed)
             every = tuple(Decision(step, compute=True) for step in range(steps - first_step))
             return BranchSchedule(every, 0, 0.0, self._noise.uncached_reason if options.enabled else None)
+        profile = found.profile
         # True CFG multiplies what separates the branches, and with it what a prediction gets wrong: there residuals are
         # reused, on the schedule that is planned for velocities (what trials found goes with their mode).
         without_correction = guided and profile.reuse in VELOCITY_MODES
@@ -223,4 +258,4 @@ class SchedulePlanner:
         sigmas = self._noise.sigmas(steps, Geometry.of(width, height).tokens)[first_step:].tolist()
         decided = decisions(plan, sigmas)
         residuals_kept = max(len(decision.weights) for decision in decided)
-        return BranchSchedule(decided, residuals_kept, plan.predicted_error)
+        return BranchSchedule(decided, residuals_kept, plan.predicted_error, profile=found.label)

@@ -117,6 +117,7 @@ class FakeBackend:
             queue_position=2,
             lowered_by=self.lowered_by,
             uncached_reason=self.uncached_reason,
+            profile="flux-tiny@0123456789ab",
         )
         self.coordinator.observe_request(report)
         data = self._file(job, seed)

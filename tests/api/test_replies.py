@@ -101,3 +101,9 @@ async def test_a_prompt_that_is_cut_is_said(client: httpx.AsyncClient, backend: 
     response = await client.post(URL, json={**PROMPT, "stream": True})
     event = json.loads(response.text.strip().rpartition("data: ")[2])
     assert (event["warnings"], event["usage"]["input_tokens"]) == ([], 5)
+
+
+async def test_a_reply_names_the_profile_and_its_version(client: httpx.AsyncClient) -> None:
+    response = await client.post("/v1/images/generations", json={"prompt": "a", "n": 2})
+    assert response.headers["x-magcache-profile"] == "flux-tiny@0123456789ab"
+    assert {image["magcache"]["profile"] for image in response.json()["data"]} == {"flux-tiny@0123456789ab"}

@@ -90,6 +90,7 @@ async def test_everything_that_a_request_may_say(client: httpx.AsyncClient, back
         "negative_schedule": SCHEDULE,
         "lowered_by": None,
         "uncached_reason": None,
+        "profile": "flux-tiny@0123456789ab",
     }
     assert (first["eta_s"], first["queue_position"]) == (1.5, 2)
     assert first["timings"] == {"queue_s": 0.01, "encode_s": 0.02, "denoise_s": 0.2, "decode_s": 0.03, "total_s": 0.26}

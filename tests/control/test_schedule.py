@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from app.control.schedule import SchedulePlanner
+from app.control.admission import AdmissionController
+from app.control.schedule import BranchSchedule, SchedulePlanner
 from app.engine.sampling import FlowMatchSampler
 from app.errors import InvalidRequestError
 from app.messages import MagCacheOptions
 from app.settings import MagCacheSettings, Settings
-from magcache_core import fewest_steps, load_profile
+from magcache_core import fewest_steps, load_profile, save_profile, stored_profiles
 from tests.control.scheduling import DEV_PLANNER, ON
-from tests.local_group import MODEL, job
+from tests.local_group import MEASURED, MODEL, job
 
 PLANNER = SchedulePlanner(Settings(), FlowMatchSampler(MODEL))
 
@@ -90,3 +95,45 @@ def test_image_to_image_follows_the_end_of_the_curve() -> None:
     late = DEV_PLANNER.schedules(job("a/0", strength=0.5, magcache=ON))["cond"]
     assert late.text == "C.....C.....C."  # of 28 steps the last 14; the curve's beginning would be CCC..C...
     assert [decision.step for decision in late.decisions] == list(range(14))
+
+
+def stored(tmp_path: Path, **changes: Any) -> Settings:
+    """Settings whose profile folder has flux-tiny's as measured for other requests."""
+    save_profile(replace(load_profile("flux-tiny"), **({"name": "own"} | changes)), tmp_path)
+    return Settings(magcache=MagCacheSettings(profile="flux-tiny", profile_dir=str(tmp_path)))
+
+
+def test_a_stored_profile_goes_before_a_named_one_for_what_it_was_measured_for(tmp_path: Path) -> None:
+    planner = SchedulePlanner(stored(tmp_path, budget=8), FlowMatchSampler(MODEL))
+
+    def planned(**options: Any) -> BranchSchedule:
+        return planner.schedules(job("a/0", magcache=MagCacheOptions(), **options))["cond"]
+
+    own, named = planned(), planned(guidance_scale=7.0)
+    assert (own.text.count("C"), named.text.count("C")) == (8, 10)
+    assert own.profile == f"own@{stored_profiles(tmp_path)[0].version}"
+    assert named.profile == f"flux-tiny@{load_profile('flux-tiny').version}"
+    assert planned(steps=20).profile == planned(size=(256, 256)).profile == named.profile
+    assert planner.schedules(job("a/0"))["cond"].profile is None
+
+
+def test_without_a_named_profile_a_stored_one_serves_what_is_near(tmp_path: Path) -> None:
+    settings = stored(tmp_path, model="models/uncalibrated")
+    settings = settings.model_copy(
+        update={"model": "models/uncalibrated", "magcache": settings.magcache.model_copy(update={"profile": None})}
+    )
+    found = SchedulePlanner(settings, FlowMatchSampler(MODEL)).schedules(
+        job("a/0", steps=20, magcache=MagCacheOptions())
+    )
+    assert found["cond"].profile is not None
+    assert found["cond"].profile.startswith("own@")
+
+
+def test_images_keep_the_profiles_that_they_came_with(tmp_path: Path) -> None:
+    settings = stored(tmp_path, budget=8)
+    admission = AdmissionController(settings, PLANNER, MEASURED, lambda: 0.0)
+    before = admission.submit(job("before/0", magcache=MagCacheOptions()))
+    admission.use(SchedulePlanner(settings, FlowMatchSampler(MODEL)))
+    after = admission.submit(job("after/0", magcache=MagCacheOptions()))
+    assert admission.scheduler.next_plan() is not None
+    assert [entry.schedules["cond"].text.count("C") for entry in (before, after)] == [10, 8]

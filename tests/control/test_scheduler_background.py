@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from app.control.admission import AdmissionController
 from app.control.schedule import SchedulePlanner
+from app.control.scheduler import StepScheduler
 from app.engine.sampling import FlowMatchSampler
 from app.messages import CalibrationRun, DenoiseJob, StepResult
 from app.settings import Settings
@@ -34,7 +35,7 @@ def test_a_calibration_steps_only_alone_and_goes_on_where_it_was(
     clients: list[tuple[int, int]], runs: list[str]
 ) -> None:
     """``clients``: by image, the tick before which it comes and its steps."""
-    scheduler = table().scheduler
+    scheduler = StepScheduler(LIMITS, lambda: 0.0)
     jobs = {one.row_id: one for one in (background(i, f"C{marks}") for i, marks in enumerate(runs))}
     for one in jobs.values():
         scheduler.submit(one, PLANNER.schedules(one))
@@ -93,7 +94,7 @@ def test_a_message_has_one_computed_step_of_a_calibration() -> None:
 
 
 def test_a_calibration_is_dropped_like_any_row() -> None:
-    scheduler = table().scheduler
+    scheduler = StepScheduler(LIMITS, lambda: 0.0)
     one, other = background(0), background(1)
     for each in (one, other):
         scheduler.submit(each, PLANNER.schedules(each))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,9 @@ from magcache_core import (
     load_profile,
     pick_profile,
     profile_names,
+    save_profile,
+    stored_profiles,
+    was_measured_for,
 )
 
 FLUX = load_profile("flux.1-dev")
@@ -59,3 +63,42 @@ def test_pick_is_by_model_then_steps_then_size_and_logged(caplog: pytest.LogCapt
     assert "small (28 steps, 512x512) picked for FLUX.1-dev at 30 steps" in caplog.text
     with pytest.raises(ProfileError, match="no profile for model 'SDXL'"):
         pick_profile("SDXL", 28, 1024, 1024)
+
+
+def test_saved_profiles_are_found_and_damaged_ones_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "volume/profiles"
+    assert stored_profiles(folder) == []
+    tiny = load_profile("flux-tiny")
+    for profile in (replace(FLUX, name="second"), replace(tiny, name="first")):
+        assert save_profile(profile, folder).name == f"{profile.name}.json"
+    (folder / "broken.json").write_text("{")
+    found = stored_profiles(folder)
+    assert [profile.name for profile in found] == ["first", "second"]
+    assert found[0].version == replace(tiny, name="first").version != tiny.version
+    assert "broken.json is damaged" in caplog.text
+    save_profile(replace(FLUX, name="second", threshold=0.5), folder)
+    assert [profile.threshold for profile in stored_profiles(folder)] == [tiny.threshold, 0.5]
+    assert len(list(folder.iterdir())) == 3, "nothing but the profiles stays behind"
+
+
+def test_what_a_profile_was_measured_for() -> None:
+    measured = replace(FLUX, guidance_scale=3.5)
+    at = ("black-forest-labs/FLUX.1-dev", FLUX.steps, FLUX.width, FLUX.height)
+    assert was_measured_for(measured, *at, 3.5)
+    assert was_measured_for(measured, "/models/flux.1-DEV/", FLUX.steps, FLUX.width * 5 // 4, FLUX.height)
+    assert was_measured_for(replace(measured, guidance_scale=None), *at, 9.0)
+    for other in (
+        ("FLUX.1-schnell", *at[1:], 3.5),
+        (at[0], FLUX.steps + 1, *at[2:], 3.5),
+        (*at[:2], FLUX.width, FLUX.height // 2, 3.5),
+        (*at, 5.0),
+    ):
+        assert not was_measured_for(measured, *other)
+
+
+def test_the_nearest_guidance_is_picked_and_the_first_of_equals() -> None:
+    low, high = (replace(FLUX, name=f"at-{scale:g}", guidance_scale=scale) for scale in (2.0, 5.0))
+    at = (FLUX.model, FLUX.steps, FLUX.width, FLUX.height, [low, high])
+    assert pick_profile(*at, 4.5) == high
+    assert pick_profile(*at, 2.5) == low
+    assert pick_profile(*at) == low
