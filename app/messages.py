@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Awaitable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 
@@ -90,6 +91,57 @@ class CalibrationRun:
     schedule: str
     reuse: str = "residual"
     record: bool = False
+
+
+@dataclass(frozen=True)
+class CalibrationJob:
+    """What to calibrate, and how long that may take.
+
+    Attributes:
+        prompts: one recorded run each, all from noise of seed 0.
+        guidance_scale: distilled guidance; one image without true CFG is measured.
+        computed_steps: what the profile recommends.
+        budgets: numbers of computed steps to try schedules for, the most important first.
+        trial_runs: how many of the prompts each schedule is tried on.
+        moves: schedules to try beside the candidates of each number of computed steps.
+        budget_s: seconds of its runs, waits for clients' images included, after which it ends with what it has.
+    """
+
+    id: str
+    prompts: tuple[str, ...]
+    steps: int
+    width: int
+    height: int
+    guidance_scale: float
+    computed_steps: int
+    budgets: tuple[int, ...]
+    trial_runs: int = 4
+    moves: int = 6
+    budget_s: float = 1800.0
+
+
+@dataclass(frozen=True)
+class CalibrationStatus:
+    """How far a calibration is.
+
+    Attributes:
+        state: ``running``, ``done``, ``cancelled`` or ``failed``.
+        phase: ``record``, ``probe`` or ``try``: what it runs now, or ran last.
+        runs: images that it has run, those before an interruption included.
+        expected_runs: how many it will have run at its end, as far as that is known.
+        seconds: time of these runs.
+        profile: ``NAME@VERSION`` once it is done.
+        message: what made it fail.
+    """
+
+    id: str
+    state: Literal["running", "done", "cancelled", "failed"]
+    phase: str
+    runs: int
+    expected_runs: int
+    seconds: float
+    profile: str | None = None
+    message: str | None = None
 
 
 def first_step(steps: int, strength: float | None) -> int:

@@ -76,7 +76,8 @@ def search(
     Args:
         profile: measured costs, which name candidates and fit weights.
         moves: schedules to try beside the candidates, each with one computed step of the best so far moved.
-        budgets: numbers of computed steps to try again; the others keep the profile's trials. By default all.
+        budgets: numbers of computed steps to try; the others keep the profile's trials, where it has them. By default
+            all.
         seed: of the moves.
         progress: called after each number of computed steps.
 
@@ -96,7 +97,9 @@ def search(
     kept = {trial.computed: trial for trial in profile.trials}
     for budget in range(fewest_steps(profile), profile.steps):
         before = found[-1] if found else None
-        if budget in kept and budgets is not None and budget not in budgets:
+        if budgets is not None and budget not in budgets:
+            if budget not in kept:
+                continue
             best = kept[budget]
         else:
             first, *others = _candidates(profile, budget, before, kept.get(budget))
@@ -118,7 +121,7 @@ def _candidates(profile: Profile, budget: int, before: Trial | None, known: Tria
         yield fill(profile, known.schedule, known.reuse)
     yield from corrected_plans(profile, budget)
     halved = []
-    if before is not None:
+    if before is not None and before.computed == budget - 1:
         longest = max(before.schedule.split(COMPUTE), key=len)
         middle = before.schedule.index(COMPUTE + longest) + 1 + len(longest) // 2
         halved.append(_with(before.schedule, middle, COMPUTE))
