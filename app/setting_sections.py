@@ -121,6 +121,11 @@ class MagCacheSettings(Section):
         description="Folder of the profiles that the service calibrates itself, for example a volume that all nodes "
         "mount; one that was measured for a request's steps, size and guidance goes before `profile`. null keeps none.",
     )
+    calibrate: Literal["off", "ask"] = Field(
+        default="ask",
+        description="Whether the service calibrates its model into `profile_dir` while no client's image is there: "
+        "`ask` when `POST /v1/calibrations` asks for it, `off` never.",
+    )
     mag_threshold: float | None = Field(
         default=None, ge=0.0, description="Accumulated error at which a step must compute; null is the profile's."
     )

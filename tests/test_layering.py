@@ -112,6 +112,7 @@ RULES = (
     # The Serve ingress is where Serve takes over the API's application.
     Rule("app", WEB, "HTTP lives in the API", except_in=("app.api", "app.cluster.ingress")),
     Rule("app", ("app.main", "app.serve"), "entry points are imported by no module"),
+    Rule("app.calibrate", ("app",), "a client of the service knows its routes only"),
     Rule("app.main", ("app.metrics",), "the entry point only binds deployments"),
     Rule("app.serve", ("app",), "it starts Serve and stops it", allowed=("app.cluster",)),
     Rule("app", ("models",), "the service reads the model's files, not its recipe"),

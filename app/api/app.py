@@ -12,9 +12,10 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
-from app.api import edits
+from app.api import calibrations, edits
 from app.api.access import AccessMiddleware
 from app.api.backend import Backend
+from app.api.calibrations import CalibrationRequest
 from app.api.drain import DrainMiddleware
 from app.api.events import STREAM_EVENTS
 from app.api.keys import ApiKeys
@@ -43,6 +44,7 @@ def create_app(settings: Settings, get_backend: Callable[[], Backend], *, id_add
     app.state.service = service = new_service(settings, get_backend)
     app.include_router(router)
     app.include_router(edits.router)
+    app.include_router(calibrations.router)
     keys = None if settings.http.api_keys_file is None else ApiKeys(settings.http.api_keys_file)
     app.add_middleware(DrainMiddleware, drain=service.drain)
     app.add_middleware(AccessMiddleware, http=settings.http, keys=keys)
@@ -90,6 +92,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         by_hand: list[tuple[type[BaseModel], Literal["validation", "serialization"]]] = [
             (ImagesRequest, "validation"),
             (EditsRequest, "validation"),
+            (CalibrationRequest, "validation"),
         ]
         by_hand += [(event, "serialization") for event in STREAM_EVENTS]
         _, definitions = models_json_schema(by_hand, ref_template="#/components/schemas/{model}", by_alias=False)

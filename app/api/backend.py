@@ -11,7 +11,7 @@ import numpy as np
 from prometheus_client.metrics_core import Metric
 
 from app.engine.families import Family
-from app.messages import DenoiseReport, MagCacheOptions, Progress, TokenCount
+from app.messages import CalibrationJob, CalibrationStatus, DenoiseReport, MagCacheOptions, Progress, TokenCount
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 
@@ -133,6 +133,19 @@ class Backend(Protocol):
         Raises:
             ForbiddenError: there are such requests, and other keys made them all.
         """
+
+    async def calibrate(self, job: CalibrationJob) -> CalibrationStatus:
+        """Begin a calibration.
+
+        Raises:
+            InvalidRequestError: the service is not set up for it, or another one is under way (409).
+        """
+
+    async def calibration(self, calibration_id: str) -> CalibrationStatus:
+        """How far a calibration is; `InvalidRequestError` (404) where none has this id."""
+
+    async def cancel_calibration(self, calibration_id: str) -> CalibrationStatus:
+        """End a calibration, if it has not ended; what it found is kept."""
 
     async def family(self) -> Family:
         """What kind of model is served."""

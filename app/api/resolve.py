@@ -83,10 +83,10 @@ def resolve_request(
     _at_most("n", n, sampling.max_n)
     steps = request.num_inference_steps or sampling.num_inference_steps
     _at_most("num_inference_steps", steps, sampling.max_inference_steps)
-    _check_prompt("prompt", request.prompt, settings)
+    check_prompt("prompt", request.prompt, settings)
     if request.negative_prompt is not None:
-        _check_prompt("negative_prompt", request.negative_prompt, settings, may_be_empty=True)
-    width, height = _size(request.size, sampling)
+        check_prompt("negative_prompt", request.negative_prompt, settings, may_be_empty=True)
+    width, height = parse_size(request.size, sampling)
     stream = request.stream or False
     _check_stream(request, stream)
     output_format, as_file = _reply_form(request, "" if stream else accept)
@@ -159,7 +159,8 @@ def _at_most(name: str, value: int, limit: int) -> None:
         raise InvalidRequestError(f"{name} must be at most {limit} on this server", param=name)
 
 
-def _check_prompt(name: str, text: str, settings: Settings, may_be_empty: bool = False) -> None:
+def check_prompt(name: str, text: str, settings: Settings, may_be_empty: bool = False) -> None:
+    """Raise an `InvalidRequestError` for a prompt that is empty, too long or no text; ``name`` is its field."""
     if not text.strip() and not may_be_empty:
         raise InvalidRequestError(f"{name} must not be empty", param=name)
     if len(text) > settings.http.max_prompt_chars:
@@ -170,7 +171,8 @@ def _check_prompt(name: str, text: str, settings: Settings, may_be_empty: bool =
         raise InvalidRequestError(f"{name} holds half of a surrogate pair, which is not text", param=name)
 
 
-def _size(size: str | None, limits: SamplingSettings) -> tuple[int, int]:
+def parse_size(size: str | None, limits: SamplingSettings) -> tuple[int, int]:
+    """Width and height that ``size`` asks for; raises an `InvalidRequestError` for what the server does not make."""
     if size is None or size == "auto":
         return limits.default_width, limits.default_height
     match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", size)

@@ -254,6 +254,7 @@ async def index(request: Request) -> dict[str, Any]:
             f"POST {IMAGES_PATH}": "make images (OpenAI's dialect)",
             f"POST {EDITS_PATH}": "edit images (OpenAI's dialect)",
             "DELETE /v1/requests/{id}": "cancel a request by its X-Request-Id",
+            "POST /v1/calibrations": "calibrate the served model in its idle time",
             "GET /v1/models": "the served model",
             "GET /health": "200 when images can be made, else 503",
             "GET /metrics": "Prometheus metrics",

@@ -6,15 +6,17 @@ import json
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
 from app.api.bodies import bounded, media_type_of, unsupported_media_type
 from app.api.schemas import REASONS, ImagesRequest
 from app.api.unknown_fields import explain_unknown
 from app.errors import InvalidRequestError, ServiceError
+from app.settings import unknown_name
 
 Body = TypeVar("Body", bound=ImagesRequest)
+Plain = TypeVar("Plain", bound=BaseModel)
 
 
 async def read_json(
@@ -61,25 +63,54 @@ def parse(body: dict[str, Any], schema: type[Body], resolve: Callable[[Body], ob
     try:
         return schema.model_validate(body)
     except ValidationError as error:
-        details = error.errors(include_url=False, include_context=False)
+        details = _details(error)
 
     def refusal(fields: dict[str, Any]) -> str | None:
         try:
             resolve(schema.model_validate({"prompt": "a", "stream": body.get("stream") is True, **fields}))
         except ValidationError as error:
-            return _explain(error.errors(include_url=False, include_context=False)[0])
+            return _explain(_details(error)[0])
         except ServiceError as error:
             return error.message
         return None
 
-    codes = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
-    raise InvalidRequestError(
-        "; ".join(
+    raise _refused(
+        details,
+        lambda detail: (
             explain_unknown(tuple(map(str, detail["loc"])), body, schema, refusal)
             if detail["type"] == "extra_forbidden"
             else _explain(detail)
-            for detail in details[:5]
         ),
+    )
+
+
+def parse_plain(body: dict[str, Any], schema: type[Plain]) -> Plain:
+    """``body`` as a ``schema`` of few fields; an unknown one is refused with the nearest valid name.
+
+    Raises:
+        InvalidRequestError: as `parse` does.
+    """
+    try:
+        return schema.model_validate(body)
+    except ValidationError as error:
+        raise _refused(
+            _details(error),
+            lambda detail: (
+                unknown_name("field", str(detail["loc"][-1]), schema.model_fields)
+                if detail["type"] == "extra_forbidden"
+                else _explain(detail)
+            ),
+        ) from None
+
+
+def _details(error: ValidationError) -> list[Any]:
+    return list(error.errors(include_url=False, include_context=False))
+
+
+def _refused(details: list[Any], explain: Callable[[Any], str]) -> InvalidRequestError:
+    codes = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
+    return InvalidRequestError(
+        "; ".join(map(explain, details[:5])),
         param=_param(details[0]["loc"]),
         code=codes.get(details[0]["type"], "invalid_value"),
     )

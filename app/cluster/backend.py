@@ -14,6 +14,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from app.api.backend import GeneratedImage, HealthReport, ImagesJob, StreamItem
+from app.cluster.calibrator import Calibrator
 from app.cluster.client_errors import to_service_error, unwrap_ray_error
 from app.cluster.coordinators import ANSWER_SECONDS, call_all_coordinators
 from app.cluster.handles import result_of
@@ -23,7 +24,14 @@ from app.components.prompt_encoder import PromptEncoder
 from app.components.vae import ImageDecoder
 from app.engine.families import Family
 from app.errors import BusyError, ForbiddenError, UnavailableError
-from app.messages import Conditioning, DenoiseJob, DenoiseResult, PromptEmbeddings
+from app.messages import (
+    CalibrationJob,
+    CalibrationStatus,
+    Conditioning,
+    DenoiseJob,
+    DenoiseResult,
+    PromptEmbeddings,
+)
 from app.metrics import merge_families
 from app.settings import Settings
 
@@ -61,6 +69,7 @@ class ServeBackend:
         self._encoder = encoder
         self._replica = replica
         self._decoder = decoder
+        self._calibrator = Calibrator(settings, encoder, replica, decoder)
         self._requests = RequestRegistry()
         self._family: Family | None = None
         self._look: asyncio.Task[HealthReport] | None = None
@@ -99,6 +108,18 @@ class ServeBackend:
         if not ended and (others_here or any(others for _, others in answers)):
             raise ForbiddenError("the request was made with another API key, which alone can cancel it")
         return ended
+
+    async def calibrate(self, job: CalibrationJob) -> CalibrationStatus:
+        """Begin a calibration."""
+        return self._calibrator.start(job)
+
+    async def calibration(self, calibration_id: str) -> CalibrationStatus:
+        """How far it is."""
+        return self._calibrator.status(calibration_id)
+
+    async def cancel_calibration(self, calibration_id: str) -> CalibrationStatus:
+        """End it."""
+        return await self._calibrator.cancel(calibration_id)
 
     def _start(self, job: ImagesJob, emit: OnEvent | None, progress: bool) -> RequestTask:
         return self._requests.start(

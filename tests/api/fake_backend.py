@@ -6,6 +6,7 @@ import asyncio
 import io
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from PIL import Image
 from prometheus_client import CollectorRegistry
@@ -14,8 +15,8 @@ from prometheus_client.metrics_core import Metric
 from app.api.backend import GeneratedImage, HealthReport, ImagesJob, Preview, StreamItem
 from app.control.counters import CoordinatorCounters
 from app.engine.families import FLUX_DEV, Family
-from app.errors import ForbiddenError, RequestCancelledError
-from app.messages import DenoiseReport, Progress, TokenCount
+from app.errors import ForbiddenError, InvalidRequestError, RequestCancelledError
+from app.messages import CalibrationJob, CalibrationStatus, DenoiseReport, Progress, TokenCount
 from app.metrics import CoordinatorMetrics
 
 SCHEDULE = "CCC..C.."
@@ -33,6 +34,7 @@ class FakeBackend:
         self.jobs: list[ImagesJob] = []
         self.checked: list[ImagesJob] = []
         self.refusal: Exception | None = None
+        self.calibrations: dict[str, CalibrationJob] = {}
         self.error: Exception | None = None
         self.late_error: Exception | None = None
         self.start_s = 0.0
@@ -85,6 +87,20 @@ class FakeBackend:
             return 0
         ended.set()
         return self.jobs[-1].n
+
+    async def calibrate(self, job: CalibrationJob) -> CalibrationStatus:
+        if self.error is not None:
+            raise self.error
+        self.calibrations[job.id] = job
+        return await self.calibration(job.id)
+
+    async def calibration(self, calibration_id: str) -> CalibrationStatus:
+        if calibration_id not in self.calibrations:
+            raise InvalidRequestError("no such calibration", code="calibration_not_found", status=404)
+        return CalibrationStatus(calibration_id, "running", "probe", 20, 300, 12.5)
+
+    async def cancel_calibration(self, calibration_id: str) -> CalibrationStatus:
+        return replace(await self.calibration(calibration_id), state="cancelled")
 
     async def _take(self, job: ImagesJob) -> None:
         self.jobs.append(job)

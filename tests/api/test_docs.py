@@ -7,6 +7,7 @@ from typing import get_args
 
 import httpx
 
+from app.api.calibrations import CalibrationReply, CalibrationRequest
 from app.api.events import STREAM_EVENTS
 from app.api.schemas import (
     CancelReply,
@@ -24,9 +25,14 @@ TEXT = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8
 
 
 def test_fields() -> None:
-    for name in [*ImagesRequest.model_fields, "cfg_scale", *MagCacheBody.model_fields]:
+    for name in [
+        *ImagesRequest.model_fields,
+        "cfg_scale",
+        *MagCacheBody.model_fields,
+        *CalibrationRequest.model_fields,
+    ]:
         assert f"`{name}`" in TEXT, name
-    for model in (ImagesReply, ImageReply, MagCacheReply, Timings, Usage, CancelReply):
+    for model in (ImagesReply, ImageReply, MagCacheReply, Timings, Usage, CancelReply, CalibrationReply):
         for name in model.model_fields:
             assert f'"{name}"' in TEXT, name
 
@@ -50,6 +56,6 @@ async def test_headers_of_a_bare_file(client: httpx.AsyncClient, backend: FakeBa
     body = {"prompt": "a", "response_format": "file", "negative_prompt": "b", "output_compression": 3}
     response = await client.post("/v1/images/generations", json=body)
     ours = [name for name in response.headers if name.startswith(("x-", "server-"))]
-    assert len(ours) == 13
+    assert len(ours) == 14
     for name in [*ours, "x-magcache-lowered-by", "x-soonest-seconds"]:
         assert f"`{name}`" in TEXT.lower(), name

@@ -34,13 +34,21 @@ def cluster() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def service(cluster: None) -> Iterator[str]:
+def profile_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the service keeps its own profiles in."""
+    return tmp_path_factory.mktemp("profiles")
+
+
+@pytest.fixture(scope="session")
+def service(cluster: None, profile_dir: Path) -> Iterator[str]:
     """The service's URL."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
-    serve.run(build(settings_of("flux-tiny.yaml")), name="flux", route_prefix="/")
+    settings = settings_of("flux-tiny.yaml")
+    magcache = settings.magcache.model_copy(update={"profile_dir": str(profile_dir)})
+    serve.run(build(settings.model_copy(update={"magcache": magcache})), name="flux", route_prefix="/")
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
 

@@ -1,0 +1,176 @@
+"""`/v1/calibrations`: have the service calibrate its own model, and look at how far it is."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import uuid
+from http import HTTPStatus
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from app.api.resolve import check_prompt, parse_size
+from app.api.routes import Service
+from app.api.schemas import ErrorReply, integral
+from app.api.validation import parse_plain, read_json
+from app.errors import ForbiddenError, InvalidRequestError
+from app.messages import CalibrationJob, CalibrationStatus
+from app.settings import Settings
+from magcache_core.calibrate import packaged_prompts
+
+router = APIRouter()
+
+FEWEST_STEPS = 6
+"""Of fewer steps there is nothing to reuse, and nothing to try."""
+RECOMMENDED_SHARE = 10 / 28
+"""Share of the steps that a profile recommends to compute where the request names no number."""
+_PATH = "/v1/calibrations"
+_SCHEMA = "#/components/schemas/CalibrationRequest"
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    code: {"model": ErrorReply, "description": text}
+    for code, text in {
+        400: "A field is wrong; `param` names it.",
+        401: "The service wants an API key, and this one is missing or unknown.",
+        403: "The service has no API keys, and the request comes from another machine.",
+        404: "No such calibration.",
+        409: "Another calibration is under way, or the service is not set up for any.",
+    }.items()
+}
+
+
+class CalibrationRequest(BaseModel):
+    """The body of `POST /v1/calibrations`; every field may be left out."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    prompts: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=256,
+        description="One recorded run each; by default a packaged list of 16.",
+    )
+    size: str | None = Field(default=None, description="`WIDTHxHEIGHT`; the server's default size by default.")
+    num_inference_steps: int | None = Field(default=None, ge=FEWEST_STEPS, description="The server's by default.")
+    guidance_scale: float | None = Field(default=None, ge=0, le=100, description="The server's by default.")
+    computed_steps: int | None = Field(
+        default=None, ge=2, description="Computed steps that the profile recommends; 10 of 28 in proportion by default."
+    )
+    trial_runs: int | None = Field(
+        default=None, ge=0, le=64, description="Prompts that each schedule is tried on, 4 by default; 0 only predicts."
+    )
+    moves: int | None = Field(
+        default=None, ge=0, le=64, description="Schedules to try beside each number of steps' candidates, 6 by default."
+    )
+    budget_minutes: float | None = Field(
+        default=None,
+        gt=0,
+        le=100_000,
+        description="Time of its runs after which it ends with what it has, 30 by default.",
+    )
+
+    _integral = field_validator("num_inference_steps", "computed_steps", "trial_runs", "moves", mode="before")(integral)
+
+
+class CalibrationReply(BaseModel):
+    """How far a calibration is."""
+
+    id: str
+    object: Literal["calibration"] = "calibration"
+    status: Literal["running", "done", "cancelled", "failed"]
+    phase: Literal["record", "probe", "try"] = Field(description="What it runs now, or ran last.")
+    runs: int = Field(description="Images that it has run, those before an interruption included.")
+    expected_runs: int = Field(description="About how many it will have run at its end.")
+    seconds: float = Field(description="Time of these runs, waits for clients' images included.")
+    profile: str | None = Field(description="`NAME@VERSION` once it is done.")
+    message: str | None = Field(description="What made it fail.")
+
+
+@router.post(
+    _PATH,
+    summary="Calibrate the served model",
+    tags=["calibrations"],
+    status_code=HTTPStatus.ACCEPTED,
+    responses={code: text for code, text in _RESPONSES.items() if code != 404},
+    openapi_extra={"requestBody": {"content": {"application/json": {"schema": {"$ref": _SCHEMA}}}}},
+)
+async def start(request: Request) -> CalibrationReply:
+    """Measure the model with the ranks that serve it, while no client's image is there, and plan with the profile."""
+    service = _service(request)
+    fields = await read_json(request, service.settings.http.max_body_bytes)
+    job = resolve_calibration(parse_plain(fields, CalibrationRequest), service.settings)
+    return _reply(await service.get_backend().calibrate(job))
+
+
+@router.get(f"{_PATH}/{{calibration_id}}", summary="How far is it?", tags=["calibrations"], responses=_RESPONSES)
+async def status(calibration_id: str, request: Request) -> CalibrationReply:
+    """A calibration under way, or one that ended lately."""
+    return _reply(await _service(request).get_backend().calibration(calibration_id))
+
+
+@router.delete(f"{_PATH}/{{calibration_id}}", summary="End it", tags=["calibrations"], responses=_RESPONSES)
+async def cancel(calibration_id: str, request: Request) -> CalibrationReply:
+    """End a calibration; what it found is kept, and the next one for the same goes on there."""
+    return _reply(await _service(request).get_backend().cancel_calibration(calibration_id))
+
+
+def resolve_calibration(request: CalibrationRequest, settings: Settings) -> CalibrationJob:
+    """The job that ``request`` asks for, with the server's defaults.
+
+    Raises:
+        InvalidRequestError: it is beyond the server's limits; ``param`` names the field.
+    """
+    sampling, quality = settings.sampling, settings.quality
+    width, height = parse_size(request.size, sampling)
+    steps = request.num_inference_steps or sampling.num_inference_steps
+    if not FEWEST_STEPS <= steps <= sampling.max_inference_steps:
+        raise InvalidRequestError(
+            f"num_inference_steps is {steps}; here {FEWEST_STEPS} to {sampling.max_inference_steps} can be calibrated",
+            param="num_inference_steps",
+        )
+    computed = request.computed_steps or math.ceil(RECOMMENDED_SHARE * steps - 1e-9)
+    if computed >= steps:
+        raise InvalidRequestError(
+            f"computed_steps is {computed}; of {steps} steps at most {steps - 1} leave one to reuse",
+            param="computed_steps",
+        )
+    prompts = tuple(request.prompts) if request.prompts is not None else packaged_prompts()
+    for prompt in prompts:
+        check_prompt("prompts", prompt, settings)
+    presets = (math.ceil(share * steps - 1e-9) for share in (quality.low, quality.medium, quality.high))
+    chosen = {"trial_runs": request.trial_runs, "moves": request.moves}
+    return CalibrationJob(
+        id=f"calibration-{uuid.uuid4().hex[:12]}",
+        prompts=prompts,
+        steps=steps,
+        width=width,
+        height=height,
+        guidance_scale=sampling.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+        computed_steps=computed,
+        budgets=tuple(dict.fromkeys([computed, *presets])),
+        budget_s=60 * (request.budget_minutes or 30.0),
+        **{name: value for name, value in chosen.items() if value is not None},
+    )
+
+
+def _service(request: Request) -> Service:
+    """What the handlers share; only for those who may calibrate: any key, or without keys this machine."""
+    service: Service = request.app.state.service
+    if service.settings.http.api_keys_file is None and not _is_local(request):
+        raise ForbiddenError(
+            "a service without API keys takes calibrations from its own machine only; ask from there, or set "
+            "http.api_keys_file"
+        )
+    return service
+
+
+def _is_local(request: Request) -> bool:
+    try:
+        return request.client is not None and ipaddress.ip_address(request.client.host).is_loopback
+    except ValueError:
+        return False
+
+
+def _reply(status: CalibrationStatus) -> CalibrationReply:
+    return CalibrationReply.model_validate({**vars(status), "status": status.state})

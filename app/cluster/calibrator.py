@@ -1,0 +1,248 @@
+"""Runs calibrations with the groups that serve: prompts to the encoder, rows to a group, images from the decoder."""
+
+import asyncio
+import hashlib
+import io
+import logging
+import time
+from collections.abc import Awaitable
+from dataclasses import replace
+from http import HTTPStatus
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import ray
+import torch
+from PIL import Image
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+
+from app.cluster.client_errors import to_service_error, unwrap_ray_error
+from app.cluster.coordinators import call_all_coordinators
+from app.cluster.handles import result_of
+from app.components.prompt_encoder import PromptEncoder
+from app.components.vae import ImageDecoder
+from app.control.calibration import Outcome, Run, Runs, Subject, calibration, expected_runs
+from app.control.findings import Findings, from_bytes, to_bytes
+from app.engine.checkpoint_files import read_json
+from app.engine.geometry import Geometry
+from app.engine.sampling import FlowMatchSampler
+from app.errors import InvalidRequestError, RetryLaterError
+from app.messages import (
+    COND,
+    CalibrationJob,
+    CalibrationStatus,
+    Conditioning,
+    DenoiseJob,
+    DenoiseResult,
+    MagCacheOptions,
+)
+from app.model_files import model_folder
+from app.settings import Settings
+from magcache_core import Profile, save_profile
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 60
+"""How often a run is tried that finds no group, or a full one, before the calibration fails."""
+RETRY_S = 5.0
+LOG_EVERY = 20
+"""Runs between two lines of progress in the log."""
+_KEPT = 32
+
+
+class Calibrator:
+    """One calibration at a time; its findings are in the profile folder after each run, where the next one goes on."""
+
+    def __init__(
+        self, settings: Settings, encoder: PromptEncoder, replica: DeploymentHandle, decoder: ImageDecoder
+    ) -> None:
+        self._settings = settings
+        self._encoder = encoder
+        self._replica = replica
+        self._decoder = decoder
+        self._known: dict[str, CalibrationStatus] = {}  # the last ones, by id
+        self._task: asyncio.Task[None] | None = None
+        self._running: str | None = None
+
+    def start(self, job: CalibrationJob) -> CalibrationStatus:
+        """Begin ``job``.
+
+        Raises:
+            InvalidRequestError: there is no folder for profiles, or a calibration is under way (409).
+        """
+        folder = self._settings.magcache.profile_dir
+        if self._settings.magcache.calibrate == "off":
+            raise InvalidRequestError(
+                "the service does not calibrate; the operator sets magcache.calibrate to 'ask'",
+                code="calibration_off",
+                status=HTTPStatus.CONFLICT,
+            )
+        if folder is None:
+            raise InvalidRequestError(
+                "the service has no folder for calibrated profiles; the operator sets magcache.profile_dir",
+                code="no_profile_dir",
+                status=HTTPStatus.CONFLICT,
+            )
+        if self._running is not None:
+            raise InvalidRequestError(
+                f"calibration {self._running} is under way; wait for its end, or end it with "
+                f"DELETE /v1/calibrations/{self._running}",
+                code="calibration_under_way",
+                status=HTTPStatus.CONFLICT,
+            )
+        self._running = job.id
+        self._note(CalibrationStatus(job.id, "running", "record", 0, expected_runs(job), 0.0))
+        self._task = asyncio.create_task(self._work(job, Path(folder)))
+        return self._known[job.id]
+
+    def status(self, calibration_id: str) -> CalibrationStatus:
+        """How far a calibration is; `InvalidRequestError` (404) where it is not known, or no longer."""
+        if calibration_id not in self._known:
+            raise InvalidRequestError(
+                f"no calibration {calibration_id[:128]!r} is known here; after a restart POST /v1/calibrations goes on",
+                code="calibration_not_found",
+                status=HTTPStatus.NOT_FOUND,
+            )
+        return self._known[calibration_id]
+
+    async def cancel(self, calibration_id: str) -> CalibrationStatus:
+        """End a calibration; what it found stays for the next one."""
+        status = self.status(calibration_id)
+        if self._running == calibration_id and self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+        return self._known[status.id]
+
+    def _note(self, status: CalibrationStatus) -> None:
+        self._known[status.id] = status
+        while len(self._known) > _KEPT:
+            del self._known[next(iter(self._known))]
+
+    async def _work(self, job: CalibrationJob, folder: Path) -> None:
+        try:
+            profile = await self._calibrate(job, folder)
+        except asyncio.CancelledError:
+            self._end(replace(self._known[job.id], state="cancelled"))
+        except Exception as error:  # whatever it is, its status says so
+            logger.exception("calibration %s failed", job.id)
+            message = f"{type(error).__name__}: {error}"
+            self._end(replace(self._known[job.id], state="failed", message=message))
+        else:
+            label, runs = f"{profile.name}@{profile.version}", self._known[job.id].runs
+            self._end(replace(self._known[job.id], state="done", profile=label, expected_runs=runs))
+
+    def _end(self, status: CalibrationStatus) -> None:
+        self._running = None
+        self._note(status)
+        logger.info("calibration %s: %s after %d runs, %.0f s", status.id, status.state, status.runs, status.seconds)
+
+    async def _calibrate(self, job: CalibrationJob, folder: Path) -> Profile:
+        model = await asyncio.to_thread(model_folder, self._settings)
+        subject = await asyncio.to_thread(_subject, job, self._settings, model)
+        file = folder / f".{subject.name}.findings"
+        findings = await asyncio.to_thread(_read, file, job)
+        if findings.runs:
+            logger.info("calibration %s goes on after %d runs", job.id, findings.runs)
+        runs = calibration(job, subject, findings)
+        # Planning candidates takes tens of milliseconds, which other requests should not wait for.
+        step = await asyncio.to_thread(_advance, runs, None)
+        while isinstance(step, Run):
+            outcome = await self._outcome(job, step)
+            step = await asyncio.to_thread(_advance, runs, outcome)
+            await asyncio.to_thread(_write, file, findings, job)
+            expected = max(expected_runs(job), findings.runs)
+            self._note(CalibrationStatus(job.id, "running", findings.phase, findings.runs, expected, findings.seconds))
+            if findings.runs % LOG_EVERY == 0:
+                logger.info("calibration %s: %s, run %d of about %d", job.id, findings.phase, findings.runs, expected)
+        path = await asyncio.to_thread(save_profile, step, folder)
+        logger.info("calibration %s: profile %s@%s is in %s", job.id, step.name, step.version, path)
+        await call_all_coordinators("read_profiles")
+        await asyncio.to_thread(file.unlink, missing_ok=True)
+        return step
+
+    async def _outcome(self, job: CalibrationJob, run: Run) -> Outcome:
+        """Have one image run, again when its group breaks or is full."""
+        for attempt in range(1, ATTEMPTS + 1):
+            started = time.perf_counter()
+            try:
+                return await self._run(job, run, attempt, started)
+            except Exception as error:
+                cause = to_service_error(error, 0.0)
+                retried = isinstance(cause, RetryLaterError) or isinstance(
+                    unwrap_ray_error(error), (ray.exceptions.ObjectLostError, BackPressureError)
+                )
+                if not retried or attempt == ATTEMPTS:
+                    raise
+                logger.warning("calibration %s: a run is tried again: %s", job.id, cause)
+                await asyncio.sleep(RETRY_S)
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _run(self, job: CalibrationJob, run: Run, attempt: int, started: float) -> Outcome:
+        grams = {} if run.gram is None else {COND: run.gram}
+        conditioning = Conditioning(await self._encoder.encode(run.prompt), grams=grams)
+        row = DenoiseJob(
+            request_id=job.id,
+            row_id=f"{job.id}/{attempt}-{self._known[job.id].runs}",
+            width=job.width,
+            height=job.height,
+            num_inference_steps=job.steps,
+            guidance_scale=job.guidance_scale,
+            true_cfg_scale=1.0,
+            seed=0,
+            magcache=MagCacheOptions(enabled=False),
+            calibration=run.calibration,
+        )
+        result: DenoiseResult = await result_of(self._replica.denoise.remote(row, conditioning))
+        # Finished images of clients are decoded before previews, and so before these.
+        file = await self._decoder.preview(result.latents, job.width, job.height, "png", 100) if run.decoded else None
+        latents = await result.latents if isinstance(result.latents, Awaitable) else result.latents
+        image = None if file is None else await asyncio.to_thread(_pixels, file)
+        return Outcome(latents, time.perf_counter() - started, result.sums.get(COND), image)
+
+
+def _subject(job: CalibrationJob, settings: Settings, model: Path) -> Subject:
+    name = Path(settings.model.rstrip("/")).name
+    sigmas = FlowMatchSampler(model).sigmas(job.steps, Geometry.of(job.width, job.height).tokens)
+    return Subject(
+        name=f"{name}-{job.steps}-{job.width}x{job.height}-g{job.guidance_scale:g}",
+        model=settings.model,
+        transformer=read_json(model / "transformer" / "config.json")["_class_name"],
+        sigmas=tuple(sigmas.tolist()),
+        provenance={
+            "dtype": settings.dtype,
+            "device": settings.device,
+            "quantization": settings.quantization,
+            "tensor_parallel_size": settings.tensor_parallel_size,
+            "prompts_sha256": hashlib.sha256("\n".join(job.prompts).encode()).hexdigest(),
+            "versions": {package: metadata.version(package) for package in ("torch", "diffusers")},
+        },
+    )
+
+
+def _advance(runs: Runs, outcome: Outcome | None) -> Run | Profile:
+    """The next run, or the profile at the end."""
+    try:
+        return next(runs) if outcome is None else runs.send(outcome)
+    except StopIteration as end:
+        profile: Profile = end.value
+        return profile
+
+
+def _pixels(file: bytes) -> torch.Tensor:
+    """(3, height, width) in [0, 1]."""
+    with Image.open(io.BytesIO(file)) as image:
+        pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    return torch.from_numpy(pixels / 255).permute(2, 0, 1)
+
+
+def _read(file: Path, job: CalibrationJob) -> Findings:
+    return (from_bytes(file.read_bytes(), job) if file.is_file() else None) or Findings()
+
+
+def _write(file: Path, findings: Findings, job: CalibrationJob) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = file.with_suffix(".new")
+    new.write_bytes(to_bytes(findings, job))
+    new.replace(file)

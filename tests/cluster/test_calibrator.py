@@ -1,0 +1,83 @@
+"""The running service calibrates itself: over HTTP, with the ranks that serve, at sizes that no other test uses."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from app import calibrate
+from magcache_core import stored_profiles
+
+PROMPTS = ["a red circle on a blue background", "a green square"]
+SMALL = {"size": "64x64", "num_inference_steps": 6, "prompts": PROMPTS, "trial_runs": 1, "moves": 0}
+
+
+def ended(http: httpx.Client, calibration_id: str, limit_s: float = 120.0) -> dict[str, Any]:
+    """The status once it is over."""
+    until = time.monotonic() + limit_s
+    while time.monotonic() < until:
+        status: dict[str, Any] = http.get(f"/v1/calibrations/{calibration_id}").json()
+        if status["status"] != "running":
+            return status
+        time.sleep(0.1)
+    raise TimeoutError(calibration_id)
+
+
+def image(http: httpx.Client, **fields: Any) -> dict[str, Any]:
+    asked = {"prompt": "a yellow star", "seed": 3, "size": "64x64", "num_inference_steps": 6, **fields}
+    reply = http.post("/v1/images/generations", json=asked)
+    reply.raise_for_status()
+    made: dict[str, Any] = reply.json()["data"][0]
+    return made
+
+
+def test_it_calibrates_itself_and_plans_with_the_profile(http: httpx.Client, profile_dir: Path) -> None:
+    before = image(http)["magcache"]
+    assert before["profile"].startswith("flux-tiny@")
+    started = http.post("/v1/calibrations", json=SMALL | {"computed_steps": 3})
+    assert started.status_code == 202
+    status = started.json()
+    assert (status["status"], status["phase"], status["runs"]) == ("running", "record", 0)
+    another = http.post("/v1/calibrations", json=SMALL)
+    assert (another.status_code, another.json()["error"]["code"]) == (409, "calibration_under_way")
+    image(http)  # a client's image in between
+    status = ended(http, status["id"])
+    assert status["status"] == "done", status["message"]
+    (profile,) = stored_profiles(profile_dir)
+    assert status["profile"] == f"{profile.name}@{profile.version}"
+    assert (profile.name, profile.model) == ("flux-tiny-6-64x64-g3.5", "models/flux-tiny")
+    assert profile.provenance["runs"] == len(PROMPTS)
+    assert {trial.computed for trial in profile.trials} >= {3}
+    after = image(http)["magcache"]
+    assert after["profile"] == status["profile"]
+    assert after["schedule"] == next(trial.schedule for trial in profile.trials if trial.computed == 3)
+    assert image(http, size="128x128")["magcache"]["profile"] == before["profile"]
+    assert [path.name for path in profile_dir.iterdir()] == [f"{profile.name}.json"]
+
+
+def test_an_ended_one_goes_on_where_it_was(http: httpx.Client, profile_dir: Path) -> None:
+    asked = SMALL | {"guidance_scale": 9.0, "num_inference_steps": 24}
+    first = http.post("/v1/calibrations", json=asked).json()["id"]
+    until = time.monotonic() + 60
+    while http.get(f"/v1/calibrations/{first}").json()["runs"] < 3:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    cancelled = http.delete(f"/v1/calibrations/{first}").json()
+    assert (cancelled["status"], cancelled["profile"]) == ("cancelled", None)
+    assert http.delete(f"/v1/calibrations/{first}").json() == cancelled
+    assert (profile_dir / ".flux-tiny-24-64x64-g9.findings").is_file()
+    second = http.post("/v1/calibrations", json=asked | {"trial_runs": 0}).json()["id"]
+    status = ended(http, second)
+    assert status["status"] == "done", status["message"]
+    assert status["runs"] <= 2 + 9 + 1 + 1, "two recorded, nine probes, the reference again, one lost"
+
+
+def test_the_command_shows_the_profile(service: str, capsys: Any, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a blue square\n\n")
+    options = ["--steps", "8", "--size", "80x64", "--trials", "0", "--prompts", str(prompts), "--look", "0.1"]
+    calibrate.main(["--url", service, *options])
+    assert capsys.readouterr().out.startswith("profile flux-tiny-8-80x64-g3.5@")
