@@ -6,6 +6,7 @@
 import difflib
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -118,13 +119,15 @@ class MagCacheSettings(Section):
     profile_dir: str | None = Field(
         default=None,
         min_length=1,
-        description="Folder of the profiles that the service calibrates itself, for example a volume that all nodes "
-        "mount; one that was measured for a request's steps, size and guidance goes before `profile`. null keeps none.",
+        description="Folder of the profiles that the service calibrates itself (`~` is the home folder), on a volume "
+        "that all nodes mount; one that was measured for a request's steps, size and guidance goes before `profile`. "
+        "null keeps none.",
     )
-    calibrate: Literal["off", "ask"] = Field(
+    calibrate: Literal["off", "idle", "ask"] = Field(
         default="ask",
         description="Whether the service calibrates its model into `profile_dir` while no client's image is there: "
-        "`ask` when `POST /v1/calibrations` asks for it, `off` never.",
+        "`ask` when `POST /v1/calibrations` asks for it; `idle` also by itself, for its default image and for others "
+        "that are asked for again and again, where no profile with measured costs exists; `off` never.",
     )
     mag_threshold: float | None = Field(
         default=None, ge=0.0, description="Accumulated error at which a step must compute; null is the profile's."
@@ -140,6 +143,11 @@ class MagCacheSettings(Section):
         description="Least share of the steps that a deadline or a busy server may leave computed, whatever a request "
         "allows.",
     )
+
+    @property
+    def profile_folder(self) -> Path | None:
+        """The folder of `profile_dir`."""
+        return None if self.profile_dir is None else Path(self.profile_dir).expanduser()
 
 
 class ElasticSettings(Section):

@@ -251,6 +251,12 @@ class Settings(Section):
         return self
 
     @model_validator(mode="after")
+    def _calibrations_have_a_folder(self) -> Self:
+        if self.magcache.calibrate == "idle" and self.magcache.profile_dir is None:
+            raise ValueError("magcache.calibrate is 'idle'; name the folder for profiles in magcache.profile_dir")
+        return self
+
+    @model_validator(mode="after")
     def _autoscaling_has_a_range(self) -> Self:
         if self.max_replicas < self.num_replicas:
             raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from app.settings import Settings, describe, table
+from app.settings import MagCacheSettings, Settings, describe, table
 from tests.wrong_settings import assert_refused
 
 
@@ -106,3 +106,9 @@ def test_the_module_prints_the_table() -> None:
     printed = subprocess.run([sys.executable, "-m", "app.settings"], capture_output=True, text=True, check=True)
     assert printed.stdout == table() + "\n"
     assert printed.stderr == ""
+
+
+def test_calibrating_when_idle_needs_a_folder() -> None:
+    with pytest.raises(ValueError, match=r"name the folder for profiles in magcache\.profile_dir"):
+        Settings(magcache=MagCacheSettings(calibrate="idle"))
+    assert Settings(magcache=MagCacheSettings(calibrate="idle", profile_dir="profiles")).magcache.calibrate == "idle"

@@ -18,10 +18,12 @@ from app.cluster.calibrator import Calibrator
 from app.cluster.client_errors import to_service_error, unwrap_ray_error
 from app.cluster.coordinators import ANSWER_SECONDS, call_all_coordinators
 from app.cluster.handles import result_of
+from app.cluster.idle import calibrate_when_idle
 from app.cluster.image_call import FileForm, ImageCall, OnEvent
 from app.cluster.request_tasks import RequestRegistry, RequestTask
 from app.components.prompt_encoder import PromptEncoder
 from app.components.vae import ImageDecoder
+from app.control.demand import CalibrationDemand, Measurable
 from app.engine.families import Family
 from app.errors import BusyError, ForbiddenError, UnavailableError
 from app.messages import (
@@ -70,6 +72,9 @@ class ServeBackend:
         self._replica = replica
         self._decoder = decoder
         self._calibrator = Calibrator(settings, encoder, replica, decoder)
+        self._demand = CalibrationDemand(settings)
+        if settings.magcache.calibrate == "idle":
+            self._idle = asyncio.create_task(calibrate_when_idle(settings, self._calibrator, self._demand))
         self._requests = RequestRegistry()
         self._family: Family | None = None
         self._look: asyncio.Task[HealthReport] | None = None
@@ -122,6 +127,8 @@ class ServeBackend:
         return await self._calibrator.cancel(calibration_id)
 
     def _start(self, job: ImagesJob, emit: OnEvent | None, progress: bool) -> RequestTask:
+        if job.magcache.enabled and job.negative_prompt is None and not job.sources:
+            self._demand.note(Measurable(job.num_inference_steps, job.width, job.height, job.guidance_scale), job.n)
         return self._requests.start(
             job.request_id, job.n, self._make(RequestContext(job, time.perf_counter(), emit, progress)), job.key_name
         )

@@ -66,13 +66,18 @@ class Calibrator:
         self._task: asyncio.Task[None] | None = None
         self._running: str | None = None
 
+    @property
+    def busy(self) -> bool:
+        """Whether a calibration is under way."""
+        return self._running is not None
+
     def start(self, job: CalibrationJob) -> CalibrationStatus:
         """Begin ``job``.
 
         Raises:
             InvalidRequestError: there is no folder for profiles, or a calibration is under way (409).
         """
-        folder = self._settings.magcache.profile_dir
+        folder = self._settings.magcache.profile_folder
         if self._settings.magcache.calibrate == "off":
             raise InvalidRequestError(
                 "the service does not calibrate; the operator sets magcache.calibrate to 'ask'",
@@ -94,7 +99,7 @@ class Calibrator:
             )
         self._running = job.id
         self._note(CalibrationStatus(job.id, "running", "record", 0, expected_runs(job), 0.0))
-        self._task = asyncio.create_task(self._work(job, Path(folder)))
+        self._task = asyncio.create_task(self._work(job, folder))
         return self._known[job.id]
 
     def status(self, calibration_id: str) -> CalibrationStatus:
@@ -107,12 +112,17 @@ class Calibrator:
             )
         return self._known[calibration_id]
 
+    async def join(self) -> None:
+        """Return when no calibration is under way."""
+        if self._task is not None:
+            await asyncio.wait({self._task})
+
     async def cancel(self, calibration_id: str) -> CalibrationStatus:
         """End a calibration; what it found stays for the next one."""
         status = self.status(calibration_id)
         if self._running == calibration_id and self._task is not None:
             self._task.cancel()
-            await asyncio.wait({self._task})
+            await self.join()
         return self._known[status.id]
 
     def _note(self, status: CalibrationStatus) -> None:

@@ -7,7 +7,6 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -146,8 +145,8 @@ class SchedulePlanner:
         self._noise = noise
         named = settings.magcache.profile
         self._named = load_profile(named) if named is not None else None
-        folder = settings.magcache.profile_dir
-        self._stored = [] if folder is None else stored_profiles(Path(folder))
+        folder = settings.magcache.profile_folder
+        self._stored = [] if folder is None else stored_profiles(folder)
         # Jobs with equal settings share one plan, which costs milliseconds to find.
         self._plan = lru_cache(maxsize=4096)(self._plan_branch)
         self._profile = lru_cache(maxsize=1024)(self._find_profile)
