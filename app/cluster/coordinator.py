@@ -221,7 +221,9 @@ class Coordinator:
         if image is None or image.done.done():
             return
         report = image.entry.report(time.monotonic())
-        if image.entry.job.calibration is None:
+        if image.entry.job.calibration is not None:
+            self.counts.calibration_runs += 1
+        else:
             self._metrics.observe_request(report, image.entry.job.request_id)
             self.counts.finished += 1
         image.done.set_result(DenoiseResult(latents, report, sums))

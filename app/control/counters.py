@@ -18,7 +18,8 @@ class CoordinatorCounters:
         saved_seconds: estimated time that the reused evaluations would have taken longer had they been computed.
         idle_seconds: time that the ranks waited for a plan while they held rows to step, the longest of each plan.
         rank_seconds: time that each rank worked on plans.
-        calibration_seconds: time of the slowest rank on a calibration's plans, which no other total contains.
+        calibration_runs: rows of calibrations that took their last step.
+        calibration_seconds: time of the slowest rank on their plans, which no other total contains.
         messages, plans: what was sent; a message carries a run of plans.
     """
 
@@ -35,6 +36,7 @@ class CoordinatorCounters:
     saved_seconds: float = 0.0
     idle_seconds: float = 0.0
     rank_seconds: list[float] = field(default_factory=list)
+    calibration_runs: int = 0
     calibration_seconds: float = 0.0
     messages: int = 0
     plans: int = 0

@@ -170,6 +170,14 @@ CATALOGUE: tuple[Spec, ...] = (
         "coordinator", "flux_plan_wait_seconds", "seconds", GAP,
         "Time that a rank with rows to step waited for a step plan, the longest of the ranks: the control plane's gap.",
     ),
+    _counter(
+        "coordinator", "flux_calibration_runs", "runs",
+        "Images that a calibration ran to their last step; no other metric counts them.",
+    ),
+    _counter(
+        "coordinator", "flux_calibration_seconds", "seconds",
+        "Time of the slowest rank on images of a calibration, which run while no client's image is there.",
+    ),
     # The batch.
     _histogram(
         "coordinator", "flux_step_batch_rows", "rows", ROWS,

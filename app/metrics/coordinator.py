@@ -43,6 +43,8 @@ def _series(sums: CoordinatorCounters) -> dict[str, dict[tuple[str, ...], float]
         "flux_downgrades": {("deadline",): sums.lowered_by_deadline, ("load",): sums.lowered_by_load},
         "flux_decision_seconds": {("computed",): sums.computed_seconds, ("reused",): sums.reused_seconds},
         "flux_saved_seconds": {(): sums.saved_seconds},
+        "flux_calibration_runs": {(): sums.calibration_runs},
+        "flux_calibration_seconds": {(): sums.calibration_seconds},
     }
 
 

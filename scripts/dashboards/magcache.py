@@ -76,7 +76,16 @@ TIME = Row(
         Panel(
             "Residuals kept", "Memory that kept residuals take on the rank with the most of them, by group.",
             "timeseries", "bytes", (Query(f"max by (replica) (flux_residual_bytes{{{GROUP}}})", "{{replica}}"),),
-            width=18,
+            width=9,
+        ),
+        Panel(
+            "Calibration", "Time of the ranks and runs per second of calibrations, in their idle time.",
+            "timeseries", "short",
+            (
+                Query(rate("flux_calibration_seconds_total", "", GROUP), "seconds per second"),
+                Query(rate("flux_calibration_runs_total", "", GROUP), "runs per second"),
+            ),
+            width=9,
         ),
         *(
             panel

@@ -71,5 +71,5 @@ async def test_a_calibration_is_no_image_in_the_metrics(group: Group) -> None:
     await group.start("calibration/0", steps=STEPS, calibration=RECORD)
     counts = group.coordinator.counts
     assert (counts.admitted, counts.finished, counts.computed_seconds) == (0, 0, 0.0)
-    assert counts.calibration_seconds > 0
+    assert (counts.calibration_runs, counts.calibration_seconds > 0) == (1, True)
     assert (await totals(group))["flux_request_skip_ratio_count"] == 0

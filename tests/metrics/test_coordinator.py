@@ -79,6 +79,7 @@ def test_a_coordinators_own_sums_become_counters() -> None:
     counts = CoordinatorCounters(
         admitted=1, finished=2, refused=3, cancelled=4, deadline_impossible=5, deadline_passed=6,
         lowered_by_deadline=7, lowered_by_load=8, computed_seconds=0.5, reused_seconds=0.25, saved_seconds=0.125,
+        calibration_runs=9, calibration_seconds=0.75,
     )  # fmt: skip
     registry, _ = coordinator_metrics(counters=counts)
     counts.admitted, counts.saved_seconds = 11, 0.5
@@ -94,6 +95,8 @@ def test_a_coordinators_own_sums_become_counters() -> None:
         ("flux_decision_seconds_total", {"decision": "computed"}, 0.5),
         ("flux_decision_seconds_total", {"decision": "reused"}, 0.25),
         ("flux_saved_seconds_total", {}, 0.5),
+        ("flux_calibration_runs_total", {}, 9),
+        ("flux_calibration_seconds_total", {}, 0.75),
     ]
     for name, labels, value in expected:
         assert registry.get_sample_value(name, LABELS | labels) == value, name
