@@ -4,9 +4,11 @@
 """
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from string import Template
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -119,9 +121,9 @@ class MagCacheSettings(Section):
     profile_dir: str | None = Field(
         default=None,
         min_length=1,
-        description="Folder of the profiles that the service calibrates itself (`~` is the home folder), on a volume "
-        "that all nodes mount; one that was measured for a request's steps, size and guidance goes before `profile`. "
-        "null keeps none.",
+        description="Folder of the profiles that the service calibrates itself, on a volume that all nodes mount; one "
+        "that was measured for a request's steps, size and guidance goes before `profile`. `~` and variables of the "
+        "environment stand for what they say, `$HF_HOME` for where models are cached. null keeps none.",
     )
     calibrate: Literal["off", "idle", "ask"] = Field(
         default="ask",
@@ -146,8 +148,11 @@ class MagCacheSettings(Section):
 
     @property
     def profile_folder(self) -> Path | None:
-        """The folder of `profile_dir`."""
-        return None if self.profile_dir is None else Path(self.profile_dir).expanduser()
+        """The folder that `profile_dir` means on this node."""
+        if self.profile_dir is None:
+            return None
+        environment = {"HF_HOME": "~/.cache/huggingface"} | os.environ
+        return Path(Template(self.profile_dir).safe_substitute(environment)).expanduser()
 
 
 class ElasticSettings(Section):

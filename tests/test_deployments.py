@@ -17,6 +17,7 @@ from app.engine.families import FEW_STEPS
 from app.main import needed_resources
 from app.settings import Settings
 from benchmarks import fits
+from magcache_core import load_profile
 
 FOLDER = Path(__file__).parent.parent / "deployments"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -156,5 +157,10 @@ def test_flux_is_flux_dev_on_two_gpus_with_the_authors_magcache() -> None:
     gpus = settings.tensor_parallel_size * settings.gpus_per_rank + 2 * settings.gpus_per_helper
     assert gpus == pytest.approx(2)
     magcache, sampling = settings.magcache, settings.sampling
-    assert (magcache.mag_threshold, magcache.mag_max_skip_steps, magcache.mag_retention_ratio) == (0.24, 5, 0.1)
+    assert magcache.profile is not None
+    profile = load_profile(magcache.profile)
+    assert (profile.threshold, profile.max_skip_steps, profile.retention_ratio) == (0.24, 5, 0.1)
+    # What is left to the profile follows the calibrated one as soon as there is one.
+    assert (magcache.mag_threshold, magcache.mag_max_skip_steps, magcache.mag_retention_ratio) == (None, None, None)
+    assert (magcache.calibrate, magcache.profile_dir) == ("idle", "$HF_HOME/magcache-profiles")
     assert (sampling.default_width, sampling.default_height, sampling.max_sequence_length) == (1024, 1024, 512)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,3 +113,23 @@ def test_calibrating_when_idle_needs_a_folder() -> None:
     with pytest.raises(ValueError, match=r"name the folder for profiles in magcache\.profile_dir"):
         Settings(magcache=MagCacheSettings(calibrate="idle"))
     assert Settings(magcache=MagCacheSettings(calibrate="idle", profile_dir="profiles")).magcache.calibrate == "idle"
+
+
+@pytest.mark.parametrize(
+    ("profile_dir", "home", "folder"),
+    [
+        ("$HF_HOME/profiles", None, "/home/ann/.cache/huggingface/profiles"),
+        ("$HF_HOME/profiles", "/models", "/models/profiles"),
+        ("~/profiles", None, "/home/ann/profiles"),
+        ("/data", None, "/data"),
+    ],
+)
+def test_where_profiles_are_kept(
+    monkeypatch: pytest.MonkeyPatch, profile_dir: str, home: str | None, folder: str
+) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    monkeypatch.delenv("HF_HOME", raising=False)
+    if home is not None:
+        monkeypatch.setenv("HF_HOME", home)
+    assert MagCacheSettings(profile_dir=profile_dir).profile_folder == Path(folder)
+    assert MagCacheSettings().profile_folder is None
