@@ -177,6 +177,18 @@ class Settings(Section):
         description="Time after which a rank that has not finished the plans sent to it counts as hung, and its group "
         "is rebuilt; well above plans_in_flight times the slowest step.",
     )
+    start_timeout_s: float = Field(
+        default=600.0,
+        gt=0.0,
+        description="Time after which a rank or coordinator that starts is given up when it makes no progress; a rank "
+        "that still reads its shard does. Above the time that the warm-up takes, compiling included.",
+    )
+    collective_timeout_s: float = Field(
+        default=900.0,
+        gt=0.0,
+        description="Timeout of the ranks' collectives (NCCL, gloo), for ranks whose replica is gone; above "
+        "hang_timeout_s and start_timeout_s, which say what hangs.",
+    )
     rebuild_attempts: int = Field(
         default=3,
         ge=0,
@@ -235,6 +247,18 @@ class Settings(Section):
     def _half_precision_needs_a_gpu(self) -> Self:
         if self.dtype == "float16" and self.device == "cpu":
             raise ValueError("dtype is 'float16' on device 'cpu', where it is slow and overflows; choose 'float32'")
+        return self
+
+    @model_validator(mode="after")
+    def _time_limits_are_in_order(self) -> Self:
+        """The limit whose message says what hangs must be reached first; docs/operations.md lists all of them."""
+        for sooner in ("hang_timeout_s", "start_timeout_s"):
+            limit = getattr(self, sooner)
+            if limit >= self.collective_timeout_s:
+                raise ValueError(
+                    f"{sooner} is {limit:g} and collective_timeout_s {self.collective_timeout_s:g}; raise "
+                    f"collective_timeout_s above {sooner}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -133,3 +133,10 @@ def test_where_profiles_are_kept(
         monkeypatch.setenv("HF_HOME", home)
     assert MagCacheSettings(profile_dir=profile_dir).profile_folder == Path(folder)
     assert MagCacheSettings().profile_folder is None
+
+
+@pytest.mark.parametrize("sooner", ["hang_timeout_s", "start_timeout_s"])
+def test_time_limits_out_of_order_are_refused(sooner: str) -> None:
+    limits = {"hang_timeout_s": 9.0, "start_timeout_s": 9.0, "collective_timeout_s": 50.0, sooner: 50.0}
+    with pytest.raises(ValidationError, match=f"{sooner} is 50 and collective_timeout_s 50; raise collective_"):
+        Settings.model_validate(limits)

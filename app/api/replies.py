@@ -33,8 +33,9 @@ def ascii_json(content: Any) -> bytes:
 
 
 def error_response(error: ServiceError) -> Response:
-    """``error`` in OpenAI's envelope."""
-    return AsciiJSONResponse(error.envelope, status_code=error.status, headers=error.headers)
+    """``error`` in OpenAI's envelope; what is the service's fault says when to ask again."""
+    headers = {"Retry-After": "1"} | error.headers if error.status >= 500 else error.headers
+    return AsciiJSONResponse(error.envelope, status_code=error.status, headers=headers)
 
 
 def images_response(resolved: ResolvedRequest, images: list[GeneratedImage]) -> Response:

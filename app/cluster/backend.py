@@ -249,8 +249,8 @@ class ServeBackend:
         return await asyncio.shield(self._look)
 
     async def _look_around(self) -> HealthReport:
-        groups, encoder, decoder = await asyncio.gather(
-            call_all_coordinators("ready"), _is_up(self._encoder), _is_up(self._decoder)
+        groups, troubles, encoder, decoder = await asyncio.gather(
+            call_all_coordinators("ready"), self._troubles(), _is_up(self._encoder), _is_up(self._decoder)
         )
         self._looked_s = time.monotonic()
         return HealthReport(
@@ -261,8 +261,18 @@ class ServeBackend:
                 "groups": max(len(groups), self.settings.num_replicas),
                 "encoder_ready": encoder,
                 "decoder_ready": decoder,
+                "troubles": troubles,
             },
         )
+
+    async def _troubles(self) -> list[str]:
+        """Why groups cannot make images, as far as their replicas say."""
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                answers = await self._replica.broadcast("trouble").results_async(return_exceptions=True)
+        except (TimeoutError, ray.exceptions.RayError, RayServeException):
+            return []
+        return [answer for answer in answers if isinstance(answer, str)]
 
     async def metric_families(self) -> list[Metric]:
         """The encoder's and all coordinators' families, merged; those that do not answer in time are left out."""

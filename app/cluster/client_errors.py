@@ -5,7 +5,7 @@ import logging
 import ray
 from ray.serve.exceptions import RayServeException
 
-from app.errors import DeadlineImpossibleError, InvalidRequestError, ServiceError, UnavailableError
+from app.errors import DeadlineImpossibleError, GroupFailedError, InvalidRequestError, ServiceError, UnavailableError
 from magcache_core import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -34,10 +34,21 @@ def to_service_error(error: BaseException, other_phases_s: float) -> BaseExcepti
             f"magcache.computed_steps={cause.value!r} is not allowed here: it must be {cause.allowed}",
             param="magcache.computed_steps",
         )
-    if isinstance(cause, (ray.exceptions.RayActorError, RayServeException)):
+    if isinstance(cause, (ray.exceptions.RayError, RayServeException)):
         logger.warning("a part of the service is restarting: %s", cause)
         return UnavailableError("a part of the service is restarting; ask again")
     return error
+
+
+def public_reason(error: BaseException) -> str:
+    """What went wrong, without what Ray's errors have of pids, addresses and stacks; the log has those."""
+    cause = unwrap_ray_error(error)
+    if isinstance(cause, ray.exceptions.RayActorError):
+        return "one of its processes died"
+    if isinstance(cause, (ray.exceptions.RayError, RayServeException)):
+        return type(cause).__name__
+    text = str(cause).strip().partition("\n")[0]
+    return text if isinstance(cause, GroupFailedError) else f"{type(cause).__name__}: {text}"
 
 
 def unwrap_ray_error(error: BaseException) -> BaseException:

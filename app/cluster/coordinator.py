@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 from ray.actor import ActorHandle
 
+from app.cluster.client_errors import public_reason
 from app.cluster.rank_watch import RankWatch
 from app.control.admission import AdmissionController, SentPlan, default_job
 from app.control.counters import CoordinatorCounters
@@ -316,7 +317,7 @@ class Coordinator:
         self._metrics.digest_mismatch(mismatch)
         logger.error("the group failed: %s", error)
         self._metrics.group_up(False)
-        self._failure = (HistoryMismatchError if mismatch else GroupFailedError)(f"{type(error).__name__}: {error}")
+        self._failure = (HistoryMismatchError if mismatch else GroupFailedError)(public_reason(error))
         for image in self._images.values():
             image.fail(self._failure)
 

@@ -11,6 +11,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from app.cluster.coordinator import Coordinator
 from app.cluster.rank import Rank
+from app.cluster.starting import in_time, loaded
 from app.control.admission import default_job
 from app.settings import Settings
 
@@ -39,8 +40,9 @@ class RankGroup:
 
         Raises:
             ray.exceptions.RayError: an actor died, or the checkpoint cannot be loaded (the cause is in the message).
+            GroupFailedError: a part has made no progress for ``start_timeout_s``.
         """
-        size = settings.ranks
+        size, patience_s = settings.ranks, settings.start_timeout_s
         gpus = settings.gpus_per_rank if settings.device == "cuda" else 0
         # Ray types a call's result as the class, not as a handle with remote methods.
         rank_class: Any = ray.remote(Rank)
@@ -53,10 +55,17 @@ class RankGroup:
             ).remote(settings, rank)
             for rank in range(size)
         )
+        coordinator: Any = None
         try:
-            rendezvous = await ranks[0].open_rendezvous.remote() if size > 1 else None
-            await asyncio.gather(*(rank.load.remote(rendezvous) for rank in ranks))
-            measured_times = await asyncio.gather(*(rank.warm_up.remote(default_job(settings)) for rank in ranks))
+            rendezvous = None
+            if size > 1:
+                rendezvous = await in_time(ranks[0].open_rendezvous.remote(), patience_s, "rank 0 starts")
+            reports = [rank.load_and_report.options(num_returns="streaming").remote(rendezvous) for rank in ranks]
+            await asyncio.gather(*(loaded(each, patience_s, f"rank {n} loads") for n, each in enumerate(reports)))
+            warm_ups = [rank.warm_up.remote(default_job(settings)) for rank in ranks]
+            measured_times = await asyncio.gather(
+                *(in_time(each, patience_s, f"rank {n} warms up") for n, each in enumerate(warm_ups))
+            )
             coordinator = coordinator_class.options(
                 # The name is how /metrics finds it; the count keeps it apart from a predecessor still ending.
                 name=f"{COORDINATOR_NAME}:{replica}:{rebuilds}",
@@ -65,10 +74,10 @@ class RankGroup:
                 max_concurrency=10_000,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(bundles, placement_group_bundle_index=0),
             ).remote(settings, ranks, measured_times, replica, rebuilds, mismatches)
-            await coordinator.ping.remote()
+            await in_time(coordinator.ping.remote(), patience_s, "the coordinator starts")
             coordinator.run.remote()
         except BaseException:
-            _kill(ranks)
+            _kill((*ranks, coordinator) if coordinator else ranks)
             raise
         return cls(coordinator, ranks)
 

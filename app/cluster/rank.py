@@ -2,11 +2,13 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import psutil
 import ray
 import torch
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
@@ -23,6 +25,9 @@ from app.model_files import model_folder, transformer_file
 from app.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+REPORT_S = 1.0
+"""How often a loading rank says how far it is."""
 
 
 class Rank:
@@ -45,6 +50,15 @@ class Rank:
         self._store = store
         return host, store.port
 
+    def load_and_report(self, rendezvous: tuple[str, int] | None) -> Iterator[int]:
+        """`load`, and meanwhile the bytes that this process has read and written: of the checkpoint or a download."""
+        with ThreadPoolExecutor(1) as pool:
+            loading = pool.submit(self.load, rendezvous)
+            while not wait([loading], REPORT_S).done:
+                moved = psutil.Process().io_counters()
+                yield moved.read_chars + moved.write_chars
+            loading.result()
+
     def load(self, rendezvous: tuple[str, int] | None) -> None:
         """Join the other ranks and load this rank's shard.
 
@@ -60,7 +74,7 @@ class Rank:
         if rendezvous is not None:
             use_interface_of(ray.util.get_node_ip_address())
             store = self._store or TCPStore(*rendezvous, settings.ranks, is_master=False)
-            groups = join(self._rank, settings.parallel_sizes, store, device)
+            groups = join(self._rank, settings.parallel_sizes, store, device, settings.collective_timeout_s)
         tuning = Tuning(
             settings.attention_backend, settings.compile, settings.quantization, settings.modulation_on_host
         )

@@ -12,6 +12,7 @@ import ray
 from ray import serve
 
 from app.cluster.by_reference import by_reference
+from app.cluster.client_errors import public_reason
 from app.cluster.group import RankGroup
 from app.engine.families import Family
 from app.errors import DeadlinePassedError, GroupFailedError, HistoryMismatchError, UnavailableError
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 2.0
 """How often an idle group is looked at, so that a killed rank is replaced before the next request needs it."""
+REPLACED_S = 30.0
+"""About what Serve takes to notice that a replica has given up, and to start another."""
 
 
 class FluxReplica:
@@ -35,13 +38,14 @@ class FluxReplica:
         self._settings = settings
         self._rebuilds = 0
         self._mismatches = 0
-        self._failure: Exception | None = None
+        self._failure: GroupFailedError | None = None
+        self._trouble: str | None = None
         self._reports: asyncio.Queue[tuple[RankGroup, Exception]] = asyncio.Queue()
         self._settled = asyncio.Condition()
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._family = await asyncio.to_thread(fetch_and_check, settings)
         self._group = await self._build()
-        self._watch_task = asyncio.create_task(self._watch())
+        self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._look())]
 
     async def family(self) -> Family:
         """What kind of model is served, as the checkpoint says."""
@@ -52,11 +56,15 @@ class FluxReplica:
         with contextlib.suppress(GroupFailedError, ray.exceptions.RayActorError):
             await self._group.coordinator.check.remote(job)
 
+    async def trouble(self) -> str | None:
+        """Why the group cannot make images at the moment, in words for clients; None when it can."""
+        return self._trouble
+
     async def denoise(self, job: DenoiseJob, conditioning: Conditioning) -> DenoiseResult:
         """Denoise one image; a group that breaks meanwhile is rebuilt and the image made again (same seed).
 
         Raises:
-            UnavailableError: the group broke again and again while it made this image.
+            UnavailableError: the group broke again and again while it made this image, or cannot be rebuilt.
             DeadlinePassedError: the deadline passed while the group was rebuilt.
         """
         (result,) = [item async for item in self.stream_denoise(job, conditioning, None)]
@@ -74,6 +82,7 @@ class FluxReplica:
             progress: see `Coordinator.stream`; None has no events.
         """
         REQUEST_ID.set(job.request_id)
+        self._raise_if_given_up()
         tensors = by_reference(conditioning)
         came, asking = time.monotonic(), job
         for _ in range(self._settings.rebuild_attempts + 1):
@@ -98,6 +107,11 @@ class FluxReplica:
         self._reports.put_nowait((broken, error))
         async with self._settled:
             await self._settled.wait_for(lambda: self._group is not broken or self._failure is not None)
+        self._raise_if_given_up()
+
+    def _raise_if_given_up(self) -> None:
+        if self._failure is not None:
+            raise UnavailableError(f"{self._failure}; ask again", REPLACED_S)
 
     def check_health(self) -> None:
         """For Serve, which replaces a replica whose group cannot be rebuilt."""
@@ -105,43 +119,46 @@ class FluxReplica:
             raise self._failure
 
     async def _watch(self) -> None:
-        """Rebuild the group when a request reports it broken, or when an idle look finds it so.
+        """Rebuild the group when a request or a look reports it broken.
 
         Only this task builds: what a request's own call starts, Ray cancels with the request.
         """
         while self._failure is None:
-            try:
-                broken, error = await asyncio.wait_for(self._reports.get(), WATCH_SECONDS)
-            except TimeoutError:
-                broken, trouble = self._group, await self._trouble()
-                if trouble is None:
-                    continue
-                error = trouble
+            broken, error = await self._reports.get()
             if broken is self._group:
                 await self._rebuild(error)
 
-    async def _trouble(self) -> Exception | None:
-        try:
-            await self._group.check(self._settings.hang_timeout_s)
-        except TimeoutError:
-            return GroupFailedError(f"a rank has been busy for more than {self._settings.hang_timeout_s:g} s")
-        except (GroupFailedError, ray.exceptions.RayActorError) as error:
-            return error
-        return None
+    async def _look(self) -> None:
+        """Report the group when it is dead or hangs. A look waits for the ranks' work; requests report meanwhile."""
+        while self._failure is None:
+            await asyncio.sleep(WATCH_SECONDS)
+            group, limit_s = self._group, self._settings.hang_timeout_s
+            try:
+                await group.check(limit_s)
+            except TimeoutError:
+                hang = GroupFailedError(f"a rank or the coordinator has not answered for hang_timeout_s, {limit_s:g} s")
+                self._reports.put_nowait((group, hang))
+            except (GroupFailedError, ray.exceptions.RayActorError) as error:
+                self._reports.put_nowait((group, error))
 
     async def _rebuild(self, error: Exception) -> None:
         logger.error("rebuilding the tensor-parallel group: %s", error)
         self._mismatches += isinstance(error, HistoryMismatchError)
         self._group.kill()
-        for attempt in range(1, self._settings.rebuild_attempts + 1):
+        attempts = self._settings.rebuild_attempts
+        for attempt in range(1, attempts + 1):
             self._rebuilds += 1
+            self._trouble = f"rebuild {attempt} of {attempts} is under way: {public_reason(error)}"
             try:
                 self._group = await self._build()
+                self._trouble = None
                 break
             except Exception as failure:  # whatever it is, the calls that wait for a group must end
-                logger.error("rebuild %d of %d failed: %s", attempt, self._settings.rebuild_attempts, failure)
+                logger.error("rebuild %d of %d failed: %s", attempt, attempts, failure)
+                error = failure
         else:
-            self._failure = GroupFailedError(f"the tensor-parallel group cannot be rebuilt: {error}")
+            self._trouble = f"the tensor-parallel group cannot be rebuilt: {public_reason(error)}"
+            self._failure = GroupFailedError(self._trouble)
         async with self._settled:
             self._settled.notify_all()
 

@@ -37,14 +37,48 @@ class Part:
             await asyncio.Event().wait()
 
 
+class Replicas:
+    """Stands for the replicas' handle: what all of them answer to a broadcast."""
+
+    def __init__(self) -> None:
+        self.troubles: list[str | None] = [None]
+        self.hangs = False
+
+    def broadcast(self, method: str) -> Replicas:
+        assert method == "trouble"
+        return self
+
+    async def results_async(self, return_exceptions: bool) -> list[object]:
+        if self.hangs:
+            await asyncio.Event().wait()
+        return [*self.troubles, ray.exceptions.ActorDiedError()]
+
+
+@pytest.fixture
+def replicas() -> Replicas:
+    return Replicas()
+
+
 @pytest.fixture
 def part() -> Part:
     return Part()
 
 
 @pytest.fixture
-def backend(part: Part) -> ServeBackend:
-    return ServeBackend(Settings(num_replicas=2), part, None, part)
+def backend(part: Part, replicas: Replicas) -> ServeBackend:
+    return ServeBackend(Settings(num_replicas=2), part, replicas, part)
+
+
+async def test_health_tells_why_groups_are_not_ready(
+    backend: ServeBackend, replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOOK_S", -1.0)
+    monkeypatch.setattr(module, "ANSWER_SECONDS", 0.01)
+    assert (await backend.health()).details["troubles"] == []
+    replicas.troubles = [None, "rebuild 1 of 3 is under way: a rank hangs"]
+    assert (await backend.health()).details["troubles"] == ["rebuild 1 of 3 is under way: a rank hangs"]
+    replicas.hangs = True
+    assert (await asyncio.wait_for(backend.health(), 60)).details["troubles"] == []
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,87 @@
+"""A start that makes no progress is given up, and one that is only slow is not."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any
+
+import pytest
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from app.cluster.group import RankGroup
+from app.cluster.rank import Rank
+from app.cluster.starting import PROGRESS_BYTES, in_time, loaded
+from app.errors import GroupFailedError
+from app.settings import MagCacheSettings, Settings
+
+SETTINGS = Settings(
+    tensor_parallel_size=2, cpus_per_rank=0.1, threads_per_rank=1, magcache=MagCacheSettings(profile="flux.1-dev")
+)
+PATIENCE_S = 1.0
+
+
+async def _reports(step: int) -> AsyncIterator[Awaitable[int]]:
+    """Reports of a rank that moves ``step`` bytes between two of them, over more than the patience."""
+    for number in range(10):
+        await asyncio.sleep(PATIENCE_S / 5)
+        report: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        report.set_result(number * step)
+        yield report
+
+
+async def test_slow_is_not_hanging() -> None:
+    await loaded(_reports(PROGRESS_BYTES), PATIENCE_S, "rank 0 loads")
+
+
+async def test_a_few_bytes_are_no_progress() -> None:
+    with pytest.raises(GroupFailedError, match="rank 0 loads: no progress for start_timeout_s, 1 s"):
+        await loaded(_reports(8), PATIENCE_S, "rank 0 loads")
+
+
+async def test_a_call_without_an_answer_is_given_up() -> None:
+    with pytest.raises(GroupFailedError, match=r"rank 1 warms up: no progress for start_timeout_s, 0\.01 s"):
+        await in_time(asyncio.Event().wait(), 0.01, "rank 1 warms up")
+
+
+def test_a_loading_rank_tells_the_bytes_that_it_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.cluster.rank.REPORT_S", 0.001)
+    rank = Rank(SETTINGS.model_copy(update={"tensor_parallel_size": 1}), 0)
+    reports = list(rank.load_and_report(None))
+    assert reports == sorted(reports)
+    weights = SETTINGS.model + "/transformer/diffusion_pytorch_model.safetensors"
+    with open(weights, "rb") as file:
+        assert reports[-1] - reports[0] > 0.5 * file.seek(0, 2)
+    rank.ping()
+
+
+async def test_a_start_in_too_little_time_is_given_up_whole(cluster: None) -> None:
+    bundles = placement_group([{"CPU": 0.1}, {"CPU": 0.1}])
+    impatient = SETTINGS.model_copy(update={"start_timeout_s": 0.01})
+    with pytest.raises(GroupFailedError, match="rank 0 starts: no progress for start_timeout_s"):
+        await RankGroup.build(impatient, bundles, "impatient", rebuilds=0)
+    remove_placement_group(bundles)
+
+
+async def test_a_rank_that_stops_while_it_loads_is_given_up(cluster: None) -> None:
+    """And it can be replaced, though a stopped process hears of no call."""
+    place = placement_group([{"CPU": 0.1}])
+    rank_class = ray.remote(Rank).options(
+        num_cpus=0.1,
+        scheduling_strategy=PlacementGroupSchedulingStrategy(place, placement_group_bundle_index=0),
+    )
+    alone = SETTINGS.model_copy(update={"tensor_parallel_size": 1})
+    rank: Any = rank_class.remote(alone, 0)
+    pid = await rank.__ray_call__.remote(lambda _: os.getpid())
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(GroupFailedError, match="rank 0 loads: no progress for start_timeout_s, 1 s"):
+        await loaded(rank.load_and_report.options(num_returns="streaming").remote(None), PATIENCE_S, "rank 0 loads")
+    ray.kill(rank)
+    another: Any = rank_class.remote(alone, 0)  # there is room for one
+    await loaded(another.load_and_report.options(num_returns="streaming").remote(None), 120.0, "rank 0 loads")
+    ray.kill(another)
+    remove_placement_group(place)
