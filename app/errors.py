@@ -113,7 +113,9 @@ class RetryLaterError(ServiceError):
 
     @property
     def headers(self) -> dict[str, str]:
-        return {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
+        # Whole seconds are all that HTTP has; OpenAI's clients read the second one first.
+        milliseconds = max(1, math.ceil(1000 * self.retry_after_s))
+        return {"Retry-After": str(math.ceil(milliseconds / 1000)), "Retry-After-Ms": str(milliseconds)}
 
 
 class BusyError(RetryLaterError):

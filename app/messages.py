@@ -161,6 +161,7 @@ class DenoiseJob:
         partial_images: number of previews (x0 estimates), evenly spread over the steps.
         strength: image-to-image, in (0, 1]: the share of the steps that run on the source; None starts from noise.
         key_name: the name of the API key that the request came with; empty where the service has none.
+        retry_key: equal for an image and its repetition in a later request; empty where that is not known.
         computing: the steps that compute in some branch, counted from the job's first; None when any of them may.
         source_tokens: tokens of the reference images, which every step reads beside the image's own.
         calibration: what the row does instead of following ``magcache``, where it is a calibration's.
@@ -182,6 +183,7 @@ class DenoiseJob:
     strength: float | None = None
     source_tokens: int = 0
     key_name: str = ""
+    retry_key: str = ""
     computing: tuple[int, ...] | None = None
     calibration: CalibrationRun | None = None
 

@@ -1,11 +1,12 @@
 """The API's backend on Ray Serve: prompts to the encoder, images to the replicas, latents to the decoder."""
 
 import asyncio
+import hashlib
 import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
 import torch
@@ -221,6 +222,7 @@ class ServeBackend:
             partial_images=job.partial_images,
             strength=job.strength,
             key_name=job.key_name,
+            retry_key=f"{_digest(job)}/{index}",
             # With strength the one source turns into the image, and no step reads it beside.
             source_tokens=0 if job.strength else _source_tokens(conditioning),
         )
@@ -280,6 +282,12 @@ class ServeBackend:
             call_all_coordinators("metric_families"), _families_of(self._encoder)
         )
         return merge_families(*coordinators, encoder)
+
+
+def _digest(job: ImagesJob) -> str:
+    """Equal for a request and its repetition, which has another id and, unless the client named it, another seed."""
+    content = repr(replace(job, request_id="", seed=0, sources=[]))
+    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
 def _source_tokens(conditioning: Conditioning) -> int:

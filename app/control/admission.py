@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from app.control.counters import CoordinatorCounters
 from app.control.forecast import Forecast
 from app.control.key_limits import KeyLimits
+from app.control.promises import Promises
 from app.control.quality import Choice, ScheduleSelector
 from app.control.request import RequestState, RowShape
 from app.control.schedule import BranchSchedule, SchedulePlanner, make_row_schedule
@@ -51,7 +52,7 @@ class AdmissionController:
         self._selector = ScheduleSelector(settings.magcache, planner)
         self._clock = clock
         self._sent_s = 0.0
-        self._rejected = 0  # minus later admissions: an estimate of the clients that will retry
+        self._promises = Promises(clock)
 
     def submit(self, job: DenoiseJob) -> RequestState:
         """Queue an image.
@@ -66,6 +67,7 @@ class AdmissionController:
             self._tokens(job)
             return self.scheduler.submit(job, self._planner.schedules(job))
         entry = self._queue(job)
+        self._promises.take(job.retry_key)
         self._key_limits.take(entry)
         return entry
 
@@ -75,11 +77,12 @@ class AdmissionController:
 
     def _queue(self, job: DenoiseJob) -> RequestState:
         free = self.scheduler.free_places(self._tokens(job))
-        if self.scheduler.waiting >= self._settings.max_waiting_pictures + free:
+        if not self._has_place(job, free):
             self.counts.refused += 1
-            self._rejected += 1
-            # Each rejected client gets a later place in Retry-After, which spreads their retries.
-            raise BusyError(self._forecast().place_s(self._rejected))
+            # Each refused client gets a later place in Retry-After, which spreads their retries.
+            wait_s = self._forecast().place_s(1 + round(self._promises.expected))
+            self._promises.make(job.retry_key, wait_s)
+            raise BusyError(wait_s)
         try:
             waiting = len(self.scheduler.waiting_of(job.key_name))
             self._key_limits.check(job, waiting, free, lambda: self._forecast().place_s(1))
@@ -159,6 +162,18 @@ class AdmissionController:
         self.scheduler.cancel(job.row_id)
         return {"waiting": waiting, "running": running, "eta_s": eta_s}
 
+    def _has_place(self, job: DenoiseJob, free: int) -> bool:
+        """Whether the queue takes another image: one that was promised a place, or one for which none is kept."""
+        limit = self._settings.max_waiting_pictures
+        places = limit + free - self.scheduler.waiting
+        # An estimate that was a little short breaks no promise: the queue grows by a batch at most.
+        if self._promises.is_due(job.retry_key) and places > -self._settings.max_batch_rows:
+            return True
+        if places > self._promises.expected:
+            return True
+        # Kept for those who come before the next place is free; a part of the queue always goes to newcomers.
+        return places > 0 and places > min(self._promises.expected_within(self._forecast().place_s(1)), limit / 2)
+
     def _tokens(self, job: DenoiseJob) -> int:
         """Tokens of a step in which all branches compute; refuses an image whose step exceeds a batch."""
         tokens, limit = RowShape.of(job, self._settings).tokens * len(job.branches), self._settings.max_batch_tokens
@@ -179,7 +194,6 @@ class AdmissionController:
         self.counts.admitted += 1
         self.counts.lowered_by_deadline += choice.lowered_by == "deadline"
         self.counts.lowered_by_load += choice.lowered_by == "load"
-        self._rejected = max(self._rejected - 1, 0)
 
     def _choose(self, entry: RequestState, forecast: Forecast, queue_s: float) -> Choice:
         def seconds(schedules: Mapping[str, BranchSchedule]) -> float:

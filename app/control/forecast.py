@@ -64,21 +64,21 @@ class Forecast:
         return self._elapsed_s(rounds) + computed * computed_s + reused * reused_s
 
     def place_s(self, position: int) -> float:
-        """Seconds until the ``position``-th image of the queue, from 1, joins the batch."""
-        return self._elapsed_s(self._joins_after(position))
+        """Seconds until the ``position``-th image of the queue, from 1, joins the batch; images beyond it may come."""
+        return self._elapsed_s(self._joins_after(position), max(self._refills, (position - 1) * self._mean_rounds))
 
     def _joins_after(self, position: int) -> float:
         """Rounds until the ``position``-th image of the queue joins."""
         turns, place = divmod(position - 1, len(self._places))
         return self._places[place] + turns * self._mean_rounds
 
-    def _elapsed_s(self, rounds: float) -> float:
-        """Seconds that all other images take for the next ``rounds``."""
+    def _elapsed_s(self, rounds: float, refills: float | None = None) -> float:
+        """Seconds that all other images take for the next ``rounds``; the waiting ones have ``refills`` of them."""
         running = sum(self._ahead_s(one, int(rounds)) for one in self._running)
         refilled = sum(max(rounds - free_after, 0.0) for free_after in self._places)
         if self._joins is not None:
             refilled -= max(rounds - self._joins, 0.0)  # the image itself takes one of the places
-        waiting = min(max(refilled, 0.0), self._refills) * self._mean_round_s
+        waiting = min(max(refilled, 0.0), self._refills if refills is None else refills) * self._mean_round_s
         return self._sent_s + running + waiting + rounds * self._costs.gap_s
 
     def _ahead_s(self, entry: RequestState, rounds: int) -> float:
