@@ -66,6 +66,8 @@ class RankGroup:
             measured_times = await asyncio.gather(
                 *(in_time(each, patience_s, f"rank {n} warms up") for n, each in enumerate(warm_ups))
             )
+            if size > 1:
+                await in_time(ranks[0].close_rendezvous.remote(), patience_s, "rank 0 closes the rendezvous")
             coordinator = coordinator_class.options(
                 # The name is how /metrics finds it; the count keeps it apart from a predecessor still ending.
                 name=f"{COORDINATOR_NAME}:{replica}:{rebuilds}",

@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import ray
 import torch
-from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from app.cluster.by_reference import by_reference
 from app.cluster.network import use_interface_of
+from app.cluster.rendezvous import Rendezvous, rendezvous_store
 from app.engine.engine import Engine
 from app.engine.process_groups import RankGroups, join
 from app.engine.tuning import Tuning
@@ -39,16 +39,19 @@ class Rank:
             torch.set_num_threads(settings.threads_per_rank)
         self._settings = settings
         self._rank = rank
-        self._store: Store | None = None
+        self._rendezvous: Rendezvous | None = None
         self._engine: Engine | None = None
         self._finished_s = 0.0
 
     def open_rendezvous(self) -> tuple[str, int]:
         """On rank 0: open the place where the ranks meet; returns its host and port."""
-        host = ray.util.get_node_ip_address()
-        store = TCPStore(host, 0, self._settings.ranks, is_master=True, wait_for_workers=False)
-        self._store = store
-        return host, store.port
+        self._rendezvous = Rendezvous(ray.util.get_node_ip_address())
+        return self._rendezvous.address
+
+    def close_rendezvous(self) -> None:
+        """On rank 0: close it, once collectives have run on all ranks."""
+        assert self._rendezvous is not None, "open_rendezvous() comes first"
+        self._rendezvous.close()
 
     def load_and_report(self, rendezvous: tuple[str, int] | None) -> Iterator[int]:
         """`load`, and meanwhile the bytes that this process has read and written: of the checkpoint or a download."""
@@ -63,7 +66,7 @@ class Rank:
         """Join the other ranks and load this rank's shard.
 
         Args:
-            rendezvous: rank 0's store; None for a single rank, which needs no process group.
+            rendezvous: where rank 0 opened it; None for a single rank, which needs no process group.
         """
         settings = self._settings
         model: Path = model_folder(settings)
@@ -73,7 +76,7 @@ class Rank:
         groups = RankGroups()
         if rendezvous is not None:
             use_interface_of(ray.util.get_node_ip_address())
-            store = self._store or TCPStore(*rendezvous, settings.ranks, is_master=False)
+            store = rendezvous_store(rendezvous, settings.start_timeout_s)
             groups = join(self._rank, settings.parallel_sizes, store, device, settings.collective_timeout_s)
         tuning = Tuning(
             settings.attention_backend, settings.compile, settings.quantization, settings.modulation_on_host
