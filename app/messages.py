@@ -51,11 +51,14 @@ class SourceImage:
     Attributes:
         latents: (image_tokens, channels), packed and scaled as the model's diffusers pipeline does.
         width, height: pixels.
+        mask: (height / 8, width / 8), bool, one for each latent of the VAE: True where inpainting paints, and elsewhere
+            this image stays. None for images that are no source of inpainting.
     """
 
     latents: torch.Tensor
     width: int
     height: int
+    mask: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -233,6 +236,7 @@ class Conditioning:
         prompts = [prompt for prompt in (self.prompt, self.negative) if prompt is not None]
         tensors = [prompt.tokens for prompt in prompts] + [source.latents for source in self.sources]
         tensors += [prompt.pooled for prompt in prompts if prompt.pooled is not None]
+        tensors += [source.mask for source in self.sources if source.mask is not None]
         return sum(tensor.nbytes for tensor in tensors)
 
 

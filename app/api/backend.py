@@ -18,9 +18,15 @@ OutputFormat = Literal["png", "jpeg", "webp"]
 
 @dataclass(frozen=True, eq=False)
 class SourcePixels:
-    """An image to edit: ``pixels`` are (height, width, 3), uint8, upright RGB."""
+    """An image to edit.
+
+    Attributes:
+        pixels: (height, width, 3), uint8, upright RGB.
+        mask: (height, width), uint8, bright where inpainting paints; None where all of the image may change.
+    """
 
     pixels: np.ndarray
+    mask: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,9 @@ class ImagesJob:
         priority: higher goes first.
         deadline_s: seconds from the request's arrival to its last image; None has all the time.
         partial_images: previews wanted of each image.
-        sources: images to edit, scaled to what the model takes; none for an image from a prompt alone. The backend
-            empties the list once they are encoded, so that a request that waits does not keep their pixels.
+        sources: images to edit, scaled to what the model takes; none for an image from a prompt alone. With
+            ``strength`` it may have a mask. The backend empties the list once they are encoded, so that a request that
+            waits does not keep their pixels.
         strength: image-to-image, in (0, 1]: the share of the steps that run on the one source.
         key_name: the name of the API key that the request came with; empty where the service has none.
     """

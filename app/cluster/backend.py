@@ -157,7 +157,7 @@ class ServeBackend:
         prompts = [job.prompt] if job.negative_prompt is None else [job.prompt, job.negative_prompt]
         embeddings = await asyncio.gather(*(self._encoder.encode(prompt) for prompt in prompts))
         sources = await asyncio.gather(
-            *(self._decoder.encode(source.pixels, job.width, job.height) for source in job.sources)
+            *(self._decoder.encode(source.pixels, job.width, job.height, source.mask) for source in job.sources)
         )
         job.sources.clear()  # their pixels are freed; the request goes on for as long as the image takes
         return Conditioning(embeddings[0], None if job.negative_prompt is None else embeddings[1], tuple(sources))

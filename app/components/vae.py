@@ -87,10 +87,10 @@ class ImageDecoder:
         run = asyncio.get_running_loop().run_in_executor
         return await run(self._thread, self._decode, tensor, Geometry.of(width, height), output_format, compression)
 
-    async def encode(self, pixels: np.ndarray, width: int, height: int) -> SourceImage:
+    async def encode(self, pixels: np.ndarray, width: int, height: int, mask: np.ndarray | None) -> SourceImage:
         """Encode a source image into tokens; see `SourceEncoder.encode`."""
         run = asyncio.get_running_loop().run_in_executor
-        return await run(self._thread, self._sources.encode, pixels, width, height)
+        return await run(self._thread, self._sources.encode, pixels, width, height, mask)
 
     async def ping(self) -> None:
         """Return once it is up."""

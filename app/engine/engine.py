@@ -15,6 +15,7 @@ from diffusers import ModelMixin
 from app.engine.attention import positions
 from app.engine.families import Edits
 from app.engine.geometry import Geometry
+from app.engine.inpainting import Inpainting
 from app.engine.loading import load_transformer
 from app.engine.modulation import Modulation
 from app.engine.process_groups import RankGroups
@@ -158,12 +159,15 @@ class Engine:
         branches = {COND: self._branch(conditioning.prompt, timesteps, job)}
         if conditioning.negative is not None:
             branches[UNCOND] = self._branch(conditioning.negative, timesteps, job)
-        latents = self.family.layout.noise(
+        noise = self.family.layout.noise(
             job.seed, geometry, self.transformer.config.in_channels, self.device, self.dtype
         )
+        latents, inpainting = noise, None
         if job.strength is not None:
             (source,) = conditioning.sources
-            latents = mix_noise(source.latents.to(latents), latents, sigmas[0])
+            kept = source.latents.to(noise)
+            latents = mix_noise(kept, noise, sigmas[0])
+            inpainting = None if source.mask is None else Inpainting.of(kept, noise, source.mask)
         self._admitted += 1
         if job.is_recorded and self.groups.rank == 0:
             for name, branch in branches.items():
@@ -178,6 +182,7 @@ class Engine:
             branches=branches,
             references=self._embed_references(references),
             reference_geometries=tuple(Geometry.of(one.width, one.height) for one in references),
+            inpainting=inpainting,
         )
 
     def _embed_references(self, references: Sequence[SourceImage]) -> torch.Tensor:
@@ -200,7 +205,7 @@ class Engine:
         return Branch(len(prompt.tokens), context, modulation, self.strategy.output_modulation(self.transformer, temb))
 
     def _step(self, row_steps: Sequence[RowStep]) -> dict[str, torch.Tensor]:
-        """Take one step of rows of equal shapes: forward pass, true CFG, move; returns previews."""
+        """Take one step of rows of equal shapes: forward pass, true CFG, move, inpainting; returns previews."""
         parts = [
             BatchItem(row, row.branches[step.branch], row_step, step)
             for row_step in row_steps
@@ -224,8 +229,9 @@ class Engine:
                 # The velocity points from data to noise, so this is where it ends at sigma 0.
                 estimate = row.latents.float() - before * guided if row_step.preview else None
                 row.latents = (row.latents.float() + (after - before) * guided).to(self.dtype)
+            row.latents = row.blended(row.latents, row_step.step + 1)
             if estimate is not None:
-                previews[row_step.row_id] = estimate.to(self.dtype).cpu()
+                previews[row_step.row_id] = row.blended(estimate, -1).to(self.dtype).cpu()
         return previews
 
     def _correct(self, row: Row, row_step: RowStep, made: Sequence[torch.Tensor]) -> torch.Tensor | None:

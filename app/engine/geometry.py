@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 TOKEN_PIXELS = 16
 """Pixels per image token side: FLUX's autoencoders halve the image three times, and a token packs 2 x 2 latents."""
+LATENT_PIXELS = TOKEN_PIXELS // 2
+"""Pixels per latent side."""
 
 
 @dataclass(frozen=True, order=True)

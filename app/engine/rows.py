@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from app.engine.geometry import Geometry
+from app.engine.inpainting import Inpainting
 from app.messages import BranchStep, DenoiseJob
 from magcache_core.correct import CORRECTING
 from magcache_core.run_sums import BranchSums, RunMeasurement
@@ -86,6 +87,7 @@ class Row:
         reference_geometries: of the images in ``references``.
         velocities: the last computed guided velocities, newest first, each (image_tokens, channels), of a row that
             predicts and corrects them.
+        inpainting: what the row keeps of its source, None where all of it is painted.
     """
 
     job: DenoiseJob
@@ -96,6 +98,7 @@ class Row:
     branches: dict[str, Branch]
     references: torch.Tensor
     reference_geometries: tuple[Geometry, ...]
+    inpainting: Inpainting | None = None
     velocities: deque[torch.Tensor] = field(default_factory=lambda: deque(maxlen=CORRECTING))
 
     @property
@@ -131,6 +134,10 @@ class Row:
             return velocities[0]
         conditional, negative = velocities
         return negative + self.job.true_cfg_scale * (conditional - negative)
+
+    def blended(self, latents: torch.Tensor, level: int) -> torch.Tensor:
+        """``latents``, outside the mask the source at the noise level before step ``level``; -1 is without noise."""
+        return latents if self.inpainting is None else self.inpainting.blend(latents, self.sigmas[level])
 
     def displaced(self, weights: Sequence[float]) -> torch.Tensor:
         """The latents and the weighted sum of stored velocities, (image_tokens, channels) in float32.

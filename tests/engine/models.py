@@ -69,14 +69,19 @@ class TinyModel:
             return PromptEmbeddings(tokens)
         return PromptEmbeddings(tokens, torch.randn(config.pooled_projection_dim, generator=generator).to(self.dtype))
 
-    def conditioning(self, job: DenoiseJob, images: Sequence[Image.Image] = ()) -> Conditioning:
+    def conditioning(
+        self, job: DenoiseJob, images: Sequence[Image.Image] = (), mask: Image.Image | None = None
+    ) -> Conditioning:
         """What the service would send along with ``job``: prompts with seeds 1 and 2, encoded source images."""
         encoder = SourceEncoder(self.pipeline.vae, self.family, max_pixels=job.width * job.height)
-        sources = tuple(encoder.encode(np.asarray(one), job.width, job.height) for one in images)
+        masked = None if mask is None else np.asarray(mask)
+        sources = tuple(encoder.encode(np.asarray(one), job.width, job.height, masked) for one in images)
         negative = self.prompt(2) if job.true_cfg_scale > 1 else None
         return Conditioning(self.prompt(1), negative, sources)
 
-    def reference(self, job: DenoiseJob, images: Sequence[Image.Image] = ()) -> torch.Tensor:
+    def reference(
+        self, job: DenoiseJob, images: Sequence[Image.Image] = (), mask: Image.Image | None = None
+    ) -> torch.Tensor:
         """Tokens, (image_tokens, channels), that diffusers' pipeline makes for ``job``."""
         asked: dict[str, Any] = {
             "width": job.width,
@@ -101,9 +106,12 @@ class TinyModel:
             (source,) = self.conditioning(job, images).sources
             geometry = Geometry.of(job.width, job.height)
             asked |= {"image": unpack(source.latents[None], geometry), "strength": job.strength}
-            image_to_image = diffusers.FluxImg2ImgPipeline(**self.pipeline.components)
-            image_to_image.set_progress_bar_config(disable=True)
-            return image_to_image(**asked).images[0]
+            kind = diffusers.FluxImg2ImgPipeline if mask is None else diffusers.FluxInpaintPipeline
+            if mask is not None:  # the VAE's latents of the masked image are for Fill checkpoints and not used
+                asked |= {"mask_image": mask, "masked_image_latents": asked["image"]}
+            edits = kind(**self.pipeline.components)
+            edits.set_progress_bar_config(disable=True)
+            return edits(**asked).images[0]
         if self.family.edits is Edits.REFERENCES:
             asked |= {"max_area": job.width * job.height, "_auto_resize": False}
             for one in images:  # the pipeline's own choice of size is a megapixel
