@@ -23,10 +23,12 @@ class SourcePixels:
     Attributes:
         pixels: (height, width, 3), uint8, upright RGB.
         mask: (height, width), uint8, bright where inpainting paints; None where all of the image may change.
+        on_white: the file had transparent parts, which are white now.
     """
 
     pixels: np.ndarray
     mask: np.ndarray | None = None
+    on_white: bool = False
 
 
 @dataclass(frozen=True)

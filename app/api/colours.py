@@ -1,4 +1,4 @@
-"""From the pixels that files have to opaque sRGB: transparency, sixteen bits, ICC profiles."""
+"""From the pixels that files have to sRGB and opacity: transparency, sixteen bits, ICC profiles."""
 
 from __future__ import annotations
 
@@ -12,19 +12,23 @@ _SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 _SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
 
 
-def opaque_srgb(image: Image.Image, data: bytes) -> Image.Image:
-    """A decoded image as RGB in sRGB; transparent parts become white, sixteen bits become eight.
+def srgb_and_alpha(image: Image.Image, data: bytes) -> tuple[Image.Image, Image.Image | None]:
+    """A decoded image as RGB in sRGB, eight bits each, and how opaque its pixels are, L, None when all are wholly.
 
     Args:
         data: the file that it was read from.
     """
     alpha = _alpha(image, data)
+    if alpha is not None and np.asarray(alpha).min() == 255:
+        alpha = None
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    colours = _to_srgb(image)
-    if alpha is None:
-        return colours
-    paper = Image.new("RGB", image.size, "white")
+    return _to_srgb(image), alpha
+
+
+def on_white(colours: Image.Image, alpha: Image.Image) -> Image.Image:
+    """``colours`` on white paper, which shows where they are transparent."""
+    paper = Image.new("RGB", colours.size, "white")
     paper.paste(colours, mask=alpha)
     return paper
 

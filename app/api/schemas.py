@@ -158,8 +158,8 @@ class EditsRequest(ImagesRequest):
         default=None,
         gt=0,
         le=1,
-        description="For models that start from the image: how much of it may change, 0.6 by default; the share of "
-        "the steps that run.",
+        description="For models that start from the image: how much of it may change, 0.6 by default, with a mask 1; "
+        "the share of the steps that run.",
     )
     input_fidelity: Literal["high", "low"] | None = Field(default=None, description="Accepted; without effect.")
 

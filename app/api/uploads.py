@@ -14,11 +14,15 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from app.api.backend import SourcePixels
-from app.api.colours import opaque_srgb
+from app.api.colours import on_white, srgb_and_alpha
 from app.api.file_heads import is_held_whole, kind_of
+from app.api.masks import closed, holes_of, mask_of
+from app.engine.inpainting import PAINTED
 from app.errors import InvalidRequestError
 from app.settings import SamplingSettings
 
+Fit = Callable[[Image.Image], Image.Image]
+"""Scales an image to what the model takes."""
 FORMATS = ("PNG", "JPEG", "WEBP")
 _JPEG = ("JPEG", "MPO")
 MIN_SIDE = 64
@@ -51,11 +55,18 @@ Image.MAX_IMAGE_PIXELS = None
 
 @dataclass(frozen=True)
 class UploadHead:
-    """What a file's header says: the size of the upright image in pixels, and the memory that decoding it takes."""
+    """What a file's header says.
+
+    Attributes:
+        width, height: pixels of the upright image.
+        work_bytes: memory that decoding it takes.
+        may_be_transparent: its kind of pixels can be.
+    """
 
     width: int
     height: int
     work_bytes: int
+    may_be_transparent: bool
 
 
 def read_head(data: bytes, param: str, max_pixels: int) -> UploadHead:
@@ -66,14 +77,16 @@ def read_head(data: bytes, param: str, max_pixels: int) -> UploadHead:
     """
     with _opened(data, param) as image:
         turned = Image.Image.getexif(image).get(_ORIENTATION, 1) in _ON_ITS_SIDE
+        width, height = reversed(image.size) if turned else image.size
         _check(image, data, param, max_pixels)
         whole = image.format == "WEBP" or (image.format in _JPEG and is_held_whole(data))
-        width, height = reversed(image.size) if turned else image.size
-    return UploadHead(width, height, width * height * (_BYTES_PER_PIXEL_WHOLE if whole else _BYTES_PER_PIXEL))
+        decoded = image.width * image.height  # fewer than in the file where that is read at reduced scale
+        work_bytes = decoded * (_BYTES_PER_PIXEL_WHOLE if whole else _BYTES_PER_PIXEL)
+        return UploadHead(width, height, work_bytes, image.has_transparency_data)
 
 
 def read_upload(
-    data: bytes, param: str, max_pixels: int, fit: Callable[[Image.Image], Image.Image] = lambda image: image
+    data: bytes, param: str, max_pixels: int, fit: Fit = lambda image: image, inpaints: bool = False
 ) -> SourcePixels:
     """Decode one uploaded file. Nothing is decoded before its header has been found to be within the limits.
 
@@ -84,16 +97,47 @@ def read_upload(
         param: the form's field, for errors.
         max_pixels: width x height at most.
         fit: scales the upright image.
+        inpaints: transparent parts are the image's mask, and become white otherwise.
 
     Raises:
         InvalidRequestError: not a PNG, JPEG or WebP, damaged, animated, too large, too small or too narrow.
     """
+    colours, alpha = _decoded(data, param, max_pixels)
+    if alpha is None:
+        return SourcePixels(np.asarray(fit(colours)))
+    if not inpaints or holes_of(alpha) is None:
+        return SourcePixels(np.asarray(fit(on_white(colours, alpha))), on_white=True)
+    colours.putalpha(alpha)
+    fitted = fit(colours)
+    return SourcePixels(np.asarray(closed(fitted)), 255 - np.asarray(fitted.getchannel("A")))
+
+
+def read_mask(data: bytes, param: str, max_pixels: int, fit: Fit = lambda image: image) -> np.ndarray:
+    """The mask in an uploaded file, scaled by ``fit``, (height, width), uint8; see `app.api.masks.mask_of`.
+
+    Raises:
+        InvalidRequestError: as `read_upload`, or nothing is to be painted.
+    """
+    mask = mask_of(*_decoded(data, param, max_pixels))
+    if mask.max() < PAINTED:
+        raise InvalidRequestError(
+            f"{param} marks nothing to paint: make the parts to change transparent, or white in a mask without "
+            "transparency",
+            param=param,
+        )
+    return np.asarray(fit(Image.fromarray(mask)))
+
+
+def _decoded(data: bytes, param: str, max_pixels: int) -> tuple[Image.Image, Image.Image | None]:
+    """An uploaded image upright: its colours and its opacity, see `srgb_and_alpha`."""
     with _opened(data, param) as image:
         _check(image, data, param, max_pixels)
         turn = _UPRIGHT.get(Image.Image.getexif(image).get(_ORIENTATION, 1))
         image.load()
-        opaque = opaque_srgb(image, data)
-    return SourcePixels(np.asarray(fit(opaque if turn is None else opaque.transpose(turn))))
+        colours, alpha = srgb_and_alpha(image, data)
+    if turn is None:
+        return colours, alpha
+    return colours.transpose(turn), None if alpha is None else alpha.transpose(turn)
 
 
 @contextlib.contextmanager

@@ -11,11 +11,9 @@ from PIL import Image
 
 from app.engine.families import Family
 from app.engine.geometry import LATENT_PIXELS
+from app.engine.inpainting import PAINTED
 from app.engine.source_fit import REFERENCE_PIXELS, fit_source
 from app.messages import SourceImage
-
-BRIGHT = 128
-"""From here on a mask's pixel, 0 to 255, is painted."""
 
 
 class SourceEncoder:
@@ -53,4 +51,4 @@ def latent_mask(mask: np.ndarray, width: int, height: int) -> torch.Tensor:
     Of the pixels of a latent the upper left one decides, as in diffusers' ``FluxInpaintPipeline``.
     """
     fitted = Image.fromarray(mask).resize((width, height), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.asarray(fitted)[::LATENT_PIXELS, ::LATENT_PIXELS] >= BRIGHT)
+    return torch.from_numpy(np.asarray(fitted)[::LATENT_PIXELS, ::LATENT_PIXELS] >= PAINTED)

@@ -56,6 +56,11 @@ class Family:
     true_cfg_scale: float = 1.0
 
     @property
+    def inpaints(self) -> bool:
+        """Whether a mask may say which parts of the source are painted, and which stay."""
+        return self.edits is Edits.STRENGTH
+
+    @property
     def uncached_reason(self) -> str:
         """Why a request for reuse computes every step when there is no MagCache profile for the model."""
         if self.steps <= FEW_STEPS:
