@@ -1,5 +1,6 @@
 """The routes. Each handler is short: read, validate, ask the backend, answer."""
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -20,9 +21,19 @@ from app.api.image_memory import ImageMemory
 from app.api.middleware import EDITS_PATH, IMAGES_PATH
 from app.api.replies import AsciiJSONResponse, images_response
 from app.api.resolve import ResolvedRequest, resolve_request
-from app.api.schemas import CancelReply, ErrorReply, HealthReply, ImagesReply, ImagesRequest, ModelCard, ModelList
+from app.api.schemas import (
+    CancelReply,
+    Capabilities,
+    ErrorReply,
+    HealthReply,
+    ImagesReply,
+    ImagesRequest,
+    ModelCard,
+    ModelList,
+)
 from app.api.streaming import stream_response
 from app.api.validation import parse, read_json
+from app.engine.families import Edits
 from app.errors import ModelNotFoundError, RequestNotFoundError, ServiceError
 from app.metrics import ApiMetrics, Families, merge_families
 from app.settings import Settings
@@ -30,6 +41,9 @@ from app.telemetry import Attributes, Tracing
 
 logger = logging.getLogger(__name__)
 router = APIRouter()
+
+FAMILY_S = 1.0
+"""How long a list of models waits for a replica that can say what the model does."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +70,26 @@ class Service:
         }
         self.tracing.image(**phases, attributes=attributes)
 
-    @property
-    def cards(self) -> list[ModelCard]:
+    async def cards(self) -> list[ModelCard]:
         """The served model, as OpenAI's clients list it, under each of its names."""
+        capabilities = await self._capabilities()
         return [
-            ModelCard(id=name, created=self.started, owned_by="flux-magcache-serve")
+            ModelCard(id=name, created=self.started, owned_by="flux-magcache-serve", capabilities=capabilities)
             for name in self.settings.model_names
         ]
+
+    async def _capabilities(self) -> Capabilities | None:
+        try:
+            async with asyncio.timeout(FAMILY_S):
+                family = await self.get_backend().family()
+        except (TimeoutError, ServiceError):
+            return None
+        return Capabilities(
+            images=family.max_sources,
+            strength=family.edits is Edits.STRENGTH,
+            mask=family.inpaints,
+            negative_prompt=family.true_cfg,
+        )
 
 
 def _service(request: Request) -> Service:
@@ -205,7 +232,7 @@ async def health(request: Request) -> Response:
 @router.get("/v1/models", summary="List the served models", tags=["models"], responses=_errors(s401=_NO_KEY))
 async def list_models(request: Request) -> ModelList:
     """One model is served, under its name and its aliases."""
-    return ModelList(data=_service(request).cards)
+    return ModelList(data=await _service(request).cards())
 
 
 @router.get(
@@ -216,7 +243,7 @@ async def list_models(request: Request) -> ModelList:
 )
 async def get_model(model_id: str, request: Request) -> ModelCard:
     """The model named ``model_id``."""
-    cards = _service(request).cards
+    cards = await _service(request).cards()
     for card in cards:
         if card.id == model_id:
             return card

@@ -263,6 +263,15 @@ class CancelReply(BaseModel):
     pictures: int = Field(description="Images that were ended.")
 
 
+class Capabilities(BaseModel):
+    """What the served model takes beside a prompt."""
+
+    images: int = Field(description="Images to edit in one request, at most.")
+    strength: bool = Field(description="Whether an edit starts from its image; else the model reads it.")
+    mask: bool = Field(description="Whether an edit may have a mask.")
+    negative_prompt: bool
+
+
 class ModelCard(BaseModel):
     """One served model."""
 
@@ -270,6 +279,7 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str
+    capabilities: Capabilities | None = Field(description="`null` while the service starts.")
 
 
 class ModelList(BaseModel):

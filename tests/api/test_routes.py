@@ -10,7 +10,9 @@ import httpx
 import pytest
 from PIL import Image
 
+from app.api import routes
 from app.api.app import create_app
+from app.engine.families import FLUX2_KLEIN, FLUX_DEV, FLUX_KONTEXT, FLUX_SCHNELL, Family
 from app.errors import BusyError, GenerationError, UnavailableError
 from app.messages import MagCacheOptions
 from app.settings import Settings
@@ -119,6 +121,42 @@ async def test_health(client: httpx.AsyncClient, backend: FakeBackend) -> None:
     response = await client.get("/health")
     assert response.status_code == 503
     assert response.json()["status"] == "unavailable"
+
+
+@pytest.mark.parametrize(
+    ("family", "images", "strength", "mask", "negative_prompt"),
+    [
+        (FLUX_DEV, 1, True, True, True),
+        (FLUX_SCHNELL, 0, False, False, True),
+        (FLUX_KONTEXT, 1, False, False, True),
+        (FLUX2_KLEIN, 4, False, False, False),
+    ],
+)
+async def test_what_models_take(
+    client: httpx.AsyncClient, backend: FakeBackend, family: Family, images: int, strength: bool, mask: bool,
+    negative_prompt: bool
+) -> None:  # fmt: skip
+    backend.kind = family
+    (card,) = (await client.get("/v1/models")).json()["data"]
+    said = {"images": images, "strength": strength, "mask": mask, "negative_prompt": negative_prompt}
+    assert card["capabilities"] == said
+
+
+@pytest.mark.parametrize("error", [UnavailableError("no group yet"), None])
+async def test_models_are_listed_while_there_is_none_to_ask(
+    client: httpx.AsyncClient, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    """Before the first replica is up, which refuses or does not answer."""
+
+    async def family() -> Family:
+        if error is None:
+            await asyncio.Event().wait()
+        raise error or AssertionError
+
+    monkeypatch.setattr(backend, "family", family)
+    monkeypatch.setattr(routes, "FAMILY_S", 0.01)
+    (card,) = (await client.get("/v1/models")).json()["data"]
+    assert (card["id"], card["capabilities"]) == ("flux-tiny", None)
 
 
 async def test_models(client: httpx.AsyncClient, backend: FakeBackend) -> None:

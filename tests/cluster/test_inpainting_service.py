@@ -111,6 +111,7 @@ def test_with_the_cache_and_previews_the_outside_stays(client: openai.OpenAI) ->
 
 
 def test_the_images_own_hole_is_painted(http: httpx.Client) -> None:
+    assert http.get("/v1/models/flux-tiny").json()["capabilities"]["mask"]
     form = {"prompt": PROMPT, "seed": "7", "size": "128x128"}
     reply = http.post("/v1/images/edits", data=form, files={"image": encoded(transparent())})
     assert reply.status_code == 200, reply.text
