@@ -123,8 +123,8 @@ class RequestMiddleware:
         method, path = scope["method"], path_of(scope)
         # Probes and scrapes come every few seconds for ever: not worth a line each unless they fail.
         level = logging.DEBUG if method in ("GET", "HEAD") and status < 400 else logging.INFO
-        key = scope["state"].get("key_name")
-        by = f" by {key!r}" if key else ""
+        key_name = scope["state"].get("key_name", "")
+        by = f" by {key_name!r}" if key_name else ""
         logger.log(level, "request %s%s: %s %.200r -> %d in %.3f s", request_id, by, method, path, status, seconds)
         if asks_for_images(scope):
             code = scope["state"].get("error_code")
@@ -132,7 +132,9 @@ class RequestMiddleware:
                 code = CLIENT_LEFT
             elif status >= 500 and code is None:
                 code = ServiceError.code
-            self.metrics.observe_request(outcome(status), status, seconds, code=code, request_id=request_id)
+            self.metrics.observe_request(
+                outcome(status), status, seconds, code=code, request_id=request_id, key_name=key_name
+            )
 
 
 def _route(scope: Scope) -> tuple[str, str | None]:

@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry
 
-from app.metrics.catalogue import OUTCOMES, PHASES
+from app.metrics.catalogue import MAX_KEYS, OTHER_KEYS, OUTCOMES, PHASES
 from app.metrics.instruments import Instruments, exemplar
 
 
@@ -15,19 +15,38 @@ class ApiMetrics:
 
     def __init__(self, registry: CollectorRegistry, model: str) -> None:
         self._made = Instruments(registry, "api", {"model": model})
+        self._keys: set[str] = set()
         for outcome, status_class in zip(OUTCOMES, ("2xx", "4xx", "4xx", "5xx", "5xx", "4xx"), strict=True):
             self._made.counter("flux_requests", outcome, status_class)
         releases = (version(name) for name in ("flux-magcache-serve", "torch", "diffusers", "ray"))
         self._made.gauge("flux_build_info", *releases).set(1)
 
     def observe_request(
-        self, outcome: str, status: int, seconds: float, *, code: str | None = None, request_id: str | None = None
+        self,
+        outcome: str,
+        status: int,
+        seconds: float,
+        *,
+        code: str | None = None,
+        request_id: str | None = None,
+        key_name: str = "",
     ) -> None:
-        """Count one image request that ended with the HTTP status ``status``, and the error ``code`` if any."""
+        """Count one image request that ended with the HTTP status ``status``, and the error ``code`` if any.
+
+        Args:
+            key_name: of the API key that it came with; empty for none.
+        """
+        if key_name:
+            self._made.counter("flux_key_requests", self._key_label(key_name), outcome).inc()
         if code is not None:
             self._made.counter("flux_request_errors", code).inc()
         self._made.counter("flux_requests", outcome, f"{status // 100}xx").inc()
         self._made.histogram("flux_request_duration_seconds", outcome).observe(seconds, exemplar(request_id))
+
+    def _key_label(self, name: str) -> str:
+        if len(self._keys) < MAX_KEYS:
+            self._keys.add(name)
+        return name if name in self._keys else OTHER_KEYS
 
     def observe_phases(
         self,

@@ -26,6 +26,8 @@ ERROR_CODES = (
     "invalid_value", "model_not_found", "request_cancelled", "unavailable",
 )  # fmt: skip
 """Codes whose series exist from the start; the other codes of invalid requests appear when they first occur."""
+MAX_KEYS = 100
+OTHER_KEYS = "other"
 PHASES = ("queue", "encode", "denoise", "decode", "total")
 DECISIONS = ("computed", "reused")
 BRANCHES = ("cond", "uncond")
@@ -101,6 +103,12 @@ CATALOGUE: tuple[Spec, ...] = (
         "api", "flux_request_errors", "requests",
         "Image requests that ended without all their images, by the `code` in the reply; client_left has none.",
         code=ERROR_CODES,
+    ),
+    _counter(
+        "api", "flux_key_requests", "requests",
+        f"Image requests by the name of their API key and outcome, where there are keys; after {MAX_KEYS} names, which "
+        f"a file that changes may exceed, new ones count as {OTHER_KEYS!r}.",
+        key=(), outcome=OUTCOMES,
     ),
     _histogram(
         "api", "flux_request_duration_seconds", "seconds", LATENCY,

@@ -37,8 +37,8 @@ class Panel:
     Attributes:
         unit: Grafana's name of a unit.
         width: of the 24 columns.
-        needs: what must be there for the panel to have data beside the service and some traffic: ``gpu``, or ``event``
-            for something that does not happen by itself.
+        needs: what must be there for the panel to have data beside the service and some traffic: ``gpu``, API
+            ``keys``, or ``event`` for something that does not happen by itself.
         stacked: time series add up to a whole.
     """
 
@@ -48,7 +48,7 @@ class Panel:
     unit: str
     queries: tuple[Query, ...]
     width: int = 12
-    needs: Literal["gpu", "event"] | None = None
+    needs: Literal["gpu", "keys", "event"] | None = None
     stacked: bool = False
 
 

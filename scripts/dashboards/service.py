@@ -79,6 +79,11 @@ TRAFFIC = Row(
             "timeseries", "reqps", (Query(rate("flux_request_errors_total", "code", FLUX), "{{code}}"),), stacked=True,
         ),
         Panel(
+            "Requests by API key", "Image requests per second by the name of their key, whatever became of them.",
+            "timeseries", "reqps", (Query(rate("flux_key_requests_total", "key", FLUX), "{{key}}"),), stacked=True,
+            needs="keys",
+        ),
+        Panel(
             "Pictures finished", "Pictures per second that took their last step, by group.",
             "timeseries", "ops", (Query(rate("flux_pictures_finished_total", "replica", GROUP), "{{replica}}"),),
         ),

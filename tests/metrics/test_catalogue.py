@@ -6,11 +6,12 @@ from app.metrics import CATALOGUE
 from app.metrics.catalogue import COMMON
 from tests.metrics.owners import Everything, plan_of
 
-BOUNDED = {"model", "replica", "rank"}
+BOUNDED = {"model", "replica", "rank", "key"}
 
 
 def test_the_catalogue_is_what_is_exposed(everything: Everything) -> None:
     everything.coordinator.observe_step(plan_of((True,)), [0.01])
+    everything.api.observe_request("ok", 200, 1.0, key_name="alice")
     exposed = {family.name: family for family in everything.registry.collect()}
     assert set(exposed) == {spec.name for spec in CATALOGUE}
     for spec in CATALOGUE:
