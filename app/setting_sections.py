@@ -244,6 +244,10 @@ class HttpSettings(Section):
         "decoding (16 bytes per pixel, 24 of WebP and progressive JPEG files), and the pixels until the VAE has "
         "encoded them. Beyond it the answer is 429.",
     )
+    metadata: bool = Field(
+        default=False,
+        description="Write the settings of an image, its prompt among them, into its file when a request does not say.",
+    )
     heartbeat_s: float = Field(
         default=10.0,
         gt=0.0,

@@ -47,6 +47,7 @@ class ImagesJob:
             waits does not keep their pixels.
         strength: image-to-image, in (0, 1]: the share of the steps that run on the one source.
         key_name: the name of the API key that the request came with; empty where the service has none.
+        metadata: the file holds its own settings, see `app.api.infotext`.
     """
 
     request_id: str
@@ -68,6 +69,7 @@ class ImagesJob:
     sources: list[SourcePixels] = field(default_factory=list)
     strength: float | None = None
     key_name: str = ""
+    metadata: bool = False
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,7 @@ def resolve_request(
         sources=[] if sources is None else sources,
         strength=strength,
         key_name=key_name,
+        metadata=settings.http.metadata if request.metadata is None else request.metadata,
     )
     return ResolvedRequest(
         job=job,

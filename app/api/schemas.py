@@ -120,6 +120,11 @@ class ImagesRequest(BaseModel):
     progress: bool | None = Field(
         default=None, description="Have `flux.progress` events of the steps in a stream. OpenAI has no such event."
     )
+    metadata: bool | None = Field(
+        default=None,
+        description="Write prompt, seed, size, steps, schedule and model into the file, where web interfaces read "
+        "them: a PNG's text `parameters`, or EXIF's user comment.",
+    )
     background: Literal["auto", "opaque"] | None = Field(default=None, description="FLUX paints opaque images only.")
     moderation: Literal["auto", "low"] | None = Field(
         default=None, description="Accepted and ignored; there is no moderation."

@@ -15,6 +15,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from app.api.backend import GeneratedImage, HealthReport, ImagesJob, StreamItem
+from app.api.infotext import infotext
 from app.cluster.calibrator import Calibrator
 from app.cluster.client_errors import to_service_error, unwrap_ray_error
 from app.cluster.coordinators import ANSWER_SECONDS, call_all_coordinators
@@ -186,15 +187,16 @@ class ServeBackend:
             job = self._denoise_job(context, index, conditioning)
             result = await call.result(job, conditioning)
             try:
-                return result, *await self._decode(result, context.job)
+                return result, *await self._decode(result, context.job, index)
             except ray.exceptions.ObjectLostError as error:
                 logger.warning("request %s: %s is made again: %s", job.request_id, job.row_id, type(error).__name__)
         raise UnavailableError("the image's group broke again and again before it was decoded; ask again")
 
-    async def _decode(self, result: DenoiseResult, job: ImagesJob) -> tuple[bytes, float]:
+    async def _decode(self, result: DenoiseResult, job: ImagesJob, index: int) -> tuple[bytes, float]:
         """The image file, and the seconds that it took."""
         started = time.perf_counter()
-        data = await self._decoder.decode(result.latents, *_file_form(job))
+        parameters = infotext(job, index, result.report, self.settings.model_name) if job.metadata else None
+        data = await self._decoder.decode(result.latents, *_file_form(job), parameters)
         seconds = time.perf_counter() - started
         mean = self._decode_s.get(job.width * job.height, seconds)
         self._decode_s[job.width * job.height] = mean + _NEWEST_SHARE * (seconds - mean)

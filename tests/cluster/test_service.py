@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -98,6 +99,17 @@ def test_bytes_of_each_format(http: httpx.Client, output_format: str) -> None:
     image = Image.open(io.BytesIO(reply.content))
     assert (image.format or "").lower() == output_format
     assert image.size == (128, 128)
+
+
+def test_an_images_file_holds_its_settings_if_asked(http: httpx.Client) -> None:
+    reply = ask(http, n=2, metadata=True, num_inference_steps=8)
+    for item in reply["data"]:
+        text = Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))).info["parameters"]
+        assert text.startswith(f"{PROMPT}\nSteps: 8, ")
+        assert f"Seed: {item['seed']}, Size: 128x128, Model: flux-tiny, " in text
+        assert f"MagCache schedule: {item['magcache']['schedule']}, " in text
+    plain = ask(http, num_inference_steps=8)["data"][0]
+    assert "parameters" not in Image.open(io.BytesIO(base64.b64decode(plain["b64_json"]))).info
 
 
 def test_wrong_requests_name_the_field(http: httpx.Client, client: openai.OpenAI) -> None:
