@@ -86,7 +86,10 @@ def _snapshot(model: str, revision: str | None, own_transformer: bool) -> Path:
     try:
         folder = Path(snapshot_download(model, revision=revision, allow_patterns=[INDEX]))
         if not (folder / INDEX).is_file():
-            raise CheckpointError(f"model {model!r} on the hub has no {INDEX}: it is not in diffusers layout")
+            raise CheckpointError(
+                f"model {model!r} on the hub has no {INDEX}: it is not in diffusers layout; one file with a transformer"
+                " is given as `transformer`, after `hf download`"
+            )
         # Of this commit, whatever is pushed meanwhile.
         return Path(
             snapshot_download(model, revision=folder.name, allow_patterns=wanted_files(folder, own_transformer))

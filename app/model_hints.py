@@ -8,7 +8,8 @@ from pathlib import Path
 from app.engine.foreign_files import SAFETENSORS_ONLY, foreign
 
 INDEX = "model_index.json"
-_WEIGHTS = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
+_SAFETENSORS = (".safetensors", ".sft")
+_WEIGHTS = (*_SAFETENSORS, ".gguf", ".ckpt", ".pt", ".pth", ".bin")
 _HUB_ADDRESS = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)(?:/.*)?")
 
 
@@ -48,7 +49,7 @@ def not_a_transformer(path: Path) -> str | None:
         return "is a folder: name one file in BFL's layout; a folder in diffusers' layout goes into that of `model`"
     if what := foreign(path):
         return what
-    return None if path.suffix == ".safetensors" else f"is no safetensors file; {SAFETENSORS_ONLY}"
+    return None if path.suffix in _SAFETENSORS else f"is no safetensors file; {SAFETENSORS_ONLY}"
 
 
 def _for_a_file(path: Path) -> str:

@@ -159,6 +159,15 @@ def test_beside_a_single_file_the_transformers_weights_stay_on_the_hub(hub: tupl
     assert got == {"config.json"}
 
 
+def test_a_repository_of_single_files_is_named(
+    hub: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Hub, "files", {"flux-2-klein.safetensors": Hub.files["flux-2-klein.safetensors"]})
+    done = download(hub[0], tmp_path / "home", HF_TOKEN=TOKEN)
+    last = done.stderr.strip().splitlines()[-1]
+    assert f"model {REPO!r} on the hub has no model_index.json: it is not in diffusers layout; one file with a" in last
+
+
 EVERY_PROCESS = f"""
 import huggingface_hub, app.model_files
 from app.cluster.coordinator import Coordinator

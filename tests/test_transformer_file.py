@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,11 @@ def test_a_path_is_relative_to_the_repository_as_well(tmp_path: Path, monkeypatc
     assert transformer_file(settings) == MODEL / "transformer" / WEIGHTS
 
 
+def test_bfls_own_suffix_is_read(file: Path, tmp_path: Path) -> None:
+    """The first release of FLUX.1 was ``flux1-dev.sft``."""
+    check_local_checkpoint(Settings(transformer=str(shutil.copy(file, tmp_path / "flux1-dev.sft"))))
+
+
 def test_the_check_before_the_start_reads_its_header(file: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(file.read_bytes()[:-1000])
@@ -64,7 +70,7 @@ def test_the_check_before_the_start_reads_its_header(file: Path, tmp_path: Path)
     [
         ("flux1-dev-Q8_0.gguf", b"GGUF\x03", "is a GGUF file; only safetensors are read: use the model's safetensors"),
         ("flux1-dev.safetensors", b"version https://git-lfs.github.com/spec/v1", "is a Git LFS pointer and not the"),
-        ("flux1-dev.sft", b"anything", "is no safetensors file; only safetensors are read"),
+        ("flux1-dev.tar", b"anything", "is no safetensors file; only safetensors are read"),
         ("flux1-dev.ckpt", b"PK\x03\x04", "is a pickle, which can run code when it is opened and is refused"),
         ("flux1-dev.safetensors", b"", "is empty: download it again"),
     ],
