@@ -121,7 +121,7 @@ def _build(folder: Path, expected: str) -> Any:
     config = read_json(path)
     try:
         return _meta_part(expected, config) if hasattr(diffusers, expected) else _meta_encoder(expected, config)
-    except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path} does not describe a {expected}: {reason}") from error
 

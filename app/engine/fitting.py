@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,9 @@ def check_fit(model: Path, family: Family, configs: Mapping[str, Any]) -> None:
             f"{path}: the transformer takes {inputs} channels (in_channels), and {vae.latent_channels} latent channels "
             f"of the VAE make {tokens}: {_SAME}"
         )
+    axes, width = transformer.axes_dims_rope, transformer.attention_head_dim
+    if not isinstance(axes, list | tuple) or sum(axes) != width:
+        raise CheckpointError(f"{path}: axes_dims_rope is {axes!r}; the sum must be attention_head_dim, {width}")
     if bool(transformer.guidance_embeds) != (family.guidance_scale is not None):
         has = "has" if transformer.guidance_embeds else "has no"
         raise CheckpointError(f"{path}: the transformer {has} guidance embedding, unlike {family.name}'s: {_SAME}")
@@ -71,7 +75,7 @@ def _check_vae(path: Path, vae: Any) -> None:
             f"are 1/8, from 3: {_OWN_VAE}"
         )
     for name in ("scaling_factor", "shift_factor"):
-        if name in vae and not isinstance(vae[name], int | float):
+        if name in vae and not (isinstance(vae[name], int | float) and isfinite(vae[name])):
             raise CheckpointError(f"{path}: {name} is {vae[name]!r}, and FLUX.1's VAE has a number: {_OWN_VAE}")
 
 

@@ -59,6 +59,11 @@ def test_a_transformer_with_further_inputs_is_refused(model: Path, inputs: int) 
             r"pooled_projection_dim is 64, and text_encoder gives .+ of 128",
         ),
         ("vae", {"shift_factor": None}, r"vae/config\.json: shift_factor is None, and FLUX\.1's VAE has a number: use"),
+        ("transformer", {"axes_dims_rope": [4, 6, 6]}, r"axes_dims_rope is .+; the sum must be attention_head_dim, 32"),
+        ("transformer", {"axes_dims_rope": None}, r"axes_dims_rope is None; the sum must be attention_head_dim, 32"),
+        ("vae", {"scaling_factor": float("nan")}, r"vae/config\.json: scaling_factor is nan"),
+        ("vae", {"block_out_channels": []}, r"vae/config\.json does not describe a AutoencoderKL: list index out of"),
+        ("text_encoder", {"hidden_size": 0}, r"text_encoder/config\.json does not describe a CLIPTextModel"),
         ("vae", {"scaling_factor": "x"}, r"vae/config\.json: scaling_factor is 'x'"),
         (
             "vae",
