@@ -76,8 +76,8 @@ Runs = Generator[Run, Outcome, Any]
 
 
 def expected_runs(job: CalibrationJob) -> int:
-    """About how many images a calibration runs: each number of computed steps has some ten candidates."""
-    trials = len(job.budgets) * (10 + job.moves) * min(job.trial_runs, len(job.prompts))
+    """About how many images a calibration runs: each number of computed steps has some six candidates."""
+    trials = len(job.budgets) * (6 + job.moves) * min(job.trial_runs, len(job.prompts))
     return len(job.prompts) + len(probes(job.steps)) + trials
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,8 @@ import httpx
 
 from app import calibrate
 from magcache_core import stored_profiles
+from magcache_core.measure import probes
+from tests.cluster.asking import kill_process, wait_for
 
 PROMPTS = ["a red circle on a blue background", "a green square"]
 SMALL = {"size": "64x64", "num_inference_steps": 6, "prompts": PROMPTS, "trial_runs": 1, "moves": 0}
@@ -17,13 +18,13 @@ SMALL = {"size": "64x64", "num_inference_steps": 6, "prompts": PROMPTS, "trial_r
 
 def ended(http: httpx.Client, calibration_id: str, limit_s: float = 120.0) -> dict[str, Any]:
     """The status once it is over."""
-    until = time.monotonic() + limit_s
-    while time.monotonic() < until:
-        status: dict[str, Any] = http.get(f"/v1/calibrations/{calibration_id}").json()
-        if status["status"] != "running":
-            return status
-        time.sleep(0.1)
-    raise TimeoutError(calibration_id)
+
+    def status() -> dict[str, Any]:
+        found: dict[str, Any] = http.get(f"/v1/calibrations/{calibration_id}").json()
+        return found
+
+    wait_for(lambda: status()["status"] != "running", "the calibration is over", limit_s)
+    return status()
 
 
 def image(http: httpx.Client, **fields: Any) -> dict[str, Any]:
@@ -61,10 +62,7 @@ def test_it_calibrates_itself_and_plans_with_the_profile(http: httpx.Client, pro
 def test_an_ended_one_goes_on_where_it_was(http: httpx.Client, profile_dir: Path) -> None:
     asked = SMALL | {"guidance_scale": 9.0, "num_inference_steps": 24}
     first = http.post("/v1/calibrations", json=asked).json()["id"]
-    until = time.monotonic() + 60
-    while http.get(f"/v1/calibrations/{first}").json()["runs"] < 3:
-        assert time.monotonic() < until
-        time.sleep(0.02)
+    wait_for(lambda: http.get(f"/v1/calibrations/{first}").json()["runs"] >= 3, "three runs are done")
     cancelled = http.delete(f"/v1/calibrations/{first}").json()
     assert (cancelled["status"], cancelled["profile"]) == ("cancelled", None)
     assert http.delete(f"/v1/calibrations/{first}").json() == cancelled
@@ -73,6 +71,16 @@ def test_an_ended_one_goes_on_where_it_was(http: httpx.Client, profile_dir: Path
     status = ended(http, second)
     assert status["status"] == "done", status["message"]
     assert status["runs"] <= 2 + 9 + 1 + 1, "two recorded, nine probes, the reference again, one lost"
+
+
+def test_a_killed_rank_costs_the_run_under_way(http: httpx.Client) -> None:
+    asked = SMALL | {"guidance_scale": 8.0, "num_inference_steps": 20, "trial_runs": 0, "size": "64x80"}
+    started = http.post("/v1/calibrations", json=asked).json()["id"]
+    wait_for(lambda: http.get(f"/v1/calibrations/{started}").json()["runs"] >= 2, "two runs are recorded")
+    kill_process("Rank")
+    status = ended(http, started)
+    assert status["status"] == "done", status["message"]
+    assert status["runs"] == len(PROMPTS) + len(probes(20)), "each of its runs once"
 
 
 def test_the_command_shows_the_profile(service: str, capsys: Any, tmp_path: Path) -> None:
