@@ -75,6 +75,7 @@ class ServeBackend:
         self._decoder = decoder
         self._calibrator = Calibrator(settings, encoder, replica, decoder)
         self._demand = CalibrationDemand(settings)
+        self._idle: asyncio.Task[None] | None = None
         if settings.magcache.calibrate == "idle":
             self._idle = asyncio.create_task(calibrate_when_idle(settings, self._calibrator, self._demand))
         self._requests = RequestRegistry()
@@ -119,6 +120,12 @@ class ServeBackend:
     async def calibrate(self, job: CalibrationJob) -> CalibrationStatus:
         """Begin a calibration."""
         return self._calibrator.start(job)
+
+    async def stop_calibrating(self) -> None:
+        """End the calibration under way and begin none by itself, since the service stops; its findings are kept."""
+        if self._idle is not None:
+            self._idle.cancel()
+        await self._calibrator.stop()
 
     async def calibration(self, calibration_id: str) -> CalibrationStatus:
         """How far it is."""

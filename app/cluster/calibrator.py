@@ -120,10 +120,15 @@ class Calibrator:
     async def cancel(self, calibration_id: str) -> CalibrationStatus:
         """End a calibration; what it found stays for the next one."""
         status = self.status(calibration_id)
-        if self._running == calibration_id and self._task is not None:
+        if self._running == calibration_id:
+            await self.stop()
+        return self._known[status.id]
+
+    async def stop(self) -> None:
+        """End the calibration under way, if there is one."""
+        if self._task is not None:
             self._task.cancel()
             await self.join()
-        return self._known[status.id]
 
     def _note(self, status: CalibrationStatus) -> None:
         self._known[status.id] = status

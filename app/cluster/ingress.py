@@ -78,5 +78,7 @@ class ImagesApi:
     async def drain(self) -> int:
         """Refuse new requests for images from now on; how many are under way for which `app.serve` should wait."""
         assert _drain is not None
+        assert _backend is not None
         _drain.begin()
+        await _backend.stop_calibrating()
         return _drain.waits_for

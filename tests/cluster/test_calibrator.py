@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from app import calibrate
+from app.cluster.backend import ServeBackend
+from app.messages import CalibrationJob
+from app.settings import MagCacheSettings, Settings
 from magcache_core import stored_profiles
 from magcache_core.measure import probes
 from tests.cluster.asking import kill_process, wait_for
@@ -81,6 +85,25 @@ def test_a_killed_rank_costs_the_run_under_way(http: httpx.Client) -> None:
     status = ended(http, started)
     assert status["status"] == "done", status["message"]
     assert status["runs"] == len(PROMPTS) + len(probes(20)), "each of its runs once"
+
+
+async def test_a_service_that_stops_ends_it_and_begins_none(tmp_path: Path) -> None:
+    class Silent:
+        """Stands for an encoder that does not answer."""
+
+        async def encode(self, prompt: str) -> None:
+            await asyncio.Event().wait()
+
+    settings = Settings(magcache=MagCacheSettings(profile_dir=str(tmp_path), calibrate="idle"))
+    backend = ServeBackend(settings, Silent(), None, None)
+    started = await backend.calibrate(CalibrationJob("calibration-1", ("a",), 8, 64, 64, 3.5, 3, (3,)))
+    await asyncio.sleep(0)
+    await backend.stop_calibrating()
+    assert (started.state, (await backend.calibration(started.id)).state) == ("running", "cancelled")
+    assert backend._idle is not None
+    await asyncio.wait({backend._idle}, timeout=10)
+    assert backend._idle.cancelled()
+    await backend.stop_calibrating()
 
 
 def test_the_command_shows_the_profile(service: str, capsys: Any, tmp_path: Path) -> None:
