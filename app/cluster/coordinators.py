@@ -12,8 +12,12 @@ from app.cluster.group import COORDINATOR_NAME, NAMESPACE
 ANSWER_SECONDS = 1.5
 """A part that does not answer within this time counts as not ready, and is left out of a scrape."""
 
+LOOKUP_SECONDS = 0.5
+"""Without an answer of the GCS in this time, those that were known last are asked: they work without it."""
+
 # Without the GCS a look-up hangs for a minute: one at a time, and not in the event loop's own threads.
 _LOOKUP = ThreadPoolExecutor(max_workers=1, thread_name_prefix="coordinators")
+_known: list[Any] = []
 
 
 async def call_all_coordinators(method: str, *args: object) -> list[Any]:
@@ -25,12 +29,10 @@ async def call_all_coordinators(method: str, *args: object) -> list[Any]:
         async with asyncio.timeout_at(until):
             return await getattr(coordinator, method).remote(*args)
 
-    try:
-        async with asyncio.timeout_at(until):
-            coordinators = await loop.run_in_executor(_LOOKUP, _find)
-    except TimeoutError:
-        return []
-    answers = await asyncio.gather(*map(ask, coordinators), return_exceptions=True)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LOOKUP_SECONDS if _known else ANSWER_SECONDS):
+            _known[:] = await loop.run_in_executor(_LOOKUP, _find)
+    answers = await asyncio.gather(*map(ask, _known), return_exceptions=True)
     return [answer for answer in answers if not isinstance(answer, BaseException)]
 
 

@@ -1,0 +1,85 @@
+"""``python -m app.serve`` with flux-tiny as a process of its own, on a free port and with a Ray of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+import yaml
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class ServiceProcess:
+    """The running process, a client of its service, and the file that it logs to."""
+
+    process: subprocess.Popen[bytes]
+    client: httpx.Client
+    log: Path
+
+    def health(self) -> int:
+        """The status of /health; 0 while nothing listens."""
+        try:
+            return self.client.get("/health").status_code
+        except httpx.TransportError:
+            return 0
+
+    def metric(self, name: str) -> float:
+        """The first sample of a metric."""
+        lines = self.client.get("/metrics").text.splitlines()
+        return float(next(line for line in lines if line.startswith(f"{name}{{")).rpartition(" ")[2])
+
+    def processes(self) -> list[psutil.Process]:
+        """What runs of it: Ray's processes stay in the session of the one that started them."""
+        found = []
+        for each in psutil.process_iter():
+            with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+                if os.getsid(each.pid) == self.process.pid and each.status() != psutil.STATUS_ZOMBIE:
+                    found.append(each)
+        return found
+
+
+@contextmanager
+def service_process(folder: Path, **settings: object) -> Iterator[ServiceProcess]:
+    """Start it with ``settings`` and wait until it is ready; it leaves nothing running. Its files are in ``folder``."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    config = yaml.safe_load((ROOT / "deployments/flux-tiny.yaml").read_text())
+    config["http_options"]["port"] = port
+    config["applications"][0]["args"] |= settings
+    path, log = folder / "config.yaml", folder / "log"
+    path.write_text(yaml.safe_dump(config))
+    with log.open("wb") as output, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "app.serve", str(path), "--address", "local"],
+            cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=output, stderr=output, start_new_session=True,
+        )  # fmt: skip
+        service = ServiceProcess(process, client, log)
+        try:
+            wait_until(lambda: service.health() == 200)
+            yield service
+        finally:
+            for left in service.processes():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    left.kill()
+            process.wait()
+
+
+def wait_until(what: Callable[[], bool], seconds: float = 240.0) -> None:
+    """Wait until ``what`` holds; fail when it does not in time."""
+    until = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < until
+        time.sleep(0.1)
