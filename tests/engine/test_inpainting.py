@@ -19,14 +19,13 @@ from app.components.source_encoder import SourceEncoder
 from app.engine.engine import Engine
 from app.engine.families import FLUX_DEV
 from app.engine.geometry import Geometry
-from app.engine.parallel import TensorParallelGroup
-from app.engine.sequence import SequenceParallelGroup
+from app.engine.process_groups import RankGroups
 from app.messages import Conditioning, DenoiseJob, MagCacheOptions, StepPlan, chained
 from app.settings import Settings
 from magcache_core import Decision, Plan, apply_mag_cache, decisions, remove_mag_cache
 from tests.engine.models import TinyModel, image, plans, run
 from tests.local_group import decode, embed, execute, form, job, psnr
-from tests.ranks import on_grid, relative_error
+from tests.ranks import on_ranks, relative_error
 
 SCHEDULE = "CCCC.C..C..."
 MODES = ("residual", "linear", "corrected", "integrated")
@@ -169,23 +168,17 @@ def test_the_mask_counts_among_the_bytes_that_travel(model: TinyModel) -> None:
     assert with_mask.nbytes - without.nbytes == 10 * 8
 
 
-def _run_all(
-    group: TensorParallelGroup,
-    sequence: SequenceParallelGroup,
-    folder: Path,
-    work: list[list[StepPlan]],
-    tensors: Conditioning,
-) -> list[torch.Tensor]:
-    return [run(Engine(folder, group, sequence=sequence), formed, tensors) for formed in work]
+def _run_all(groups: RankGroups, folder: Path, work: list[list[StepPlan]], tensors: Conditioning) -> list[torch.Tensor]:
+    return [run(Engine(folder, groups), formed, tensors) for formed in work]
 
 
-@pytest.mark.parametrize("ranks", [(2, 1), (1, 2)], ids=["tensor", "sequence"])
-def test_two_ranks_make_the_same(model: TinyModel, ranks: tuple[int, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 1), (1, 1, 2)], ids=["tensor", "sequence", "branches"])
+def test_two_ranks_make_the_same(model: TinyModel, sizes: tuple[int, int, int], tmp_path: Path) -> None:
     asked = replace(ASKED, true_cfg_scale=2.0)
     tensors = model.conditioning(asked, (SOURCE,), MASK)
     engine = Engine(model.folder)
     work = [plans(asked), *(plans(asked, decided(engine, asked, mode)) for mode in ("residual", "corrected"))]
-    made = on_grid(*ranks, tmp_path, _run_all, model.folder, work, tensors)
+    made = on_ranks(sizes, tmp_path, _run_all, model.folder, work, tensors)
     theirs = model.reference(asked, (SOURCE,), MASK)
     check(model, asked, tensors, made[0], theirs)
     outside = kept(model, tensors, asked)
