@@ -74,9 +74,11 @@ class Settings(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="Precision of weights and activations; bfloat16 for FLUX on GPUs."
     )
-    attention_backend: Literal["native", "xformers", "flash"] = Field(
-        default="native",
-        description="Attention kernels: torch's own, or those of the package xformers or flash-attn; both need CUDA.",
+    attention_backend: Literal["auto", "native", "cudnn", "flash", "fa3", "xformers"] = Field(
+        default="auto",
+        description="Attention kernels: torch's, in its own order (`native`), cuDNN's first or flash first; or of the "
+        "packages flash_attn_interface (`fa3`, FlashAttention 3) and xformers. `auto` tries on rank 0 which is "
+        "fastest at the default size, and all ranks use that; on `cpu` it is native.",
     )
     compile: bool = Field(
         default=False,
@@ -263,13 +265,17 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _kernels_exist(self) -> Self:
-        if self.attention_backend != "native" and self.device != "cuda":
+        if self.attention_backend in ("cudnn", "fa3", "xformers") and self.device != "cuda":
             raise ValueError(
                 f"attention_backend is {self.attention_backend!r}, which needs CUDA, and device is {self.device!r}; "
-                "choose 'native'"
+                "choose 'auto'"
             )
-        if self.attention_backend == "flash" and self.dtype == "float32":
-            raise ValueError("attention_backend is 'flash', which has no float32 kernels; set dtype to 'bfloat16'")
+        half_only = self.attention_backend in ("cudnn", "flash", "fa3") and self.device == "cuda"
+        if half_only and self.dtype == "float32":
+            raise ValueError(
+                f"attention_backend is {self.attention_backend!r}, which has no float32 kernels on CUDA; "
+                "set dtype to 'bfloat16'"
+            )
         if self.quantization == "fp8" and self.device == "cuda" and self.dtype != "bfloat16":
             raise ValueError(f"quantization is 'fp8' and dtype {self.dtype!r}; set dtype to 'bfloat16'")
         return self
@@ -327,6 +333,11 @@ class Settings(Section):
     def image_tokens(self, pixels: int) -> int:
         """Image and text tokens of one CFG branch of an image: a token stands for 16 x 16 pixels."""
         return pixels // 256 + self.sampling.max_sequence_length
+
+    @property
+    def default_tokens(self) -> int:
+        """Image and text tokens of one CFG branch of an image of the default size."""
+        return self.image_tokens(self.sampling.default_width * self.sampling.default_height)
 
     @property
     def model_name(self) -> str:

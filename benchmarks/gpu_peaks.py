@@ -6,13 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend
-from torch.nn.functional import scaled_dot_product_attention
 
+from app.engine.attention_backends import AttentionBackend, AttentionError, AttentionShape, attend, choose_attention
 from app.engine.fp8 import to_float8
+from app.engine.process_groups import RankGroups
 from benchmarks.roofline import best_seconds, matmul_flops_per_second, synchronize
 
-KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 REPEATS = 20
 MOST_KERNELS = 25
 
@@ -53,35 +52,28 @@ def copy(device: torch.device) -> dict[str, Any]:
     return {"gb": source.nbytes / 1e9, "gb_per_s": 2 * source.nbytes / seconds / 1e9}
 
 
-def check_kernel(kernel: str, device: torch.device) -> None:
+def check_kernel(kernel: AttentionBackend, shape: AttentionShape, device: torch.device, dtype: torch.dtype) -> None:
     """Refuse an attention kernel that ``device`` lacks.
 
     Raises:
-        Unavailable: cuDNN is for CUDA.
+        Unavailable: why it can't run.
     """
-    if kernel == "cudnn" and device.type != "cuda":
-        raise Unavailable("attention by cuDNN needs CUDA")
+    try:
+        choose_attention(kernel, shape, device, dtype, RankGroups())
+    except AttentionError as error:
+        raise Unavailable(str(error)) from error
 
 
-def prefer(kernel: str) -> None:
-    """From now on torch's attention tries ``kernel`` before all others."""
-    order = [KERNELS[kernel], *(other for name, other in KERNELS.items() if name != kernel)]
-    order += [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    torch._C._set_sdp_priority_order([int(one) for one in order])
-
-
+@torch.inference_mode()
 def attention(
-    kernel: str, tokens: int, heads: int, channels: int, device: torch.device, dtype: torch.dtype
+    kernel: AttentionBackend, shape: AttentionShape, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Joint attention of one image, in the layout in which the blocks call it, by ``kernel`` alone."""
-    check_kernel(kernel, device)
-    query, key, value = (
-        torch.randn(1, tokens, heads, channels, device=device, dtype=dtype).transpose(1, 2) for _ in range(3)
-    )
-    with torch.nn.attention.sdpa_kernel(KERNELS[kernel]):
-        seconds = best_seconds(lambda: scaled_dot_product_attention(query, key, value), device, REPEATS)
-    flops = 4 * tokens**2 * heads * channels
-    return {"tokens": tokens, "heads": heads, "seconds": seconds, "tflops_per_s": flops / seconds / 1e12}
+    check_kernel(kernel, shape, device, dtype)
+    inputs = shape.inputs(device, dtype)
+    seconds = best_seconds(lambda: attend(kernel, *inputs), device, REPEATS)
+    flops = 4 * shape.tokens**2 * shape.heads * shape.channels
+    return {"tokens": shape.tokens, "heads": shape.heads, "seconds": seconds, "tflops_per_s": flops / seconds / 1e12}
 
 
 def replayed(work: Callable[[], object], device: torch.device) -> dict[str, Any]:

@@ -10,9 +10,12 @@ ORDER = (
     "peaks/copy",
     "peaks/attention flash",
     "peaks/attention cudnn",
-    # A step in bfloat16, compiled, by both attention kernels, then with the faster one; and bare diffusers likewise.
+    "peaks/attention fa3",
+    "peaks/attention xformers",
+    # A step in bfloat16, compiled, by each attention kernel, then with the fastest; and bare diffusers likewise.
     "bf16/1 row, flash",
     "bf16/1 row, cudnn",
+    "bf16/1 row, fa3",
     "bf16/4 rows",
     "diffusers/compiled",
     "diffusers/compiled, its MagCache",

@@ -29,6 +29,7 @@ import diffusers
 import torch
 import transformers
 
+from app.engine.attention_backends import AttentionBackend, AttentionShape, prefer, set_attention
 from app.engine.engine import Engine
 from app.engine.fp8 import quantize
 from app.engine.geometry import Geometry
@@ -47,6 +48,7 @@ from magcache_core import Plan, choose, load_profile
 MODEL = "flux.1-dev"
 ERROR_LENGTH = 300
 """Of what an error says; the whole is in the log."""
+KERNELS: tuple[AttentionBackend, ...] = ("flash", "cudnn", "fa3")
 GRAPHS = 64
 """Per kind of block; several engines and diffusers' own pipeline compile the same functions in this process."""
 
@@ -61,7 +63,7 @@ class Bench:
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self.parts = repository(MODEL, settings.scale).parts
         self._ours: tuple[str, Any] = ("", None)
-        self._kernel = ""
+        self._kernel: AttentionBackend = "auto"
         self._uncached: torch.Tensor | None = None
 
     @cached_property
@@ -100,24 +102,26 @@ class Bench:
         twin.load_state_dict(self.drawn.state_dict(), assign=True)
         return twin.requires_grad_(False).eval()
 
-    def kernel(self) -> str:
+    def attention(self, size: int) -> AttentionShape:
+        """The joint attention of an image of ``size`` x ``size``."""
+        config: Any = weights.build(self.parts["transformer"]).config  # type: ignore[attr-defined]
+        tokens = Geometry.of(size, size).tokens + self.settings.text_tokens
+        return AttentionShape(tokens, config.num_attention_heads, config.attention_head_dim)
+
+    def kernel(self) -> AttentionBackend:
         """The attention kernel with which a compiled step took least, so far; until one has, flash."""
-        took = {
-            kernel: self.results.get(f"bf16/1 row, {kernel}", {}).get("computed_step_s")
-            for kernel in ("flash", "cudnn")
-        }
+        took = {kernel: self.results.get(f"bf16/1 row, {kernel}", {}).get("computed_step_s") for kernel in KERNELS}
         known = {kernel: seconds for kernel, seconds in took.items() if seconds}
         return min(known, key=known.__getitem__) if known else "flash"
 
-    def use_kernel(self, kernel: str = "") -> str:
+    def use_kernel(self, kernel: AttentionBackend | None = None) -> AttentionBackend:
         """Make attention run by ``kernel``, or by the fastest; what was compiled for another one is dropped."""
         kernel = kernel or self.kernel()
-        gpu_peaks.check_kernel(kernel, self.device)
+        gpu_peaks.check_kernel(kernel, self.attention(self.settings.size), self.device, self.dtype)
         if kernel != self._kernel:
             torch._dynamo.reset()
             self._ours = ("", None)
             self._kernel = kernel
-            gpu_peaks.prefer(kernel)
         return kernel
 
     def ours(self, kind: str) -> Ours:
@@ -136,18 +140,22 @@ class Bench:
             if kind == "fp8":
                 for _, linear in planned_linears(transformer):
                     quantize(linear)
+            tuning = Tuning(self._kernel, compile=kind != "eager", compiler=self.settings.compiler)
             if kind == "fixed":
                 transformer.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=self.settings.compiler)
             else:
-                tuning = Tuning(compile=kind != "eager", compiler=self.settings.compiler)
-                tune(transformer, tuning, self.device, self.dtype)
+                tune(transformer, tuning)
             torch._dynamo.config.recompile_limit = GRAPHS
-            engine = Engine(self.folder, device=self.device, dtype=self.dtype, transformer=transformer)
+            engine = Engine(
+                self.folder, device=self.device, dtype=self.dtype, tuning=tuning, transformer=transformer
+            )
             self._ours = (kind, Ours(engine))
         ours: Ours = self._ours[1]
         return ours
 
-    def step(self, kind: str, *, rows: int = 1, size: int = 0, kernel: str = "", whole: bool = False) -> dict[str, Any]:
+    def step(
+        self, kind: str, *, rows: int = 1, size: int = 0, kernel: AttentionBackend | None = None, whole: bool = False
+    ) -> dict[str, Any]:
         """Times of a computed and of a reused step of ``rows`` equal rows; with ``whole``, of uncached images, too."""
         kernel = self.use_kernel(kernel)
         one_row = "small/1 row" if size else {"fp8": "fp8/1 row"}.get(kind, f"bf16/1 row, {kernel}")
@@ -184,16 +192,18 @@ class Bench:
         self._ours = ("", None)
         clean(self.device)
         transformer, request = self.twin(), self.request(self.settings.size)
+        set_attention(transformer, kernel)
         if compiled:
             torch._dynamo.config.recompile_limit = GRAPHS
             # Its hooks are excluded from compilation, and one graph per block is impossible with them.
             transformer.compile_repeated_blocks(fullgraph=not cached, backend=self.settings.compiler)
         bare = Bare(self.folder, transformer, self.device)
         started = time.perf_counter()
-        bare.run(request, cached=cached)
-        first_s = time.perf_counter() - started
-        self._reset_peak()
-        best = self._best(lambda: bare.run(request, cached=cached))
+        with prefer(kernel):
+            bare.run(request, cached=cached)
+            first_s = time.perf_counter() - started
+            self._reset_peak()
+            best = self._best(lambda: bare.run(request, cached=cached))
         result = {
             "attention": kernel,
             "image_s": best["seconds"],
@@ -252,19 +262,20 @@ class Bench:
 def measures(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
     """How each of `gpu_variants.ORDER` is measured."""
     device, dtype, settings = bench.device, bench.dtype, bench.settings
-    transformer: Any = weights.build(bench.parts["transformer"])
-    heads = transformer.config.num_attention_heads, transformer.config.attention_head_dim
-    tokens = Geometry.of(settings.size, settings.size).tokens + settings.text_tokens
+    shape = bench.attention(settings.size)
     vae, t5 = bench.parts["vae"], bench.parts["text_encoder_2"]
     decode = {"side": settings.size // 8, "device": device, "dtype": dtype, "compiler": settings.compiler}
     return {
         "peaks/matmul": lambda: gpu_peaks.matmul(device, dtype),
         "peaks/copy": lambda: gpu_peaks.copy(device),
-        "peaks/attention flash": lambda: gpu_peaks.attention("flash", tokens, *heads, device, dtype),
-        "peaks/attention cudnn": lambda: gpu_peaks.attention("cudnn", tokens, *heads, device, dtype),
+        "peaks/attention flash": lambda: gpu_peaks.attention("flash", shape, device, dtype),
+        "peaks/attention cudnn": lambda: gpu_peaks.attention("cudnn", shape, device, dtype),
+        "peaks/attention fa3": lambda: gpu_peaks.attention("fa3", shape, device, dtype),
+        "peaks/attention xformers": lambda: gpu_peaks.attention("xformers", shape, device, dtype),
         "peaks/matmul fp8": lambda: gpu_peaks.matmul_fp8(device),
         "bf16/1 row, flash": lambda: bench.step("compiled", kernel="flash", whole=True),
         "bf16/1 row, cudnn": lambda: bench.step("compiled", kernel="cudnn", whole=True),
+        "bf16/1 row, fa3": lambda: bench.step("compiled", kernel="fa3", whole=True),
         "bf16/4 rows": lambda: bench.step("compiled", rows=4),
         "bf16/1 row, fixed size": lambda: bench.step("fixed"),
         "bf16/1 row, eager": lambda: bench.step("eager", whole=True),

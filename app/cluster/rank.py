@@ -79,7 +79,11 @@ class Rank:
             store = rendezvous_store(rendezvous, settings.start_timeout_s)
             groups = join(self._rank, settings.parallel_sizes, store, device, settings.collective_timeout_s)
         tuning = Tuning(
-            settings.attention_backend, settings.compile, settings.quantization, settings.modulation_on_host
+            attention_backend=settings.attention_backend,
+            attention_tokens=settings.default_tokens,
+            compile=settings.compile,
+            quantization=settings.quantization,
+            modulation_on_host=settings.modulation_on_host,
         )
         self._engine = Engine(
             model,

@@ -13,6 +13,7 @@ import torch
 from diffusers import ModelMixin
 
 from app.engine.attention import positions
+from app.engine.attention_backends import AttentionShape, check_attention, choose_attention, prefer, set_attention
 from app.engine.families import Edits
 from app.engine.geometry import Geometry
 from app.engine.inpainting import Inpainting
@@ -21,7 +22,7 @@ from app.engine.modulation import Modulation
 from app.engine.process_groups import RankGroups
 from app.engine.rows import BatchKey, Branch, Row
 from app.engine.sampling import FlowMatchSampler, mix_noise
-from app.engine.tuning import Tuning, check_attention, tune
+from app.engine.tuning import Tuning, tune
 from app.errors import PlanMismatchError
 from app.messages import (
     COND,
@@ -71,7 +72,7 @@ class Engine:
 
         Raises:
             CheckpointError, ValueError: see `load_transformer`.
-            TuningError: this machine cannot run ``tuning``.
+            AttentionError: this machine does not have ``tuning``'s attention backend.
         """
         self.groups = groups
         self.device = torch.device(device)
@@ -81,7 +82,12 @@ class Engine:
             transformer = load_transformer(
                 model, groups.tensor, self.device, dtype, tuning.quantization, tuning.modulation_on_host, single_file
             )
-            tune(transformer, tuning, self.device, dtype, groups.sequence)
+            tune(transformer, tuning, groups.sequence)
+        heads, channels = transformer.config.num_attention_heads, transformer.config.attention_head_dim
+        sharing = groups.tensor.size * groups.sequence.size
+        shape = AttentionShape(tuning.attention_tokens, max(heads // sharing, 1), channels)
+        self.attention = choose_attention(tuning.attention_backend, shape, self.device, dtype, groups)
+        set_attention(transformer, self.attention)
         self.transformer = transformer
         self._modulation = Modulation(transformer, groups.tensor, self.device)
         self.strategy = get_strategy(self.transformer)
@@ -292,9 +298,10 @@ class Engine:
         tokens = hidden
         if parts[0].row.reference_geometries:
             tokens = torch.cat([hidden, torch.stack([part.row.references for part in parts])], dim=1)
-        output: torch.Tensor = self.strategy.blocks(
-            self.transformer, tokens, context, self._modulation.by_block(modulation), rotary
-        )
+        with prefer(self.attention):
+            output: torch.Tensor = self.strategy.blocks(
+                self.transformer, tokens, context, self._modulation.by_block(modulation), rotary
+            )
         # References are read by the image and produce nothing themselves: their part of the output is dropped.
         output = output[:, : hidden.shape[1]]
         keepers = [index for index, part in enumerate(parts) if part.step.residuals_kept > 0]

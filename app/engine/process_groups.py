@@ -28,6 +28,14 @@ class RankGroups:
         """This rank's number among all."""
         return (self.branches.rank * self.sequence.size + self.sequence.rank) * self.tensor.size + self.tensor.rank
 
+    def of_first_rank(self, number: int, device: torch.device) -> int:
+        """``number`` as it is on the first of all ranks, on every rank; ``device`` is where this rank computes."""
+        if self.tensor.size * self.sequence.size * self.branches.size == 1:
+            return number
+        told = torch.tensor(number, device=device)
+        dist.broadcast(told, src=0)
+        return int(told)
+
 
 def join(
     rank: int,

@@ -1,9 +1,8 @@
-"""Attention backends, compiled blocks, 8-bit weights: the same images at another cost, or an error at the start."""
+"""Compiled blocks, 8-bit weights: the same images at another cost, or an error at the start."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,13 +10,12 @@ from torch._dynamo.utils import counters
 
 from app.engine.engine import Engine
 from app.engine.fp8 import FLOAT8, Fp8Linear
-from app.engine.tuning import Tuning, TuningError, check_attention, tune
+from app.engine.tuning import Tuning
 from app.engine.warmup import warm_up
 from app.messages import DenoiseJob
 from tests.engine.models import TEXT_TOKENS, TinyModel, image, together
 from tests.local_group import job, psnr
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 COMPILED = Tuning(compile=True, compiler="eager")
 FP8 = Tuning(quantization="fp8")
 
@@ -80,19 +78,3 @@ def test_fp8_halves_the_sharded_weights_of_bfloat16(model: TinyModel) -> None:
     held = sum(module.weight.nbytes for module in small.modules() if isinstance(module, Fp8Linear))
     blocks = [*plain.transformer_blocks.parameters(), *plain.single_transformer_blocks.parameters()]
     assert 2 * held > 0.5 * sum(parameter.nbytes for parameter in blocks)
-
-
-def test_attention_is_checked_before_anything_is_loaded() -> None:
-    with pytest.raises(TuningError, match="attention_backend 'xformers' needs CUDA, and the ranks run on cpu: set nat"):
-        Engine(Path("nowhere"), tuning=Tuning(attention_backend="xformers"))
-    with pytest.raises(TuningError, match="'flash' has no float32 kernels: set dtype to bfloat16"):
-        check_attention("flash", CUDA, torch.float32)
-    check_attention("xformers", CUDA, torch.float32)
-    check_attention("native", CPU, torch.float32)
-
-
-@pytest.mark.parametrize(("backend", "package"), [("xformers", "xformers"), ("flash", "flash-attn")])
-def test_a_missing_package_is_named(model: TinyModel, backend: str, package: str) -> None:
-    tuning = Tuning(attention_backend=backend)  # type: ignore[arg-type]
-    with pytest.raises(TuningError, match=f"attention_backend '{backend}' needs the package '{package}' on every node"):
-        tune(model.pipeline.transformer, tuning, CUDA, torch.bfloat16)
