@@ -29,11 +29,14 @@ import diffusers
 import torch
 import transformers
 
+from app.engine.attention import use_positions
 from app.engine.attention_backends import AttentionBackend, AttentionShape, prefer, set_attention
 from app.engine.engine import Engine
 from app.engine.fp8 import quantize
+from app.engine.fused import fuse
 from app.engine.geometry import Geometry
 from app.engine.parallel import planned_linears
+from app.engine.sequence import SequenceParallelGroup
 from app.engine.tuning import Tuning, tune
 from app.messages import PromptEmbeddings
 from benchmarks import gpu_parts, gpu_peaks, gpu_ranks
@@ -137,12 +140,15 @@ class Bench:
             self._ours = ("", None)
             clean(self.device)
             transformer = self.twin()
+            fuse(transformer)
             if kind == "fp8":
                 for _, linear in planned_linears(transformer):
                     quantize(linear)
             tuning = Tuning(self._kernel, compile=kind != "eager", compiler=self.settings.compiler)
             if kind == "fixed":
-                transformer.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=self.settings.compiler)
+                use_positions(transformer, SequenceParallelGroup(), complex_rotary=False)
+                for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+                    block.compile(fullgraph=True, dynamic=False, backend=self.settings.compiler)
             else:
                 tune(transformer, tuning)
             torch._dynamo.config.recompile_limit = GRAPHS

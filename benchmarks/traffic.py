@@ -7,9 +7,10 @@ The real modules run on tensors without data, so that nothing is measured and ev
 
 - Eager: every operator that is no view is one launch; it reads each of its inputs once and writes its outputs once. An
   RMSNorm is one launch, as on CUDA (a CPU has no fused one and would show eight).
-- Compiled: the operators of a block as torch's inductor fuses them, with the bytes that it counts for each kernel. It
-  plans for the CPU here, since torch builds without CUDA have no other planner; both fuse chains of elementwise
-  operators and reductions, and neither fuses anything into a library's matrix product or attention.
+- Compiled: the operators of a block as torch's inductor fuses them, with the bytes that it counts for each kernel, less
+  what it counts of a buffer that the kernel does not refer to. It plans for the CPU here, since torch builds without
+  CUDA have no other planner; both fuse chains of elementwise operators and reductions, and neither fuses anything into
+  a library's matrix product or attention.
 
 The estimate takes for each launch the longer of its bytes and its operations at `RATES`, and nothing for the launch
 itself: it is a floor for a GPU that is never kept waiting.
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.debug import DebugContext
+from torch._inductor.dependencies import MemoryDep
 from torch._inductor.graph import GraphLowering
 from torch._inductor.scheduler import BaseSchedulerNode, ExternKernelSchedulerNode, NopKernelSchedulerNode
 from torch._inductor.virtualized import V
@@ -56,6 +58,7 @@ PRODUCTS = ("addmm", "mm", "_scaled_mm")
 VIEWS = ("_unsafe_view", "detach", "alias")
 """Operators that move nothing although they do not say so."""
 LINEAR, ONE_ROW, ATTENTION, OTHER = "linears", "linears of one vector per row", "attention", "elementwise and copies"
+PAIR = 2
 KINDS = (LINEAR, ONE_ROW, ATTENTION, OTHER)
 
 
@@ -189,7 +192,7 @@ class Step:
         """``ours``: the engine's modules, with the modulation computed ahead; else diffusers' own."""
         self.rows = rows
         self._ours = ours
-        self._transformer: Any = shard(part, 1)
+        self._transformer: Any = shard(part, 1) if ours else weights.build(part)
         config = self._transformer.config
         dim = config.num_attention_heads * config.attention_head_dim
         tokens = Geometry.of(side, side).tokens
@@ -285,15 +288,33 @@ def _runs(node: BaseSchedulerNode) -> bool:
 
 
 def _launch(node: BaseSchedulerNode, rows: int) -> Launch:
-    size = int(node.get_read_write_buffers_sizes())
     if not isinstance(node, ExternKernelSchedulerNode):
-        return Launch(OTHER, "fused", size, 0)
+        return Launch(OTHER, "fused", fused_bytes(node), 0)
     kernel: Any = node.node
     packet = kernel.op_overload.overloadpacket
     origin = next(one for one in kernel.origins if getattr(one.target, "overloadpacket", None) is packet)
     args, kwargs = torch.fx.node.map_arg((origin.args, origin.kwargs), lambda one: one.meta["val"])
     made = origin.meta["val"]
-    return launch(origin.target, args, kwargs, made, size, rows)
+    # The kernel's first result: attention has others, for gradients.
+    out = tensors(made)[0]
+    return launch(origin.target, args, kwargs, made, sum(map(moved, (*tensors((args, kwargs)), out))), rows)
+
+
+def fused_bytes(node: BaseSchedulerNode) -> int:
+    """Bytes that a fused kernel moves: inductor's own count, but of a buffer's regions only those that it refers to.
+
+    Inductor counts a buffer whole where a part of it is read, such as the keys of fused projections. Regions are told
+    apart by where they begin; the channels of a pair, which the rotary embedding reads apart, are one.
+    """
+    size = 0
+    for name, whole in node.get_read_write_buffer_accesses(include_reads=True, include_writes=True).items():
+        regions: dict[int, int] = {}
+        for dep in (*node.read_writes.reads, *node.read_writes.writes):
+            if dep.name == name and isinstance(dep, MemoryDep):
+                begin = int(dep.index.subs(dict.fromkeys(dep.index.free_symbols, 0))) // PAIR
+                regions[begin] = max(regions.get(begin, 0), int(dep.get_numel()))
+        size += min(whole, sum(regions.values()) * V.graph.get_dtype(name).itemsize)
+    return size
 
 
 def variants(part: Part, side: int) -> dict[str, Counted]:

@@ -50,11 +50,18 @@ class _Processor:
         self._group = group
         self.complex_rotary = complex_rotary
 
-    def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: Positions | None
+    def attend(
+        self, attn: Any, qkv: torch.Tensor, text_qkv: torch.Tensor | None, positions: Positions | None
     ) -> torch.Tensor:
-        """(rows, tokens, heads, head_dim) each -> (rows, tokens, heads * head_dim)."""
+        """(rows, tokens, 3 local dim) of image and perhaps text -> (rows, all tokens, local dim), text first."""
         assert positions is not None, "the engine gives every block the positions"
+        query, key, value = _heads(attn, qkv)
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        if text_qkv is not None:
+            text_query, text_key, text_value = _heads(attn, text_qkv)
+            query = torch.cat([attn.norm_added_q(text_query), query], dim=1)
+            key = torch.cat([attn.norm_added_k(text_key), key], dim=1)
+            value = torch.cat([text_value, value], dim=1)
         query, key = positions.turn(query), positions.turn(key)
         attention = partial(dispatch_attention_fn, backend=self._attention_backend)
         if self._group.size == 1:
@@ -64,7 +71,7 @@ class _Processor:
 
 
 class JointAttnProcessor(_Processor):
-    """Attention of FLUX.1's blocks and of FLUX.2's double blocks: within image tokens, or jointly with text tokens."""
+    """Attention of double blocks, and of FLUX.1's, whose projections of a stream are one (`app.engine.fused`)."""
 
     def __call__(
         self,
@@ -75,17 +82,10 @@ class JointAttnProcessor(_Processor):
         image_rotary_emb: Positions | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Inputs and outputs are (rows, tokens, dim)."""
-        query, key, value = (_heads(attn, project(hidden_states)) for project in (attn.to_q, attn.to_k, attn.to_v))
-        query, key = attn.norm_q(query), attn.norm_k(key)
-        if encoder_hidden_states is not None:
-            projections = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
-            of_text = [_heads(attn, project(encoder_hidden_states)) for project in projections]
-            query = torch.cat([attn.norm_added_q(of_text[0]), query], dim=1)
-            key = torch.cat([attn.norm_added_k(of_text[1]), key], dim=1)
-            value = torch.cat([of_text[2], value], dim=1)
-        attended = self._attend(query, key, value, image_rotary_emb)
         if encoder_hidden_states is None:
-            return attended
+            return self.attend(attn, attn.to_qkv(hidden_states), None, image_rotary_emb)
+        text_qkv = attn.to_added_qkv(encoder_hidden_states)
+        attended = self.attend(attn, attn.to_qkv(hidden_states), text_qkv, image_rotary_emb)
         text, image = attended.tensor_split([encoder_hidden_states.shape[1]], dim=1)
         # The second module of to_out is a dropout, inactive in inference.
         return attn.to_out[0](image.contiguous()), attn.to_add_out(text.contiguous())
@@ -106,8 +106,7 @@ class ParallelAttnProcessor(_Processor):
         of_attention, of_mlp = 3 * attn.inner_dim, attn.mlp_mult_factor * attn.mlp_hidden_dim
         # A rank of a tensor-parallel group has its share of both, so they stand in the same ratio.
         split = projected.shape[-1] * of_attention // (of_attention + of_mlp)
-        query, key, value = (_heads(attn, part) for part in projected[..., :split].chunk(3, dim=-1))
-        attended = self._attend(attn.norm_q(query), attn.norm_k(key), value, image_rotary_emb)
+        attended = self.attend(attn, projected[..., :split], None, image_rotary_emb)
         output: torch.Tensor = attn.to_out(torch.cat([attended, attn.mlp_act_fn(projected[..., split:])], dim=-1))
         return output
 
@@ -149,7 +148,6 @@ def _attentions(transformer: nn.Module) -> Iterator[Any]:
     return (module for module in transformer.modules() if isinstance(module, kinds))
 
 
-def _heads(attn: Any, projected: torch.Tensor) -> torch.Tensor:
-    """(rows, tokens, dim) -> (rows, tokens, heads, head_dim), with as many heads as this rank has."""
-    split: torch.Tensor = projected.unflatten(-1, (-1, attn.head_dim))
-    return split
+def _heads(attn: Any, qkv: torch.Tensor) -> list[torch.Tensor]:
+    """Queries, keys and values, each (rows, tokens, heads, head_dim) with as many heads as this rank has."""
+    return [part.unflatten(-1, (-1, attn.head_dim)) for part in qkv.chunk(3, dim=-1)]

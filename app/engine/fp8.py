@@ -27,15 +27,14 @@ class Fp8Linear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features), in the input's dtype."""
-        output = product(self, input)
-        return output if self.bias is None else output + self.bias
+        return product(self, input, self.bias)
 
 
-def product(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
-    """``input`` times the weight of ``module``, without its bias, whether the weight is in float8 or not."""
+def product(module: nn.Linear, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``input`` times the weight of ``module``, and ``bias``, whether the weight is in float8 or not."""
     output: torch.Tensor
     if module.weight.dtype is not FLOAT8:
-        output = linear(input, module.weight)
+        output = linear(input, module.weight, bias)
         return output
     tokens, token_scale = to_float8(input.flatten(0, -2))
     # The public form of it, torch.nn.functional.scaled_mm, cannot be compiled in torch 2.11.
@@ -46,7 +45,8 @@ def product(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
         module.scale.T,  # type: ignore[arg-type]
         out_dtype=input.dtype,
     )
-    return output.view(*input.shape[:-1], -1)
+    output = output.view(*input.shape[:-1], -1)
+    return output if bias is None else output + bias
 
 
 def to_float8(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

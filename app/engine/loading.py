@@ -6,6 +6,7 @@ is the shard, not the model.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import nn
 
 from app.engine.checkpoint_files import CheckpointError, SafetensorsFile, read_json
 from app.engine.fp8 import Quantization, quantize
+from app.engine.fused import Slot, fuse
 from app.engine.parallel import (
     TensorParallelGroup,
     local_ranges,
@@ -60,21 +62,51 @@ def load_transformer(
     folder = model / "transformer"
     transformer = meta_transformer(folder)
     specs = shard_specs(transformer, group.size)
-    small = {f"{name}.weight": linear for name, linear in planned_linears(transformer) if quantization == "fp8"}
-    aside = [name for names in modulation_linears(transformer) for name in names] if modulation_on_host else []
-    on_host = {f"{name}.{parameter}" for name in aside for parameter in ("weight", "bias")}
     with ExitStack() as stack:
         files = open_transformer(stack, folder, transformer, single_file)
         check_tensors(folder, shapes(transformer), files)
+        parallelize(transformer, specs, group)
+        shard = _Shard(transformer, fuse(transformer), dtype)
+        small = {f"{name}.weight": linear for name, linear in planned_linears(transformer) if quantization == "fp8"}
+        aside = [name for names in modulation_linears(transformer) for name in names] if modulation_on_host else []
+        on_host = {f"{name}.{parameter}" for name in aside for parameter in ("weight", "bias")}
         for name, tensor in _read_shard(files, specs, group):
             if name in on_host:
-                _place(transformer, name, tensor.to(dtype).pin_memory() if device.type == "cuda" else tensor.to(dtype))
+                shard.place(name, tensor.to(dtype).pin_memory() if device.type == "cuda" else tensor.to(dtype))
                 continue
-            _place(transformer, name, tensor.to(device=device, dtype=dtype))
-            if name in small:
-                quantize(small[name])
-    parallelize(transformer, specs, group)
+            complete = shard.place(name, tensor.to(device=device, dtype=dtype))
+            if complete in small:
+                quantize(small[complete])
     return transformer.eval().requires_grad_(False)
+
+
+class _Shard:
+    """A transformer on the meta device that gets its parameters one by one, fused ones part by part."""
+
+    def __init__(self, transformer: nn.Module, slots: Mapping[str, Slot], dtype: torch.dtype) -> None:
+        self._transformer = transformer
+        self._slots = slots
+        self._dtype = dtype
+        self._missing = Counter(slot.parameter for slot in slots.values())
+
+    def place(self, name: str, tensor: torch.Tensor) -> str | None:
+        """Take this rank's part of the checkpoint's ``name``; the name of the parameter that is whole by it, if any."""
+        slot = self._slots.get(name)
+        if slot is None:
+            self._set(name, tensor)
+            return name
+        target = self._transformer.get_parameter(slot.parameter)
+        if target.is_meta:
+            target = self._set(slot.parameter, torch.empty(target.shape, dtype=self._dtype, device=tensor.device))
+        target[slot.begin : slot.end].copy_(tensor)
+        self._missing[slot.parameter] -= 1
+        return None if self._missing[slot.parameter] else slot.parameter
+
+    def _set(self, name: str, tensor: torch.Tensor) -> nn.Parameter:
+        owner, _, leaf = name.rpartition(".")
+        parameter = nn.Parameter(tensor, requires_grad=False)
+        setattr(self._transformer.get_submodule(owner), leaf, parameter)
+        return parameter
 
 
 def meta_transformer(folder: Path) -> diffusers.ModelMixin:
@@ -147,8 +179,3 @@ def _read_shard(
             spec = specs.get(name)
             ranges = local_ranges(spec, group.rank, group.size)
             yield name, file.read(name, spec.dim or 0 if spec else 0, ranges)
-
-
-def _place(transformer: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(transformer.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))

@@ -18,6 +18,7 @@ from diffusers.hooks.tensor_parallel import TPShardSpec, resolve_tp_shard_specs
 from torch import nn
 
 from app.engine.fp8 import product
+from app.engine.fused import FUSED
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,20 @@ class TensorParallelGroup:
 
 
 class RowParallelLinear(nn.Linear):
-    """A linear whose input features are split over the ranks: partial product, all-reduce, then the bias once."""
+    """A linear whose input features are split over the ranks: partial product, then all-reduce.
+
+    The bias is in rank 0's product, so that it is in the sum once and needs no pass of its own.
+    """
 
     group: TensorParallelGroup
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in_features / size) -> (..., out_features), equal on all ranks."""
-        return self.finish(self.group.sum(product(self, input)))
+        return self.group.sum(self.partial(input))
 
-    def finish(self, summed: torch.Tensor) -> torch.Tensor:
-        """The output from the sum of all ranks' products."""
-        return summed if self.bias is None else summed + self.bias
+    def partial(self, input: torch.Tensor) -> torch.Tensor:
+        """This rank's part of the output."""
+        return product(self, input, self.bias if self.group.rank == 0 else None)
 
 
 class PartialLinear(RowParallelLinear):
@@ -54,7 +58,7 @@ class PartialLinear(RowParallelLinear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in_features / size) -> this rank's part of (..., out_features)."""
-        return product(self, input)
+        return self.partial(input)
 
 
 class JoinedStreams:
@@ -66,11 +70,10 @@ class JoinedStreams:
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """The attention's own forward: image (rows, image_tokens, dim) and text (rows, text_tokens, dim)."""
         image, text = super().forward(*args, **kwargs)  # type: ignore[misc]
-        for_image: RowParallelLinear = self.to_out[0]  # type: ignore[attr-defined]
-        for_text: RowParallelLinear = self.to_add_out  # type: ignore[attr-defined]
-        summed = for_image.group.sum(torch.cat([image, text], dim=1))
-        image_tokens = image.shape[1]
-        return for_image.finish(summed[:, :image_tokens]), for_text.finish(summed[:, image_tokens:])
+        group: TensorParallelGroup = self.to_add_out.group  # type: ignore[attr-defined]
+        summed = group.sum(torch.cat([image, text], dim=1))
+        image, text = summed.tensor_split([image.shape[1]], dim=1)
+        return image, text
 
 
 def shard_specs(transformer: nn.Module, size: int) -> dict[str, TPShardSpec]:
@@ -113,8 +116,8 @@ def modulation_linears(transformer: nn.Module) -> list[list[str]]:
 
 
 def planned_linears(transformer: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Names and modules of the linears that the class's plan splits, whether they are split already or not."""
-    patterns: Mapping[str, Any] = getattr(transformer, "_tp_plan", None) or {}
+    """Names and modules of the linears that the class's plan splits, whether they are split or fused already or not."""
+    patterns = [*(getattr(transformer, "_tp_plan", None) or ()), *(f"*.{name}" for name in FUSED)]
     for name, module in transformer.named_modules():
         if any(fnmatchcase(name, pattern) for pattern in patterns):
             assert isinstance(module, nn.Linear)
@@ -138,19 +141,23 @@ def local_ranges(spec: TPShardSpec | None, rank: int, size: int) -> list[tuple[i
 
 
 def parallelize(transformer: nn.Module, specs: Mapping[str, TPShardSpec], group: TensorParallelGroup) -> None:
-    """Give every row-sharded linear its all-reduce, in place; the loader has placed the parameters."""
+    """Make a transformer on the meta device this rank's shard, in place: local shapes, and all-reduces where due."""
     for name, spec in specs.items():
-        if not name.endswith(".weight"):
-            continue
-        linear = transformer.get_submodule(name.removesuffix(".weight"))
+        ranges = local_ranges(spec, group.rank, group.size)
+        owner, _, leaf = name.rpartition(".")
+        linear = transformer.get_submodule(owner)
         assert isinstance(linear, nn.Linear)
+        if spec.dim is None:
+            continue
+        shape = list(linear.get_parameter(leaf).shape)
+        shape[spec.dim] = sum(end - begin for begin, end in ranges)
+        local = torch.empty(shape, dtype=linear.weight.dtype, device="meta")
+        setattr(linear, leaf, nn.Parameter(local, requires_grad=False))
+        linear.out_features, linear.in_features = linear.weight.shape
         if spec.dim == 1:
             # The instance stays the same (other modules may refer to it); only its forward changes.
             linear.__class__ = RowParallelLinear
             linear.group = group  # type: ignore[assignment]
-            linear.in_features //= group.size
-        else:
-            linear.out_features //= group.size
     joined: dict[type, type] = {}  # one class for all blocks, so that what is compiled for one serves the others
     for module in transformer.modules():
         if isinstance(getattr(module, "to_add_out", None), RowParallelLinear):

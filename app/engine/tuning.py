@@ -49,4 +49,5 @@ def tune(
         # graph serves every batch without padding.
         # A setting of the process, since torch.compile itself takes no limit in torch 2.11.
         torch._dynamo.config.recompile_limit = GRAPHS_PER_BLOCK
-        transformer.compile_repeated_blocks(fullgraph=True, dynamic=True, backend=tuning.compiler)
+        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+            block.compile(fullgraph=True, dynamic=True, backend=tuning.compiler)

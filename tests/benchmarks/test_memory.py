@@ -5,8 +5,11 @@ import json
 import pytest
 import torch
 
+from app.engine.attention import positions, use_positions
+from app.engine.fused import fuse
 from app.engine.modulation import Modulation
 from app.engine.parallel import TensorParallelGroup
+from app.engine.sequence import SequenceParallelGroup
 from benchmarks import fits, memory
 from benchmarks.checkpoints import weights
 from benchmarks.checkpoints.geometry import MODELS, repository
@@ -39,8 +42,10 @@ def test_weights_do_not_count_as_work() -> None:
 def test_a_step_of_real_tensors_holds_what_fake_ones_say(model: str) -> None:
     part = repository(model, "tiny").parts["transformer"]
     transformer = random_model(part, torch.device("cpu"), torch.bfloat16)
+    fuse(transformer)
+    use_positions(transformer, SequenceParallelGroup(), complex_rotary=False)
     config = transformer.config
-    rotary = transformer.pos_embed(torch.zeros(16 + 4, len(config.axes_dims_rope)))
+    rotary = positions(transformer, transformer.pos_embed(torch.zeros(16 + 4, len(config.axes_dims_rope))), ())
 
     def run() -> None:
         hidden, context = (torch.zeros(2, tokens, 96, dtype=torch.bfloat16) for tokens in (16, 4))

@@ -46,7 +46,7 @@ def test_the_compiler_fuses_what_is_no_product(counted: dict[str, Counted]) -> N
     assert compiled.launches[LINEAR] == eager.launches[LINEAR]
     assert compiled.launches[ATTENTION] == eager.launches[ATTENTION] == len(weights.build(PART).attn_processors)
     assert compiled.launches[OTHER] < eager.launches[OTHER]
-    assert compiled.bytes[OTHER] < 0.7 * eager.bytes[OTHER]
+    assert compiled.bytes[OTHER] < 0.8 * eager.bytes[OTHER]
 
 
 def test_fp8_is_for_the_compiler(counted: dict[str, Counted]) -> None:

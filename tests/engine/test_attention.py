@@ -9,6 +9,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttention, FluxPo
 from diffusers.models.transformers.transformer_flux2 import Flux2Attention, Flux2ParallelSelfAttention
 
 from app.engine.attention import Positions, positions, rotate, rotations, use_positions
+from app.engine.fused import fuse
 from app.engine.sequence import SequenceParallelGroup
 
 TEXT, ROWS, COLUMNS = 5, 4, 3
@@ -53,6 +54,7 @@ def test_attention_is_diffusers(rotary: tuple[torch.Tensor, torch.Tensor], name:
     text = (torch.randn(2, TEXT, HEADS * CHANNELS),) if with_text else ()
     assert positions(attention, rotary, (1,)) is rotary, "diffusers' own processor takes its embedding as it is"
     expected = attention(image, *text, image_rotary_emb=rotary)
+    fuse(attention)
     use_positions(attention, SequenceParallelGroup(), complex_rotary)
     placed = positions(attention, rotary, (1,))
     assert isinstance(placed, Positions)

@@ -12,6 +12,7 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 from app.engine.checkpoint_files import CheckpointError
+from app.engine.fused import fuse
 from app.engine.loading import load_transformer
 from app.engine.parallel import TensorParallelGroup
 from tests.local_group import MODEL
@@ -31,9 +32,11 @@ def copy(tmp_path: Path) -> Path:
 
 
 def test_loads_what_diffusers_loads() -> None:
-    expected = FluxTransformer2DModel.from_pretrained(
+    theirs = FluxTransformer2DModel.from_pretrained(
         MODEL, subfolder="transformer", dtype=torch.float32, low_cpu_mem_usage=False
-    ).state_dict()
+    )
+    fuse(theirs)
+    expected = theirs.state_dict()
     ours = load(MODEL).state_dict()
     assert ours.keys() == expected.keys()
     assert all(torch.equal(ours[name], value) for name, value in expected.items())

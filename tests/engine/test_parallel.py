@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from app.engine.engine import Engine
+from app.engine.fused import fuse
 from app.engine.geometry import Geometry
-from app.engine.loading import load_transformer
+from app.engine.loading import load_transformer, meta_transformer
 from app.engine.parallel import TensorParallelGroup, shard_specs
 from app.engine.process_groups import RankGroups
 from tests.engine.mixed import mixed
@@ -36,13 +37,16 @@ def test_sharded_equals_whole(size: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_each_rank_holds_its_slices_only(size: int) -> None:
     whole = load_transformer(MODEL, TensorParallelGroup(), CPU, torch.float32)
-    sharded_names = shard_specs(whole, size)
-    bias = {name for name, spec in sharded_names.items() if spec.dim is None}
+    checkpoint = meta_transformer(MODEL / "transformer")
+    specs = shard_specs(checkpoint, size)
+    slots = fuse(checkpoint)
+    sharded_names = {slots[name].parameter if name in slots else name for name in specs}
+    bias = {name for name, spec in specs.items() if spec.dim is None}
     total = {name: value.numel() for name, value in whole.named_parameters()}
     ranks = [load_transformer(MODEL, TensorParallelGroup(rank, size), CPU, torch.float32) for rank in range(size)]
     for name, count in total.items():
         held = [rank.get_parameter(name).numel() for rank in ranks]
-        expected = count // size if name in sharded_names.keys() - bias else count
+        expected = count // size if name in sharded_names - bias else count
         assert held == [expected] * size, name
 
 
