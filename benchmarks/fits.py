@@ -70,7 +70,7 @@ def fit(model: dict[str, Any], count: int, gib: int) -> Fit | None:
         held = (rank["weights_gb"] + whole) / 2 if fp8 else rank["weights_gb"]
         held -= rank["modulation_gb"] if on_host else 0.0
         kept_mb = RESIDUALS * model["residual_per_image_mb"] + model["modulation_per_image_mb"]
-        row = rank["computed_step_gb"] + kept_mb / 1e3
+        row = rank["computed_step_fp8_gb" if fp8 else "computed_step_gb"] + kept_mb / 1e3
         return min(int((room - held - PROCESS_GB - beside) / row), MOST_ROWS)
 
     if (most := rows(count, encoder + vae)) > 0:
@@ -108,14 +108,14 @@ def component_table(models: dict[str, Any]) -> str:
 def shard_table(models: dict[str, Any]) -> str:
     """What one rank holds, in GB, and the host memory that loading it may take."""
     lines = [
-        "| model | ranks | weights per rank | a computed step, per image | host memory to load, at most |",
-        "|---|---|---|---|---|",
+        "| model | ranks | weights per rank | a computed step, per image | in fp8 | host memory to load, at most |",
+        "|---|---|---|---|---|---|",
     ]
     for name, model in models.items():
         for size, rank in model["tensor_parallel_size"].items():
             lines.append(
                 f"| {name} | {size} | {rank['weights_gb']:.2f} | {rank['computed_step_gb']:.2f} "
-                f"| {rank['host_bound_gb']:.1f} |"
+                f"| {rank['computed_step_fp8_gb']:.2f} | {rank['host_bound_gb']:.1f} |"
             )
     return "\n".join(lines)
 

@@ -64,6 +64,11 @@ def test_helpers_run_where_the_ranks_run_unless_told() -> None:
         ({"attention_backend": "cudnn"}, (), "'cudnn', which needs CUDA, and device is 'cpu'; choose 'auto'"),
         ({"attention_backend": "flash", "device": "cuda"}, (), "'flash', which has no float32 kernels on CUDA"),
         ({"quantization": "fp8", "device": "cuda"}, (), "quantization is 'fp8' and dtype 'float32'; set dtype to 'bf"),
+        (
+            {"quantization": "fp8", "device": "cuda", "dtype": "bfloat16"},
+            (),
+            "compile is false: operator by operator",
+        ),
         ({"quantization": "int4"}, ("quantization",), "'fp8'"),
         ({"model": ""}, ("model",), "at least 1 character"),
         ({"model": "/"}, ("model",), "name a folder or a hub id"),

@@ -1,7 +1,9 @@
 """Linears in 8-bit floating point: weights have a scale per output, activations one per token.
 
 Both operands of the product are float8 (e4m3), which GPUs from compute capability 8.9 multiply at twice the rate of
-bfloat16, and the weights take half of its memory. Products are summed in float32.
+bfloat16, and the weights take half of its memory. The matrix units may sum products with fewer bits than float32 has
+(``use_fast_accum``). Scaling the activations is left to the compiler to fuse: without one, each of its operators reads
+and writes them all.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ def product(module: nn.Linear, input: torch.Tensor, bias: torch.Tensor | None) -
         token_scale,
         module.scale.T,  # type: ignore[arg-type]
         out_dtype=input.dtype,
+        use_fast_accum=True,
     )
     output = output.view(*input.shape[:-1], -1)
     return output if bias is None else output + bias

@@ -96,10 +96,10 @@ MODEL = {
     "residual_per_image_mb": 100.0,
     "modulation_per_image_mb": 0.0,
     "tensor_parallel_size": {
-        "1": {"weights_gb": 20.0, "modulation_gb": 0.0, "computed_step_gb": 0.7},
-        "2": {"weights_gb": 12.0, "modulation_gb": 0.0, "computed_step_gb": 0.7},
-        "3": {"weights_gb": 9.3, "modulation_gb": 0.0, "computed_step_gb": 0.7},
-        "4": {"weights_gb": 8.0, "modulation_gb": 0.0, "computed_step_gb": 0.7},
+        "1": {"weights_gb": 20.0, "modulation_gb": 0.0, "computed_step_gb": 0.7, "computed_step_fp8_gb": 0.9},
+        "2": {"weights_gb": 12.0, "modulation_gb": 0.0, "computed_step_gb": 0.7, "computed_step_fp8_gb": 0.9},
+        "3": {"weights_gb": 9.3, "modulation_gb": 0.0, "computed_step_gb": 0.7, "computed_step_fp8_gb": 0.9},
+        "4": {"weights_gb": 8.0, "modulation_gb": 0.0, "computed_step_gb": 0.7, "computed_step_fp8_gb": 0.9},
     },
 }
 
@@ -109,7 +109,7 @@ MODEL = {
     [
         (1, 80, "tp 1, encoder gpu, 16+ rows"),
         (1, 32, "tp 1, encoder cpu, 8 rows"),
-        (1, 24, "tp 1, fp8, encoder cpu, 8 rows"),
+        (1, 24, "tp 1, fp8, encoder cpu, 7 rows"),  # whose steps hold more
         (1, 16, "does not fit"),  # 12 GB in 8 bits, and no room for the VAE
         (2, 24, "tp 1, encoder and VAE on a card of their own, 3 rows"),
         (2, 20, "tp 2, encoder cpu, 4 rows"),
