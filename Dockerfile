@@ -27,9 +27,10 @@ COPY . .
 RUN pip install --no-deps -e . && python -m compileall -q app magcache_core
 
 FROM python:3.11.14-slim-bookworm
-# wget is what KubeRay's readiness probe runs; bash, its other need, comes with Debian.
+# wget is what KubeRay's readiness probe runs; bash, its other need, comes with Debian. gcc is for `compile: true`: Triton
+# builds the code that launches its kernels when it makes them.
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends wget=1.21.3-* \
+    && apt-get install -y --no-install-recommends gcc=4:12.2.0-* libc6-dev=2.36-* wget=1.21.3-* \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 1000 --user-group --no-create-home --home-dir /tmp flux
 COPY --from=build /opt/venv /opt/venv

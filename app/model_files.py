@@ -7,6 +7,7 @@ huggingface_hub reads it itself, so that it passes through no setting, message o
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HOME
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -22,7 +23,15 @@ from app.model_hints import INDEX, not_a_model, not_a_transformer
 from app.settings import Settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+COMPILED = "flux-compiled"
 SUFFIXES = ("json", "safetensors", "txt", "model", "jinja")
+
+
+def compile_cache(settings: Settings) -> Path:
+    """The folder on this node that keeps what the ranks compile, on the volume of the models unless set otherwise."""
+    if settings.compile_cache_dir is not None:
+        return Path(settings.compile_cache_dir).expanduser()
+    return Path(HF_HOME) / COMPILED
 
 
 def local_folder(model: str) -> Path | None:

@@ -82,7 +82,14 @@ class Settings(Section):
     )
     compile: bool = Field(
         default=False,
-        description="Compile the transformer's blocks: a group's start waits for it, steps are faster then.",
+        description="Compile the blocks: steps are faster, and a group's start waits for it, minutes the first "
+        "time. One row of the default size has kernels of its own, all others share theirs.",
+    )
+    compile_cache_dir: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder in which a rank keeps compiled kernels, so that the next start finds them; null is "
+        "`flux-compiled` in `HF_HOME`, beside the downloaded models.",
     )
     quantization: Literal["fp8"] | None = Field(
         default=None,
@@ -340,9 +347,9 @@ class Settings(Section):
         return pixels // 256 + self.sampling.max_sequence_length
 
     @property
-    def default_tokens(self) -> int:
-        """Image and text tokens of one CFG branch of an image of the default size."""
-        return self.image_tokens(self.sampling.default_width * self.sampling.default_height)
+    def default_image_tokens(self) -> int:
+        """Tokens of an image of the default size, without its text's."""
+        return self.sampling.default_width * self.sampling.default_height // 256
 
     @property
     def model_name(self) -> str:

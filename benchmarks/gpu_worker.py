@@ -29,15 +29,13 @@ import diffusers
 import torch
 import transformers
 
-from app.engine.attention import use_positions
 from app.engine.attention_backends import AttentionBackend, AttentionShape, prefer, set_attention
 from app.engine.engine import Engine
 from app.engine.fp8 import quantize
 from app.engine.fused import fuse
 from app.engine.geometry import Geometry
 from app.engine.parallel import planned_linears
-from app.engine.sequence import SequenceParallelGroup
-from app.engine.tuning import Tuning, tune
+from app.engine.tuning import Tuning, UsualRow, tune
 from app.messages import PromptEmbeddings
 from benchmarks import gpu_parts, gpu_peaks, gpu_ranks
 from benchmarks.checkpoints import weights
@@ -144,17 +142,12 @@ class Bench:
             if kind == "fp8":
                 for _, linear in planned_linears(transformer):
                     quantize(linear)
-            tuning = Tuning(self._kernel, compile=kind != "eager", compiler=self.settings.compiler)
-            if kind == "fixed":
-                use_positions(transformer, SequenceParallelGroup(), complex_rotary=False)
-                for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
-                    block.compile(fullgraph=True, dynamic=False, backend=self.settings.compiler)
-            else:
-                tune(transformer, tuning)
+            # Sizes are fixed in one kind only: elsewhere no row is the usual one.
+            usual = UsualRow(self.settings.size**2 // 256 if kind == "fixed" else 0, self.settings.text_tokens)
+            tuning = Tuning(self._kernel, kind != "eager", usual=usual, compiler=self.settings.compiler)
+            tune(transformer, tuning)
             torch._dynamo.config.recompile_limit = GRAPHS
-            engine = Engine(
-                self.folder, device=self.device, dtype=self.dtype, tuning=tuning, transformer=transformer
-            )
+            engine = Engine(self.folder, device=self.device, dtype=self.dtype, tuning=tuning, transformer=transformer)
             self._ours = (kind, Ours(engine))
         ours: Ours = self._ours[1]
         return ours

@@ -164,3 +164,9 @@ def test_flux_is_flux_dev_on_two_gpus_with_the_authors_magcache() -> None:
     assert (magcache.mag_threshold, magcache.mag_max_skip_steps, magcache.mag_retention_ratio) == (None, None, None)
     assert (magcache.calibrate, magcache.profile_dir) == ("idle", "$HF_HOME/magcache-profiles")
     assert (sampling.default_width, sampling.default_height, sampling.max_sequence_length) == (1024, 1024, 512)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_models_on_gpus_are_compiled(name: str) -> None:
+    settings = _settings(FOLDER / name)
+    assert (settings.device, settings.compile, settings.attention_backend) == ("cuda", True, "auto")

@@ -17,7 +17,7 @@ from threading import Thread
 import pytest
 
 from app.engine.families import FLUX_DEV
-from app.model_files import REPOSITORY, fetch_and_check, local_folder, model_folder, wanted_files
+from app.model_files import REPOSITORY, compile_cache, fetch_and_check, local_folder, model_folder, wanted_files
 from app.settings import Settings
 from benchmarks.make_checkpoint import make_checkpoint
 
@@ -217,3 +217,10 @@ def test_what_the_hub_refuses_is_one_clear_error(hub: tuple[str, Path], tmp_path
     name = options.get("model", REPO)
     assert f"CheckpointError: model {name!r} cannot be had from the Hugging Face hub: {reason}" in last
     assert TOKEN not in done.stdout + done.stderr
+
+
+def test_compiled_kernels_are_kept_beside_the_models_unless_a_folder_is_named(tmp_path: Path) -> None:
+    told = [sys.executable, "-c", "from app.model_files import *; print(compile_cache(Settings()))"]
+    made = subprocess.run(told, env=os.environ | {"HF_HOME": str(tmp_path)}, capture_output=True, text=True, check=True)
+    assert made.stdout.strip() == str(tmp_path / "flux-compiled")
+    assert compile_cache(Settings(compile_cache_dir="~/compiled")) == Path.home() / "compiled"

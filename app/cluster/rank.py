@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import psutil
@@ -17,11 +16,11 @@ from app.cluster.network import use_interface_of
 from app.cluster.rendezvous import Rendezvous, rendezvous_store
 from app.engine.engine import Engine
 from app.engine.process_groups import RankGroups, join
-from app.engine.tuning import Tuning
+from app.engine.tuning import Tuning, UsualRow
 from app.engine.warmup import warm_up
 from app.logs import configure_logging
 from app.messages import Conditioning, DenoiseJob, StepPlan, StepResult, StepTime
-from app.model_files import model_folder, transformer_file
+from app.model_files import compile_cache, model_folder, transformer_file
 from app.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -80,10 +79,11 @@ class Rank:
             groups = join(self._rank, settings.parallel_sizes, store, device, settings.collective_timeout_s)
         tuning = Tuning(
             attention_backend=settings.attention_backend,
-            attention_tokens=settings.default_tokens,
             compile=settings.compile,
             quantization=settings.quantization,
             modulation_on_host=settings.modulation_on_host,
+            usual=UsualRow(settings.default_image_tokens, settings.sampling.max_sequence_length),
+            compile_cache=compile_cache(settings),
         )
         self._engine = Engine(
             model,
@@ -110,9 +110,7 @@ class Rank:
         # A rank that holds rows will be sent another plan: until it comes, the control plane keeps the rank waiting.
         idle_seconds = time.perf_counter() - self._finished_s if self._engine.rows else 0.0
         results: list[StepResult] = []
-        tensors = iter(conditioning)
-        for plan in plans:
-            result = self._engine.execute(plan, list(islice(tensors, len(plan.admit))))
+        for result in self._engine.execute_all(plans, conditioning):
             latents = {row_id: by_reference(tensor) for row_id, tensor in result.latents.items()}
             previews = {row_id: by_reference(tensor) for row_id, tensor in result.previews.items()}
             results.append(replace(result, latents=latents, previews=previews, idle_seconds=idle_seconds))

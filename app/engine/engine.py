@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 
 import torch
@@ -22,7 +21,8 @@ from app.engine.modulation import Modulation
 from app.engine.process_groups import RankGroups
 from app.engine.rows import BatchKey, Branch, Row
 from app.engine.sampling import FlowMatchSampler, mix_noise
-from app.engine.tuning import Tuning, tune
+from app.engine.stopwatch import Stopwatch
+from app.engine.tuning import Tuning, tune, use_compile_cache
 from app.errors import PlanMismatchError
 from app.messages import (
     COND,
@@ -85,9 +85,11 @@ class Engine:
             tune(transformer, tuning, groups.sequence)
         heads, channels = transformer.config.num_attention_heads, transformer.config.attention_head_dim
         sharing = groups.tensor.size * groups.sequence.size
-        shape = AttentionShape(tuning.attention_tokens, max(heads // sharing, 1), channels)
+        shape = AttentionShape(tuning.usual.tokens, max(heads // sharing, 1), channels)
         self.attention = choose_attention(tuning.attention_backend, shape, self.device, dtype, groups)
         set_attention(transformer, self.attention)
+        if tuning.compile and tuning.compile_cache is not None:
+            use_compile_cache(tuning.compile_cache, self.attention)
         self.transformer = transformer
         self._modulation = Modulation(transformer, groups.tensor, self.device)
         self.strategy = get_strategy(self.transformer)
@@ -104,21 +106,37 @@ class Engine:
         self._sequence = 0
         self._digest = FIRST_DIGEST
 
-    @torch.inference_mode()
     def execute(self, plan: StepPlan, conditioning: Sequence[Conditioning] = ()) -> StepResult:
-        """Run one plan: drop rows, admit rows, take one step of each planned row.
+        """`execute_all` of one plan."""
+        (result,) = self.execute_all([plan], conditioning)
+        return result
+
+    @torch.inference_mode()
+    def execute_all(self, plans: Sequence[StepPlan], conditioning: Sequence[Conditioning] = ()) -> list[StepResult]:
+        """Run plans, one after another: of each drop rows, admit rows, take one step of each planned row.
+
+        The device is waited for once, after the last of them: a result means that its step is done.
 
         Args:
-            plan: the next plan in sequence.
-            conditioning: the tensors of ``plan.admit``, in its order.
+            plans: the next ones in sequence.
+            conditioning: the tensors of all that they admit, in order.
 
         Returns:
-            This rank's result; on rank 0 it holds the latents of rows that took their last step, which are freed.
+            This rank's results; on rank 0 they hold the latents of rows that took their last step, which are freed.
 
         Raises:
             PlanMismatchError: a plan was lost, repeated or altered on its way.
         """
-        started = time.perf_counter()
+        clock = Stopwatch(self.device)
+        tensors = iter(conditioning)
+        results = []
+        for plan in plans:
+            results.append(self._execute(plan, list(islice(tensors, len(plan.admit)))))
+            clock.lap()
+        return [replace(result, seconds=seconds) for result, seconds in zip(results, clock.laps(), strict=True)]
+
+    def _execute(self, plan: StepPlan, conditioning: Sequence[Conditioning]) -> StepResult:
+        """Start what ``plan`` asks for; how long it takes is not known yet."""
         self._check(plan)
         for row_id in plan.drop:
             self.rows.pop(row_id, None)
@@ -130,13 +148,11 @@ class Engine:
             previews |= self._step(list(same_shape))
         finished = {step.row_id: self.rows.pop(step.row_id) for step in plan.rows if step.last}
         latents = {row_id: row.latents.cpu() for row_id, row in finished.items()}
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # a result means that the step is done, and its seconds are the GPU's
         return StepResult(
             rank=self.groups.rank,
             sequence=plan.sequence,
             digest=self._digest,
-            seconds=time.perf_counter() - started,
+            seconds=0.0,
             residual_bytes=sum(row.residual_bytes for row in self.rows.values()),
             latents=latents if self.groups.rank == 0 else {},
             previews=previews if self.groups.rank == 0 else {},
@@ -207,7 +223,8 @@ class Engine:
             self.transformer, timesteps, guidance if self.transformer.config.guidance_embeds else None, pooled
         )
         computing = list(range(steps)) if job.computing is None else list(job.computing)
-        modulation = dict(zip(computing, self._modulation.ahead(temb[computing]), strict=True))
+        ahead = self._modulation.ahead(torch.stack([temb[step] for step in computing]))
+        modulation = dict(zip(computing, ahead, strict=True))
         return Branch(len(prompt.tokens), context, modulation, self.strategy.output_modulation(self.transformer, temb))
 
     def _step(self, row_steps: Sequence[RowStep]) -> dict[str, torch.Tensor]:
@@ -268,8 +285,11 @@ class Engine:
                 if not part.step.compute:
                     torch.add(hidden[index], part.branch.reuse(part.row.job.row_id, part.step), out=output[index])
             if computing:
-                subset = [parts[index] for index in computing]
-                output[computing] = self._blocks(subset, hidden[computing])
+                # Row by row: a list of indices would be a copy to the device, which waits for it.
+                subset = torch.stack([hidden[index] for index in computing])
+                made = self._blocks([parts[index] for index in computing], subset)
+                for index, computed in zip(computing, made, strict=True):
+                    output[index].copy_(computed)
         modulation = torch.stack([part.branch.output_modulation[part.row_step.step] for part in parts])
         velocity: torch.Tensor = self.strategy.project(self.transformer, output, modulation)
         return self.groups.sequence.gather(velocity, parts[0].row.geometry.tokens)

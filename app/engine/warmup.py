@@ -34,19 +34,24 @@ REUSE = BranchStep(COND, compute=False, weights=(1.0,))
 def warm_up(engine: Engine, job: DenoiseJob, text_tokens: int, max_rows: int) -> tuple[StepTime, ...]:
     """Run steps of images like ``job``, without true CFG: one row alone and, with ``max_rows`` above 1, two at once.
 
+    A step of an image of another size is run and not timed, so that all kinds of compiled code are there.
+
     All ranks of a group do this at the same time. The engine is left in its initial state.
 
     Raises:
         CheckpointError: what a step gives is not finite.
     """
     rows = tuple(replace(job, row_id=f"warmup/{number}") for number in range(min(max_rows, 2)))
-    blank = [_blank(engine, text_tokens)] * len(rows)
-    admission, *steps = chained([StepPlan(0, "", admit=rows), *_steps(rows)])
+    blank = [_blank(engine, text_tokens)] * (len(rows) + 1)
+    # A row of another size, since the usual one may have compiled code of its own.
+    other = replace(job, row_id="warmup/other", width=job.width + 32)
+    admission, *steps, last = chained([StepPlan(0, "", admit=(*rows, other)), *_steps(rows), _step([other], COMPUTE)])
     seconds: list[list[float]] = []
     for _ in range(REPEATS):
         engine.restart()
         engine.execute(admission, blank)
         seconds.append([engine.execute(plan).seconds for plan in steps])
+    engine.execute(last)
     if not all(torch.isfinite(row.latents).all() for row in engine.rows.values()):
         raise CheckpointError(
             "a step of a blank prompt gives values that are not finite: the weights are damaged (download "
@@ -62,11 +67,11 @@ def warm_up(engine: Engine, job: DenoiseJob, text_tokens: int, max_rows: int) ->
 
 def _steps(rows: Sequence[DenoiseJob]) -> list[StepPlan]:
     """One row alone and then all, each time computed and then reused; always the first step, which every job has."""
-    return [
-        StepPlan(0, "", rows=tuple(RowStep(row.row_id, 0, (branch,)) for row in rows[:count]))
-        for count in range(1, len(rows) + 1)
-        for branch in (COMPUTE, REUSE)
-    ]
+    return [_step(rows[:count], branch) for count in range(1, len(rows) + 1) for branch in (COMPUTE, REUSE)]
+
+
+def _step(rows: Sequence[DenoiseJob], branch: BranchStep) -> StepPlan:
+    return StepPlan(0, "", rows=tuple(RowStep(row.row_id, 0, (branch,)) for row in rows))
 
 
 def _blank(engine: Engine, text_tokens: int) -> Conditioning:

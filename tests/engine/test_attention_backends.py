@@ -180,4 +180,3 @@ def test_a_kernel_that_the_card_lacks_is_said() -> None:
 def test_the_settings_name_the_same_backends() -> None:
     field = Settings.model_fields["attention_backend"]
     assert get_args(field.annotation) == get_args(AttentionBackend)
-    assert Settings().default_tokens == 64 + Settings().sampling.max_sequence_length

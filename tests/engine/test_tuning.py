@@ -10,13 +10,13 @@ from torch._dynamo.utils import counters
 
 from app.engine.engine import Engine
 from app.engine.fp8 import FLOAT8, Fp8Linear
-from app.engine.tuning import Tuning
+from app.engine.tuning import Tuning, UsualRow
 from app.engine.warmup import warm_up
 from app.messages import DenoiseJob
 from tests.engine.models import TEXT_TOKENS, TinyModel, image, together
 from tests.local_group import job, psnr
 
-COMPILED = Tuning(compile=True, compiler="eager")
+COMPILED = Tuning(compile=True, usual=UsualRow(24, TEXT_TOKENS), compiler="eager")
 FP8 = Tuning(quantization="fp8")
 
 
