@@ -15,8 +15,9 @@ import torch
 
 from app.control.findings import Findings
 from app.messages import COND, CalibrationJob, CalibrationRun
-from magcache_core import Profile, fewest_steps
+from magcache_core import Profile, Trial, fewest_steps
 from magcache_core.measure import growth, probe_schedule, probes
+from magcache_core.plan_data import COMPUTE
 from magcache_core.run_sums import BranchSums
 from magcache_core.trials import distances, mean_error, search
 
@@ -97,7 +98,7 @@ class _Calibration:
         self._findings = findings
         self._uncached: dict[int, Outcome] = {}  # by prompt, those that others are compared with
         self._compared = min(job.trial_runs, len(job.prompts))
-        self._every = "C" * job.steps
+        self._every = COMPUTE * job.steps
 
     def run(self) -> Generator[Run, Outcome, Profile]:
         yield from self._record()
@@ -177,13 +178,23 @@ class _Calibration:
             while True:
                 errors = yield from self._errors(CalibrationRun(candidate.schedule, candidate.reuse))
                 if len(errors) < self._compared:
-                    return profile
+                    return replace(profile, trials=self._with_best(profile.trials, budget))
                 try:
                     candidate = trying.send(mean_error(torch.tensor(errors)))
                 except StopIteration as end:
                     profile = replace(profile, trials=end.value)
                     break
         return profile
+
+    def _with_best(self, trials: tuple[Trial, ...], budget: int) -> tuple[Trial, ...]:
+        """``trials``, and the best so far of a search that time ran out for."""
+        tried = [
+            Trial(schedule, reuse, mean_error(torch.tensor(errors)))
+            for (schedule, reuse), errors in self._findings.errors.items()
+            if schedule.count(COMPUTE) == budget and len(errors) == self._compared
+        ]
+        best = sorted(tried, key=lambda trial: trial.error)[:1]
+        return tuple(sorted([*trials, *best], key=lambda trial: trial.computed))
 
     def _errors(self, calibration: CalibrationRun) -> Generator[Run, Outcome, Sequence[float]]:
         """How far the images of a schedule are from the uncached ones; fewer than asked for when time is over."""

@@ -159,10 +159,14 @@ def test_it_ends_with_what_it_has_when_time_is_over() -> None:
     assert profile is not None
     assert (profile.provenance["runs"], profile.trials) == (1, ()), "one run is recorded, half of the time is over"
     assert len(hurried.asked) == 1 + len(probes(STEPS))
-    found = []
+    profiles = []
     for budget_s in range(6, 40):
-        slow = follow(InventedRuns(), replace(JOB, budget_s=float(budget_s)), Findings())
+        slow = follow(InventedRuns(), replace(JOB, budget_s=float(budget_s), moves=6), Findings())
         assert slow is not None
-        found.append([trial.computed for trial in slow.trials])
+        profiles.append(slow)
+    found = [[trial.computed for trial in profile.trials] for profile in profiles]
     assert sorted(map(tuple, found)) == list(map(tuple, found)), "more time never finds less"
     assert (found[0], found[found.index([3])], found[-1]) == ([], [3], [3, 5]), "the first budget is tried first"
+    known = [trial.error for profile in profiles for trial in profile.trials if trial.computed == 3]
+    assert known == sorted(known, reverse=True), "the best so far counts, though the search was not over"
+    assert len(set(known)) > 1
