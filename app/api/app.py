@@ -2,12 +2,8 @@
 
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import Any, Literal
 
 from fastapi import FastAPI, Request
-from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
@@ -15,14 +11,12 @@ from starlette.responses import Response
 from app.api import calibrations, edits
 from app.api.access import AccessMiddleware
 from app.api.backend import Backend
-from app.api.calibrations import CalibrationRequest
 from app.api.drain import DrainMiddleware
-from app.api.events import STREAM_EVENTS
 from app.api.keys import ApiKeys
 from app.api.middleware import RequestMiddleware
+from app.api.openapi import openapi_of
 from app.api.replies import error_response
 from app.api.routes import new_service, router
-from app.api.schemas import EditsRequest, ImagesRequest
 from app.errors import InvalidRequestError, ServiceError
 from app.settings import Settings
 
@@ -61,7 +55,7 @@ def create_app(settings: Settings, get_backend: Callable[[], Backend], *, id_add
         )
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    app.openapi = lambda: openapi_of(app, settings)  # type: ignore[method-assign]
     return app
 
 
@@ -83,26 +77,3 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return error_response(
         InvalidRequestError(message, code=code, status=error.status_code, headers=dict(error.headers or {}))
     )
-
-
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's schema, with the body that the images route reads by hand and without its own kind of error."""
-    if app.openapi_schema is None:
-        schema = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
-        by_hand: list[tuple[type[BaseModel], Literal["validation", "serialization"]]] = [
-            (ImagesRequest, "validation"),
-            (EditsRequest, "validation"),
-            (CalibrationRequest, "validation"),
-        ]
-        by_hand += [(event, "serialization") for event in STREAM_EVENTS]
-        _, definitions = models_json_schema(by_hand, ref_template="#/components/schemas/{model}", by_alias=False)
-        components = schema["components"]["schemas"]
-        components.update(definitions["$defs"])
-        for unused in ("HTTPValidationError", "ValidationError"):
-            components.pop(unused, None)
-        for path in schema["paths"].values():
-            for operation in path.values():
-                if "HTTPValidationError" in str(operation["responses"].get("422")):
-                    del operation["responses"]["422"]
-        app.openapi_schema = schema
-    return app.openapi_schema

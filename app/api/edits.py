@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request
@@ -17,6 +15,7 @@ from app.api.backend import SourcePixels
 from app.api.edit_body import EditBody, read_edit
 from app.api.image_memory import ImageMemory
 from app.api.middleware import EDITS_PATH
+from app.api.openapi import EDITS_BODY
 from app.api.resolve import ResolvedRequest, resolve_request
 from app.api.routes import IMAGES_RESPONSES, Service, answer, key_name_of, model_in_path
 from app.api.schemas import EditsRequest
@@ -34,25 +33,6 @@ DEFAULT_MASKED_STRENGTH = 1.0
 """What a mask marks is painted from the prompt and what is around; with less, the old content shows through."""
 # Two at a time: an upload may take hundreds of megabytes on its way to RGB.
 _decoding = ThreadPoolExecutor(max_workers=2, thread_name_prefix="decode-upload")
-_IMAGE = {"type": "string", "format": "binary"}
-_BODY: Mapping[str, Any] = {
-    "allOf": [
-        {"$ref": "#/components/schemas/EditsRequest"},
-        {
-            "type": "object",
-            "properties": {
-                "image": _IMAGE | {"description": "PNG, JPEG or WebP."},
-                "mask": _IMAGE
-                | {"description": "Of the image's size: transparent, or else white, where the image is painted anew."},
-                "image[]": {
-                    "type": "array",
-                    "items": _IMAGE,
-                    "description": "Several images, for models that take several.",
-                },
-            },
-        },
-    ]
-}
 
 
 @router.post(
@@ -60,7 +40,7 @@ _BODY: Mapping[str, Any] = {
     summary="Edit images",
     tags=["images"],
     responses=dict(IMAGES_RESPONSES),
-    openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _BODY}}}},
+    openapi_extra={"requestBody": EDITS_BODY},
 )
 async def edit(request: Request) -> Response:
     """OpenAI's image editing. What becomes of the image depends on the model: Kontext and FLUX.2 read it beside the

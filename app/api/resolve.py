@@ -176,7 +176,7 @@ def parse_size(size: str | None, limits: SamplingSettings) -> tuple[int, int]:
     """Width and height that ``size`` asks for; raises an `InvalidRequestError` for what the server does not make."""
     if size is None or size == "auto":
         return limits.default_width, limits.default_height
-    match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", size)
+    match = re.fullmatch(r"(0|[1-9][0-9]{0,5})x(0|[1-9][0-9]{0,5})", size)
     if match is None:
         example = f"{limits.default_width}x{limits.default_height}"
         raise InvalidRequestError(f"size must be WIDTHxHEIGHT or auto, for example {example!r}", param="size")
