@@ -110,10 +110,10 @@ def main() -> int:
     """The command line; 1 when the profile is worse than it may be."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.self_calibration", description=__doc__)
     parser.add_argument("--prompts", type=int, default=64, help="held-out prompts to compare on")
-    parser.add_argument("--calibrate-on", type=int, default=32, help="prompts of flux-tiny's own calibration to use")
-    parser.add_argument("--trials", type=int, default=8, help="prompts that schedules are tried on")
-    parser.add_argument("--moves", type=int, default=6)
-    parser.add_argument("--budget-minutes", type=float, default=30.0)
+    parser.add_argument("--calibrate-on", type=int, default=16, help="prompts of flux-tiny's own calibration to use")
+    parser.add_argument("--trials", type=int, default=12, help="prompts that schedules are tried on")
+    parser.add_argument("--moves", type=int, default=8)
+    parser.add_argument("--budget-minutes", type=float, default=8.0)
     parser.add_argument(
         "--baseline-s", type=float, default=90.0, help="time to measure latencies without a calibration"
     )
