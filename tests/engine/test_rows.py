@@ -11,14 +11,14 @@ from tests.local_group import job
 
 
 def branch(text_tokens: int = 3) -> Branch:
-    return Branch(torch.zeros(text_tokens, 4), {}, torch.zeros(3, 8))
+    return Branch(text_tokens, torch.zeros(text_tokens, 4), {}, torch.zeros(3, 8))
 
 
 def row(**branches: Branch) -> Row:
     geometry = Geometry.of(32, 32)
     latents = torch.ones(geometry.tokens, 2, dtype=torch.bfloat16)
     asked = job("a/0", size=(32, 32), steps=3, true_cfg_scale=2.5)
-    return Row(asked, geometry, latents, torch.zeros(4), branches, torch.empty(0, 4), ())
+    return Row(asked, 1, geometry, latents, torch.zeros(4), branches, torch.empty(0, 4), ())
 
 
 def residual(value: float) -> torch.Tensor:
@@ -62,3 +62,9 @@ def test_memory_and_batches_are_told_by_shapes() -> None:
     assert one.residual_bytes == 4 * 4 * 4 + 4 * 2 * 4
     assert one.batch_key == row(cond=branch()).batch_key
     assert one.batch_key != row(cond=branch(text_tokens=5)).batch_key
+
+
+def test_copies_of_a_shard_share_the_branches() -> None:
+    both = row(cond=branch(), uncond=branch())
+    assert {both.owner("cond", 2), both.owner("uncond", 2)} == {0, 1}
+    assert both.owner("cond", 1) == both.owner("uncond", 1) == 0
