@@ -33,7 +33,7 @@ async def made_by_the_service(folder: Path, asked: DenoiseJob, sources: list[Ima
     settings = Settings.model_validate({"model": str(folder), "sampling": {"max_sequence_length": TEXT_TOKENS}})
     encoder, decoder = PromptEncoder(settings), ImageDecoder(settings)
     prompt = await encoder.encode(PROMPT)
-    encoded = [await decoder.encode(np.asarray(one), asked.width, asked.height) for one in sources]
+    encoded = [await decoder.encode(np.asarray(one), asked.width, asked.height, None) for one in sources]
     latents = run(Engine(folder), plans(asked), Conditioning(prompt, None, tuple(encoded)))
     file = await decoder.decode(latents, asked.width, asked.height, "png", 100)
     return np.asarray(Image.open(io.BytesIO(file))) / 255

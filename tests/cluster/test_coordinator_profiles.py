@@ -27,12 +27,13 @@ async def test_new_images_follow_a_new_profile_and_the_log_says_so(
     group: Group, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    before = group.start("before/0", magcache=MagCacheOptions())
-    await group.wait_until("running", 1)
+    stream = group.stream("before/0", magcache=MagCacheOptions())
+    await anext(stream)  # its schedule is made
     save_profile(replace(load_profile("flux-tiny"), name="own", budget=8), folder)
     await group.coordinator.read_profiles()
     after = await group.start("after/0", magcache=MagCacheOptions())
     assert after.report.profile is not None
     assert after.report.profile.startswith("own@")
-    assert (after.report.computed, (await before).report.computed) == (8, 10)
-    assert f"by {after.report.profile}, before {(await before).report.schedule} by flux-tiny@" in caplog.text
+    *_, before = [item async for item in stream]
+    assert (after.report.computed, before.report.computed) == (8, 10)
+    assert f"by {after.report.profile}, before {before.report.schedule} by flux-tiny@" in caplog.text

@@ -32,7 +32,7 @@ def test_it_listens_on_one_address_until_it_is_closed() -> None:
 
 def _sum_after_the_rendezvous(rank: int, address: tuple[str, int], met: multiprocessing.Barrier) -> None:
     store = rendezvous_store(address, 60.0)
-    group, _ = join(rank, 2, 1, store, torch.device("cpu"))
+    group = join(rank, (2, 1, 1), store, torch.device("cpu")).tensor
     group.sum(torch.ones(3))
     met.wait(60)
     met.wait(60)  # it is closed
