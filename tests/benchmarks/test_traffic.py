@@ -12,8 +12,9 @@ from app.engine.modulation import modulation_linears
 from benchmarks import traffic
 from benchmarks.checkpoints import weights
 from benchmarks.checkpoints.geometry import repository
+from benchmarks.launches import ATTENTION, LINEAR, ONE_ROW, OTHER, RATES, Launch, moved
 from benchmarks.roofline import step_flops
-from benchmarks.traffic import ATTENTION, LINEAR, ONE_ROW, OTHER, RATES, Counted, Launch, moved, variants
+from benchmarks.traffic import Counted, variants
 
 SIDE = 64
 PART = repository("flux.1-dev", "tiny").parts["transformer"]
