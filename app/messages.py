@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Awaitable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -150,6 +151,11 @@ class CalibrationStatus:
 def first_step(steps: int, strength: float | None) -> int:
     """The first step of image-to-image in a schedule of ``steps``; diffusers skips the same ones."""
     return 0 if strength is None else min(int(max(steps - steps * strength, 0)), steps - 1)
+
+
+def steps_of_share(share: float, steps: int) -> int:
+    """The fewest of ``steps`` that are at least ``share`` of them, whatever a float's last digits say."""
+    return math.ceil(share * steps - 1e-9)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from app.messages import FIRST_DIGEST, BranchStep, RowStep, StepPlan, first_step, plan_digest
+from app.messages import FIRST_DIGEST, BranchStep, RowStep, StepPlan, first_step, plan_digest, steps_of_share
 from tests.local_group import job
 
 
@@ -39,3 +39,10 @@ def test_a_digest_depends_on_every_field() -> None:
 )
 def test_strength_is_a_share_of_the_steps_and_at_least_one(steps: int, strength: float | None, first: int) -> None:
     assert first_step(steps, strength) == first
+
+
+@pytest.mark.parametrize(
+    ("share", "steps", "expected"), [(0.5, 28, 14), (0.25, 10, 3), (10 / 28, 28, 10), (0.1, 30, 3)]
+)
+def test_a_share_of_the_steps_is_rounded_up(share: float, steps: int, expected: int) -> None:
+    assert steps_of_share(share, steps) == expected

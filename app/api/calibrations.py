@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import math
 import uuid
 from http import HTTPStatus
 from typing import Any, Literal
@@ -16,7 +15,7 @@ from app.api.routes import Service
 from app.api.schemas import ErrorReply, integral
 from app.api.validation import parse_plain, read_json
 from app.errors import ForbiddenError, InvalidRequestError
-from app.messages import CalibrationJob, CalibrationStatus
+from app.messages import CalibrationJob, CalibrationStatus, steps_of_share
 from app.settings import Settings
 from magcache_core.calibrate import packaged_prompts
 
@@ -129,7 +128,7 @@ def resolve_calibration(request: CalibrationRequest, settings: Settings) -> Cali
             f"num_inference_steps is {steps}; here {FEWEST_STEPS} to {sampling.max_inference_steps} can be calibrated",
             param="num_inference_steps",
         )
-    computed = request.computed_steps or math.ceil(RECOMMENDED_SHARE * steps - 1e-9)
+    computed = request.computed_steps or steps_of_share(RECOMMENDED_SHARE, steps)
     if computed >= steps:
         raise InvalidRequestError(
             f"computed_steps is {computed}; of {steps} steps at most {steps - 1} leave one to reuse",
@@ -138,7 +137,7 @@ def resolve_calibration(request: CalibrationRequest, settings: Settings) -> Cali
     prompts = tuple(request.prompts) if request.prompts is not None else packaged_prompts()
     for prompt in prompts:
         check_prompt("prompts", prompt, settings)
-    presets = (math.ceil(share * steps - 1e-9) for share in (quality.low, quality.medium, quality.high))
+    presets = (steps_of_share(share, steps) for share in (quality.low, quality.medium, quality.high))
     chosen = {"trial_runs": request.trial_runs, "moves": request.moves}
     return CalibrationJob(
         id=f"calibration-{uuid.uuid4().hex[:12]}",

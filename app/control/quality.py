@@ -1,12 +1,11 @@
 """Lowers the computed steps of an image to meet its deadline, or under load. Pure."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from app.control.schedule import BranchSchedule, SchedulePlanner
-from app.messages import DenoiseJob
+from app.messages import DenoiseJob, steps_of_share
 from app.settings import MagCacheSettings
 
 Reason = Literal["deadline", "load"]
@@ -82,7 +81,7 @@ class ScheduleSelector:
         fewest = self._planner.fewest(job, options)
         if fewest is None:
             return job.steps_to_run
-        share = math.ceil(self._server.min_computed_share * job.steps_to_run - 1e-9)
+        share = steps_of_share(self._server.min_computed_share, job.steps_to_run)
         return max(fewest, share, options.min_computed_steps or 1)
 
     def _with(self, job: DenoiseJob, computed: int) -> dict[str, BranchSchedule]:

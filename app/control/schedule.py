@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ import torch
 
 from app.engine.geometry import Geometry
 from app.errors import InvalidRequestError
-from app.messages import BranchStep, CalibrationRun, DenoiseJob, MagCacheOptions
+from app.messages import BranchStep, CalibrationRun, DenoiseJob, MagCacheOptions, steps_of_share
 from app.settings import Settings
 from magcache_core import (
     VELOCITY_MODES,
@@ -181,7 +180,7 @@ class SchedulePlanner:
         if fewest is None:
             return replace(options, computed_share=None)
         # A share such as 0.1 of 30 steps must not become 4 by rounding in binary.
-        budget = max(math.ceil(options.computed_share * job.steps_to_run - 1e-9), fewest)
+        budget = max(steps_of_share(options.computed_share, job.steps_to_run), fewest)
         if (options.min_computed_steps or 0) > budget:
             raise InvalidRequestError(
                 f"magcache.min_computed_steps is {options.min_computed_steps}, above the {budget} steps that the "
