@@ -11,7 +11,7 @@ from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
-from magcache_core.profile_data import Profile, ProfileError, parse, write_profile
+from magcache_core.profile_data import Profile, ProfileError, parse, to_json
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +52,17 @@ def _shipped(name: str) -> Profile:
 
 def save_profile(profile: Profile, folder: Path) -> Path:
     """Write ``profile`` into ``folder`` under its name; others that read the folder see the old file or the new one."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{profile.name}.json"
-    new = folder / f".{profile.name}.{uuid.uuid4().hex}"
-    write_profile(profile, new)
-    os.replace(new, path)
+    replace_file(path, to_json(profile).encode())
     return path
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path``, whose folder is made; who reads it sees the old file or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    new.write_bytes(content)
+    os.replace(new, path)
 
 
 def stored_profiles(folder: Path) -> list[Profile]:

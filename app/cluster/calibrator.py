@@ -41,6 +41,7 @@ from app.messages import (
 from app.model_files import model_folder
 from app.settings import Settings
 from magcache_core import Profile, save_profile
+from magcache_core.profile_store import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -257,7 +258,4 @@ def _read(file: Path, job: CalibrationJob) -> Findings:
 
 
 def _write(file: Path, findings: Findings, job: CalibrationJob) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_suffix(".new")
-    new.write_bytes(to_bytes(findings, job))
-    new.replace(file)
+    replace_file(file, to_bytes(findings, job))
