@@ -124,16 +124,16 @@ def test_calibrating_when_idle_needs_a_folder() -> None:
 @pytest.mark.parametrize(
     ("profile_dir", "home", "folder"),
     [
-        ("$HF_HOME/profiles", None, "/home/ann/.cache/huggingface/profiles"),
+        ("$HF_HOME/profiles", None, "/ann/.cache/huggingface/profiles"),
         ("$HF_HOME/profiles", "/models", "/models/profiles"),
-        ("~/profiles", None, "/home/ann/profiles"),
+        ("~/profiles", None, "/ann/profiles"),
         ("/data", None, "/data"),
     ],
 )
 def test_where_profiles_are_kept(
     monkeypatch: pytest.MonkeyPatch, profile_dir: str, home: str | None, folder: str
 ) -> None:
-    monkeypatch.setenv("HOME", "/home/ann")
+    monkeypatch.setenv("HOME", "/ann")
     monkeypatch.delenv("HF_HOME", raising=False)
     if home is not None:
         monkeypatch.setenv("HF_HOME", home)

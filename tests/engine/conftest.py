@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from diffusers import FluxPipeline
+from torch._dynamo.utils import counters
 
 from app.engine.engine import Engine
 from tests.local_group import MODEL, load_pipeline
@@ -21,3 +24,11 @@ def pipeline() -> FluxPipeline:
 @pytest.fixture
 def engine() -> Engine:
     return Engine(MODEL)
+
+
+@pytest.fixture
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 
 from app.engine.engine import Engine
 from app.engine.tuning import Tuning, UsualRow
@@ -32,13 +30,9 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return TinyModel(request.param, tmp_path_factory.mktemp("compiled") / "model")
 
 
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
+@pytest.fixture(autouse=True)
+def _nothing_noted() -> None:
     SYMBOLIC.clear()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.usefixtures("_fresh_compiler")

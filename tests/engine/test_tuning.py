@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -23,14 +21,6 @@ FP8 = Tuning(quantization="fp8")
 @pytest.fixture(scope="module", params=["flux.1-kontext-dev", "flux.2-klein-4b"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return TinyModel(request.param, tmp_path_factory.mktemp("models") / "model")
-
-
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def jobs(rows: int, width: int, height: int) -> list[DenoiseJob]:
