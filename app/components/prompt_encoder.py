@@ -1,10 +1,10 @@
 """The prompt encoder: a checkpoint's text encoders, run as in its diffusers pipeline, with an LRU cache of results."""
 
 import asyncio
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -47,16 +47,23 @@ class TextEncoders:
         if not offload:
             self._pipeline.to(self._device)
 
+    def on_device(self) -> AbstractContextManager[None]:
+        """In here they are on their device; with ``offload`` they are copied to it, once for all prompts in here."""
+        return temporarily_on(self._modules, self._device) if self._offload else nullcontext()
+
     @torch.inference_mode()
     def encode(self, prompt: str) -> PromptEmbeddings:
-        """The embeddings of ``prompt``, on the CPU."""
-        with temporarily_on(self._modules, self._device) if self._offload else nullcontext():
-            options = {"device": self._device, "max_sequence_length": self._max_sequence_length}
-            if isinstance(self._pipeline, Flux2KleinPipeline):
-                tokens, _ = self._pipeline.encode_prompt(prompt, **options)
-                return PromptEmbeddings(tokens[0].cpu(), count=self._count(prompt))
-            tokens, pooled, _ = self._pipeline.encode_prompt(prompt, prompt_2=None, **options)
-            return PromptEmbeddings(tokens[0].cpu(), pooled[0].cpu(), self._count(prompt))
+        """The embeddings of ``prompt``, on the CPU; called in `on_device`.
+
+        Each prompt has a pass of its own: its hundreds of padded tokens fill a GPU, and so its embeddings do not depend
+        on the prompts that came with it.
+        """
+        options = {"device": self._device, "max_sequence_length": self._max_sequence_length}
+        if isinstance(self._pipeline, Flux2KleinPipeline):
+            tokens, _ = self._pipeline.encode_prompt(prompt, **options)
+            return PromptEmbeddings(tokens[0].cpu(), count=self._count(prompt))
+        tokens, pooled, _ = self._pipeline.encode_prompt(prompt, prompt_2=None, **options)
+        return PromptEmbeddings(tokens[0].cpu(), pooled[0].cpu(), self._count(prompt))
 
     def _count(self, prompt: str) -> TokenCount:
         """The prompt's tokens, with what the tokenizers add to them; padding does not count."""
@@ -77,7 +84,10 @@ def _tokens(tokenizer: Any, text: str) -> int:
 
 
 class PromptEncoder:
-    """Encodes one prompt at a time, off the event loop; equal prompts that arrive together are encoded once."""
+    """Encodes one prompt at a time, off the event loop; equal prompts that arrive together are encoded once.
+
+    Prompts that wait together share one copy of the encoders to their device, where that is needed.
+    """
 
     def __init__(self, settings: Settings) -> None:
         configure_logging(settings)
@@ -94,6 +104,7 @@ class PromptEncoder:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
         self._cache: OrderedDict[str, PromptEmbeddings] = OrderedDict()
         self._under_way: dict[str, asyncio.Future[PromptEmbeddings]] = {}
+        self._waiting: deque[tuple[str, Future[PromptEmbeddings]]] = deque()
 
     async def encode(self, prompt: str) -> PromptEmbeddings:
         """The embeddings of ``prompt``, on the CPU, in the model's dtype."""
@@ -105,11 +116,30 @@ class PromptEncoder:
         under_way = self._under_way.get(prompt)
         self._metrics.looked_up("miss" if under_way is None else "shared")
         if under_way is None:
-            under_way = asyncio.get_running_loop().run_in_executor(self._thread, self._encoders.encode, prompt)
+            encoded: Future[PromptEmbeddings] = Future()
+            self._waiting.append((prompt, encoded))
+            self._thread.submit(self._encode_waiting)
+            under_way = asyncio.wrap_future(encoded)
             self._under_way[prompt] = under_way
             under_way.add_done_callback(lambda done: self._keep(prompt, done))
         # Shielded: other requests may await the same encoding when this one is cancelled.
         return await asyncio.shield(under_way)
+
+    def _encode_waiting(self) -> None:
+        """Encode what waits, and what comes meanwhile."""
+        if not self._waiting:  # an earlier call encoded it
+            return
+        try:
+            with self._encoders.on_device():
+                while self._waiting:
+                    prompt, encoded = self._waiting.popleft()
+                    try:
+                        encoded.set_result(self._encoders.encode(prompt))
+                    except Exception as error:
+                        encoded.set_exception(error)
+        except Exception as error:  # the device has no room for them
+            while self._waiting:
+                self._waiting.popleft()[1].set_exception(error)
 
     async def ping(self) -> None:
         """Return once it is up."""

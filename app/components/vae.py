@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from diffusers import AutoModel
 from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
 
 from app.components.image_file import image_file
 from app.components.source_encoder import SourceEncoder
@@ -22,7 +23,10 @@ from app.settings import Settings
 
 
 class ImageDecoder:
-    """Decodes and encodes one image at a time, off the event loop; finished images go before previews."""
+    """Decodes and encodes one image at a time, off the event loop; finished images go before previews.
+
+    The VAE has a thread to itself: while one image is compressed into its file, the next is decoded.
+    """
 
     def __init__(self, settings: Settings) -> None:
         configure_logging(settings)
@@ -73,31 +77,25 @@ class ImageDecoder:
         """
         self._finished += 1
         try:
-            return await self._in_thread(latents, width, height, output_format, compression, parameters)
+            image = await self._in_thread(latents, width, height)
         finally:
             self._finished -= 1
             async with self._changed:
                 self._changed.notify_all()
+        return await asyncio.to_thread(image_file, image, output_format, compression, parameters)
 
     async def preview(self, latents: Latents, width: int, height: int, output_format: str, compression: int) -> bytes:
         """Like `decode`, but only while no finished image waits: previews delay one by at most a single decode."""
         async with self._one_preview:
             async with self._changed:
                 await self._changed.wait_for(lambda: self._finished == 0)
-            return await self._in_thread(latents, width, height, output_format, compression, None)
+            image = await self._in_thread(latents, width, height)
+        return await asyncio.to_thread(image_file, image, output_format, compression)
 
-    async def _in_thread(
-        self,
-        latents: Latents,
-        width: int,
-        height: int,
-        output_format: str,
-        compression: int,
-        parameters: str | None,
-    ) -> bytes:
+    async def _in_thread(self, latents: Latents, width: int, height: int) -> Image.Image:
         tensor = await latents if isinstance(latents, Awaitable) else latents
-        form = Geometry.of(width, height), output_format, compression, parameters
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._decode, tensor, *form)
+        run = asyncio.get_running_loop().run_in_executor
+        return await run(self._thread, self._decode, tensor, Geometry.of(width, height))
 
     async def encode(self, pixels: np.ndarray, width: int, height: int, mask: np.ndarray | None) -> SourceImage:
         """Encode a source image into tokens; see `SourceEncoder.encode`."""
@@ -108,9 +106,7 @@ class ImageDecoder:
         """Return once it is up."""
 
     @torch.inference_mode()
-    def _decode(
-        self, latents: torch.Tensor, geometry: Geometry, output_format: str, compression: int, parameters: str | None
-    ) -> bytes:
+    def _decode(self, latents: torch.Tensor, geometry: Geometry) -> Image.Image:
         if not torch.isfinite(latents).all():
             raise GenerationError(
                 "the model made latents that are not finite, so there is no image: try another seed or a lower "
@@ -118,5 +114,6 @@ class ImageDecoder:
             )
         scaled = self._family.layout.to_vae(self._vae, latents[None].to(self._device, self._vae.dtype), geometry)
         pixels = self._vae.decode(scaled, return_dict=False)[0]
+        image: Image.Image
         (image,) = self._processor.postprocess(pixels, output_type="pil")
-        return image_file(image, output_format, compression, parameters)
+        return image

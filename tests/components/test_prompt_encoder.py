@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+import threading
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from app.components.prompt_encoder import PromptEncoder, TextEncoders, temporarily_on
+from app.messages import PromptEmbeddings
 from app.settings import Settings
 from benchmarks.make_checkpoint import make_checkpoint
 
@@ -29,7 +31,9 @@ def test_it_encodes_as_the_models_own_pipeline(model: tuple[str, Path], offload:
     name, folder = model
     length = POOLED_AND_TOKENS[name]
     encoders = TextEncoders(folder, length, torch.float32, "cpu", offload=offload)
-    got = encoders.encode(PROMPT)
+    with encoders.on_device():
+        got = encoders.encode(PROMPT)
+        again, another = encoders.encode(PROMPT), encoders.encode("a red circle")
     pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     with torch.inference_mode():
         if "klein" in name:
@@ -40,8 +44,8 @@ def test_it_encodes_as_the_models_own_pipeline(model: tuple[str, Path], offload:
     assert got.tokens.shape[0] == length
     assert torch.equal(got.tokens, tokens[0])
     assert (got.pooled is None) == ("klein" in name)
-    assert not torch.equal(got.tokens, encoders.encode("a red circle").tokens)
-    assert torch.equal(got.tokens, encoders.encode(PROMPT).tokens)
+    assert not torch.equal(got.tokens, another.tokens)
+    assert torch.equal(got.tokens, again.tokens)
 
 
 def test_tokens_are_counted_as_the_pipeline_reads_them(model: tuple[str, Path]) -> None:
@@ -85,3 +89,45 @@ async def test_equal_prompts_are_encoded_once() -> None:
     again = await encoder.encode(PROMPT)  # one entry is kept: it was encoded again
     assert again is not first
     assert torch.equal(again.tokens, first.tokens)
+
+
+async def waiting(encoder: PromptEncoder, prompts: list[str]) -> list[PromptEmbeddings | BaseException]:
+    """The embeddings of prompts that all wait before the first of them is encoded."""
+    busy = threading.Event()
+    encoder._thread.submit(busy.wait)
+    tasks = [asyncio.create_task(encoder.encode(prompt)) for prompt in prompts]
+    await asyncio.sleep(0)
+    busy.set()
+    return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_prompts_that_wait_together_share_one_copy_of_the_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = PromptEncoder(Settings())
+    monkeypatch.setattr(encoder._encoders, "_offload", True)
+    copies = []
+
+    def counted(modules: list[torch.nn.Module], device: torch.device) -> AbstractContextManager[None]:
+        copies.append(len(modules))
+        return temporarily_on(modules, device)
+
+    monkeypatch.setattr("app.components.prompt_encoder.temporarily_on", counted)
+    prompts = [PROMPT, "a red circle", "a blue square"]
+    together = await waiting(encoder, prompts)
+    assert copies == [2]  # CLIP and T5
+    for prompt, got in zip(prompts, together, strict=True):
+        alone = await PromptEncoder(Settings()).encode(prompt)
+        assert isinstance(got, PromptEmbeddings)
+        assert torch.equal(got.tokens, alone.tokens)
+
+
+async def test_a_copy_that_fails_fails_what_waits_and_nothing_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = PromptEncoder(Settings())
+
+    def full() -> AbstractContextManager[None]:
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(encoder._encoders, "on_device", full)
+        failed = await asyncio.wait_for(waiting(encoder, [PROMPT, "a red circle"]), 60)
+    assert [type(error) for error in failed] == [MemoryError, MemoryError]
+    assert (await encoder.encode(PROMPT)).count.given > 0

@@ -11,32 +11,34 @@ import torch
 from PIL import Image
 
 from app.components.vae import ImageDecoder
+from app.engine.geometry import Geometry
 from app.errors import GenerationError
 from app.settings import Settings
 
 FORM = (128, 96, "png", 100)
 
 
-async def test_finished_images_go_before_previews_and_previews_in_their_order() -> None:
+async def test_finished_images_go_before_previews_and_previews_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = ImageDecoder(Settings())
-    latents = torch.randn(8 * 6, 64, generator=torch.Generator().manual_seed(0))
-    done: list[str] = []
+    random = torch.randn(8 * 6, 64, generator=torch.Generator().manual_seed(0))
+    latents = {name: random.clone() for name in "ApqrB"}
+    decode, decoded = decoder._decode, []
 
-    async def ask(name: str, call: str) -> bytes:
-        data: bytes = await getattr(decoder, call)(latents, *FORM)
-        done.append(name)
-        return data
+    def recorded(tensor: torch.Tensor, geometry: Geometry) -> Image.Image:
+        decoded.extend(name for name, one in latents.items() if one is tensor)
+        return decode(tensor, geometry)
 
+    monkeypatch.setattr(decoder, "_decode", recorded)
     busy = threading.Event()
     decoder._thread.submit(busy.wait)
     tasks = []
     for name, call in (("A", "decode"), ("p", "preview"), ("q", "preview"), ("r", "preview"), ("B", "decode")):
-        tasks.append(asyncio.create_task(ask(name, call)))
+        tasks.append(asyncio.create_task(getattr(decoder, call)(latents[name], *FORM)))
         await asyncio.sleep(0)
     tasks[3].cancel()  # its image is there: it is left out
     busy.set()
     await asyncio.wait(tasks, timeout=60)
-    assert done == ["A", "B", "p", "q"]
+    assert decoded == ["A", "B", "p", "q"]
     assert tasks[3].cancelled()
     assert Image.open(io.BytesIO(tasks[0].result())).size == (128, 96)
     # A preview of the finished latents is the finished image.
