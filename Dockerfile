@@ -4,8 +4,8 @@
 
 FROM python:3.11.14-slim-bookworm AS build
 ARG VARIANT=cuda
-# Optional dependencies of pyproject.toml; `otlp,gpu` adds xformers.
-ARG EXTRAS=otlp
+# Optional dependencies of pyproject.toml: otlp, and for CUDA also gpu, unless others are named here.
+ARG EXTRAS
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
@@ -15,12 +15,12 @@ COPY pyproject.toml constraints.txt ./
 # Torch for CPUs comes from an index of its own, and alone: were that one of several, pip would take the CUDA build, five
 # times as large, whenever it does not answer.
 RUN case "$VARIANT" in \
-        cuda) ;; \
-        cpu) pip install --no-deps -c constraints.txt torch --index-url https://download.pytorch.org/whl/cpu ;; \
+        cuda) extras=otlp,gpu ;; \
+        cpu) extras=otlp; pip install --no-deps -c constraints.txt torch --index-url https://download.pytorch.org/whl/cpu ;; \
         *) echo "VARIANT is '$VARIANT'; choose cuda or cpu" >&2; exit 2 ;; \
     esac \
     && python -c 'import sys, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*p["dependencies"], *sum(map(p["optional-dependencies"].get, sys.argv[1].split(",")), []), sep="\n")' \
-        "$EXTRAS" > /tmp/requirements.txt \
+        "${EXTRAS:-$extras}" > /tmp/requirements.txt \
     && pip install -c constraints.txt -r /tmp/requirements.txt
 COPY . .
 # Editable, and copied to the same path below: what is imported is what lies beside deployments/ and models/.
