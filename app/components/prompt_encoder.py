@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 from torch import nn
 
+from app.engine.finite import check_finite
 from app.engine.weight_files import encoder_variant
 from app.logs import configure_logging
 from app.messages import PromptEmbeddings, TokenCount
@@ -40,12 +41,15 @@ class TextEncoders:
             use_safetensors=True,
             low_cpu_mem_usage=False,  # True needs another package, and weights are memory-mapped anyway
         )
-        self._modules = [part for part in self._pipeline.components.values() if isinstance(part, nn.Module)]
+        parts = {name: part for name, part in self._pipeline.components.items() if isinstance(part, nn.Module)}
+        self._modules = list(parts.values())
         self._max_sequence_length = max_sequence_length
         self._device = torch.device(device)
         self._offload = offload
         if not offload:
             self._pipeline.to(self._device)
+        for name, part in parts.items():
+            check_finite(model / name, part.named_parameters())
 
     def on_device(self) -> AbstractContextManager[None]:
         """In here they are on their device; with ``offload`` they are copied to it, once for all prompts in here."""

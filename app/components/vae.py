@@ -13,6 +13,7 @@ from PIL import Image
 from app.components.image_file import image_file
 from app.components.source_encoder import SourceEncoder
 from app.engine.families import family_of
+from app.engine.finite import check_finite
 from app.engine.geometry import TOKEN_PIXELS, Geometry
 from app.engine.weight_files import weight_variant
 from app.errors import GenerationError
@@ -45,6 +46,7 @@ class ImageDecoder:
             .to(self._device, memory_format=torch.channels_last)  # fastest for its convolutions
             .eval()
         )
+        check_finite(model / "vae", self._vae.named_parameters())
         if settings.vae.tiling:
             self._vae.enable_tiling()
         self._sources = SourceEncoder(self._vae, self._family, settings.sampling.max_pixels)

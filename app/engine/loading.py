@@ -17,6 +17,7 @@ from diffusers.hooks.tensor_parallel import TPShardSpec
 from torch import nn
 
 from app.engine.checkpoint_files import CheckpointError, SafetensorsFile, read_json
+from app.engine.finite import check_finite
 from app.engine.fp8 import Quantization, quantize
 from app.engine.fused import Slot, fuse
 from app.engine.parallel import (
@@ -56,7 +57,8 @@ def load_transformer(
         single_file: the weights, in BFL's layout, instead of those of ``model``.
 
     Raises:
-        CheckpointError: a file is missing, damaged, of another class or shape, or holds too few or unknown tensors.
+        CheckpointError: a file is missing, damaged, of another class or shape, or holds too few or unknown tensors,
+            or values that are not finite.
         ValueError: the group's size does not divide the attention heads, or this machine has no ``quantization``.
     """
     folder = model / "transformer"
@@ -70,11 +72,11 @@ def load_transformer(
         small = {f"{name}.weight": linear for name, linear in planned_linears(transformer) if quantization == "fp8"}
         aside = [name for names in modulation_linears(transformer) for name in names] if modulation_on_host else []
         on_host = {f"{name}.{parameter}" for name in aside for parameter in ("weight", "bias")}
-        for name, tensor in _read_shard(files, specs, group):
-            if name in on_host:
-                shard.place(name, tensor.to(dtype).pin_memory() if device.type == "cuda" else tensor.to(dtype))
-                continue
-            complete = shard.place(name, tensor.to(device=device, dtype=dtype))
+        for name, stored in _read_shard(files, specs, group):
+            stays = name in on_host
+            tensor = stored.to(dtype) if stays else stored.to(device=device, dtype=dtype)
+            check_finite(single_file or folder, [(name, tensor)])
+            complete = shard.place(name, tensor.pin_memory() if stays and device.type == "cuda" else tensor)
             if complete in small:
                 quantize(small[complete])
     return transformer.eval().requires_grad_(False)
