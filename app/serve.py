@@ -7,6 +7,7 @@ clients' connections at once.
 
 import argparse
 import logging
+import os
 import signal
 import threading
 import time
@@ -25,6 +26,8 @@ logger = logging.getLogger("ray.serve")
 LOOK_S = 0.5
 """How often the API is asked what it still works on."""
 ANSWER_S = 10.0
+PROXY_GUARD = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "app.api.proxy_guard:middlewares"}
+"""What Ray's processes need in their environment for the proxies to have our guard."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -36,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options, further = parser.parse_known_args(arguments)
     if not options.config.is_file():
         parser.error(f"there is no config {options.config}; choose one of deployments/*.yaml")
+    for name, value in PROXY_GUARD.items():
+        os.environ.setdefault(name, value)  # a Ray that this command starts hands it to its proxies
     serve_run.main([str(options.config), "--non-blocking", *further], standalone_mode=False)
     _wait_for_signal()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from diffusers import FluxPipeline
 from ray import serve
 
 from app.main import build
+from app.serve import PROXY_GUARD
 from app.settings import Settings
 from tests.local_group import load_pipeline
 
@@ -28,6 +30,7 @@ def settings_of(name: str) -> Settings:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
+    os.environ |= PROXY_GUARD  # as app.serve does
     ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()

@@ -1,0 +1,52 @@
+"""A guard inside Ray Serve's HTTP proxies, against headers that Ray cannot decode and clients that do not read.
+
+Ray's proxy decodes the ids in a request's headers as UTF-8, and answers a bare 500 where it cannot. A proxy runs what
+`RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` names; `app.serve` and the container image name `middlewares`. It imports
+little, since every proxy loads it.
+"""
+
+from __future__ import annotations
+
+import uuid
+
+from starlette.middleware import Middleware
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from app.api.slow_readers import SlowReaders
+from app.errors import InvalidRequestError
+
+
+def middlewares() -> list[Middleware]:
+    """What Ray's proxies put around themselves."""
+    return [Middleware(SlowReaders), Middleware(ProxyGuard)]
+
+
+class ProxyGuard:
+    """Answers 400 to a request with a header that is no UTF-8, whichever it is."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it."""
+        wrong = _undecodable(scope["headers"]) if scope["type"] == "http" else None
+        if wrong is None:
+            await self._app(scope, receive, send)
+            return
+        error = InvalidRequestError(
+            f"the header {wrong} is not UTF-8; send ASCII, or leave it out", param=wrong, code="header_not_allowed"
+        )
+        headers = {"X-Request-Id": uuid.uuid4().hex}
+        await JSONResponse(error.envelope, error.status, headers)(scope, receive, send)
+
+
+def _undecodable(headers: list[tuple[bytes, bytes]]) -> str | None:
+    """The name of the first header that is no UTF-8, by name or value; its own bytes beyond ASCII escaped."""
+    for name, value in headers:
+        try:
+            name.decode()
+            value.decode()
+        except UnicodeDecodeError:
+            return name.decode("ascii", "backslashreplace")
+    return None
