@@ -226,8 +226,10 @@ def sources(objects: list[Object], port: int, node_type: str) -> set[str]:
     labels = {"app.kubernetes.io/name": "flux", "ray.io/node-type": node_type}
     allowed = set()
     for policy in (item["spec"] for item in objects if item["kind"] == "NetworkPolicy"):
-        assert policy["policyTypes"] == ["Ingress"]
-        if not policy["podSelector"].get("matchLabels", {}).items() <= labels.items():
+        if (
+            "Ingress" not in policy["policyTypes"]
+            or not policy["podSelector"].get("matchLabels", {}).items() <= labels.items()
+        ):
             continue
         for rule in policy.get("ingress", []):
             if port in [entry["port"] for entry in rule.get("ports", [{"port": port}])]:
@@ -249,7 +251,7 @@ def test_only_the_ingress_reaches_the_service_and_nobody_ray(overlay: str) -> No
         assert sources(objects, port, "head") == sources(objects, port, "worker") == {ours}
     assert cluster_of(overlay)["authOptions"] == {"mode": "token"}
     closed = named(objects, "NetworkPolicy", "flux-nothing-else")["spec"]
-    assert closed == {"podSelector": {}, "policyTypes": ["Ingress"]}
+    assert closed == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     # Prometheus gets its ports from the overlay that wants them read.
     with_monitoring = objects + build("monitoring")
     assert sources(with_monitoring, PROXY_PORT, "worker") == {"ingress-nginx", "monitoring", ours}
