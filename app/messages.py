@@ -63,6 +63,21 @@ class SourceImage:
 
 
 @dataclass(frozen=True)
+class ImageKind:
+    """Images that the quality guard holds to one number of computed steps.
+
+    Attributes:
+        profile: ``NAME@VERSION`` of the profile that plans them.
+        steps: denoising steps.
+        guided: whether true CFG runs.
+    """
+
+    profile: str
+    steps: int
+    guided: bool
+
+
+@dataclass(frozen=True)
 class MagCacheOptions:
     """One request's MagCache settings; ``None`` takes the profile's or the server's value.
 
@@ -70,6 +85,7 @@ class MagCacheOptions:
     ``computed_share`` asks for that share of the steps, or for the fewest that the other settings allow if more.
     ``min_computed_steps`` is the fewest that a deadline or load may lower the computed steps to.
     ``client_chose``: the request names its schedule itself, which is lowered only as far as it allows.
+    ``guard_budgets``: computed steps that the quality guard chose, by kind of image; each other kind has its own.
     """
 
     enabled: bool = True
@@ -80,11 +96,13 @@ class MagCacheOptions:
     min_computed_steps: int | None = None
     computed_share: float | None = None
     client_chose: bool = False
+    guard_budgets: tuple[tuple[ImageKind, int], ...] = ()
 
 
 @dataclass(frozen=True)
 class CalibrationRun:
-    """What a row of a calibration does. Such a row steps only while there is no client's image.
+    """What a row in the background does: a calibration's, or the quality guard's. It steps only while there is no
+    client's image.
 
     Attributes:
         schedule: one character per step, ``C`` computes, ``.`` reuses.
@@ -173,7 +191,7 @@ class DenoiseJob:
         retry_key: equal for an image and its repetition in a later request; empty where that is not known.
         computing: the steps that compute in some branch, counted from the job's first; None when any of them may.
         source_tokens: tokens of the reference images, which every step reads beside the image's own.
-        calibration: what the row does instead of following ``magcache``, where it is a calibration's.
+        calibration: what the row does instead of following ``magcache``, where it is in the background.
     """
 
     row_id: str

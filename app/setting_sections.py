@@ -192,6 +192,36 @@ class QualitySettings(Section):
         return self
 
 
+class QualityGuardSettings(Section):
+    """Holds `auto`, the requests that leave MagCache to the server, to a quality that is measured on some of them."""
+
+    target_psnr_db: float | None = Field(
+        default=None,
+        gt=0.0,
+        lt=100.0,
+        description="PSNR in dB against the uncached image of the same seed that nine of ten images are to reach. A "
+        "sample is run again uncached while no client's image is there, and the computed steps rise and fall with what "
+        "is seen. null compares nothing.",
+    )
+    share: Share = Field(default=0.01, description="Share of those images that is compared.")
+    margin_db: float = Field(
+        default=3.0,
+        ge=0.0,
+        description="What nine of ten images must have above the target before computed steps are taken away.",
+    )
+    min_computed_share: Share = Field(default=0.25, description="Least share of the steps that it may leave computed.")
+    max_computed_share: Share = Field(default=0.75, description="Largest share of the steps that it may have computed.")
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        if self.min_computed_share > self.max_computed_share:
+            raise ValueError(
+                f"min_computed_share is {self.min_computed_share:g}; it must not exceed max_computed_share, "
+                f"{self.max_computed_share:g}"
+            )
+        return self
+
+
 class TextEncoderSettings(Section):
     """The text encoders: CLIP and T5 for FLUX.1, Qwen3 for FLUX.2-klein."""
 

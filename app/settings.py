@@ -18,6 +18,7 @@ from app.setting_sections import (
     KeySettings,
     MagCacheSettings,
     PositiveInt,
+    QualityGuardSettings,
     QualitySettings,
     SamplingSettings,
     Section,
@@ -33,6 +34,7 @@ __all__ = [
     "HttpSettings",
     "KeySettings",
     "MagCacheSettings",
+    "QualityGuardSettings",
     "QualitySettings",
     "SamplingSettings",
     "Settings",
@@ -227,6 +229,9 @@ class Settings(Section):
     magcache: MagCacheSettings = Field(default=MagCacheSettings(), description="The server's MagCache policy.")
     elastic: ElasticSettings = Field(default=ElasticSettings(), description="Quality under load.")
     quality: QualitySettings = Field(default=QualitySettings(), description="What `quality` means.")
+    quality_guard: QualityGuardSettings = Field(
+        default=QualityGuardSettings(), description="What quality is measured and held."
+    )
     http: HttpSettings = Field(default=HttpSettings(), description="Limits on one HTTP request; streams.")
     keys: KeySettings = Field(default=KeySettings(), description="Limits of each API key.")
     telemetry: TelemetrySettings = Field(default=TelemetrySettings(), description="Traces of requests.")

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-from benchmarks.pictures import BATCH, SEED, Generator, draw_prompts, psnr
+from app.control.likeness import psnr
+from benchmarks.pictures import BATCH, SEED, Generator, draw_prompts
 from magcache_core import Plan, Profile, apply_mag_cache, fill, load_profile, plan, remove_mag_cache
 from magcache_core.correct import evenly_corrected, mean_over, velocity_steps
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from diffusers import FluxPipeline
 from PIL import Image
-from torch.nn import functional as F
 
+from app.control.likeness import psnr, ssim
 from models.recipe import checker, scenes, tokens
 from models.recipe.scenes import Scene
 
@@ -73,35 +73,6 @@ class Generator:
             output_type="pt",
         ).images
         return images.clamp(0, 1)
-
-
-def psnr(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio in dB after rounding to 8 bits, as served; (rows, 3, h, w) -> (rows,).
-
-    Equal pictures count as 100 dB, so that means stay finite.
-    """
-    mse = (_bytes(images) - _bytes(reference)).square().flatten(1).mean(dim=1)
-    return torch.where(mse > 0, -10 * mse.clamp(min=1e-12).log10(), 100.0).clamp(max=100.0)
-
-
-def _bytes(images: torch.Tensor) -> torch.Tensor:
-    return (images * 255).round() / 255
-
-
-def ssim(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Structural similarity (Wang et al. 2004), Gaussian window of 11, by channel; (rows, 3, h, w) -> (rows,)."""
-    taps = torch.exp(-((torch.arange(11) - 5.0) ** 2) / (2 * 1.5**2))
-    window = (taps[:, None] * taps[None, :] / taps.sum() ** 2).expand(3, 1, 11, 11)
-
-    def blur(x: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(x, window, groups=3)
-
-    mean_a, mean_b = blur(images), blur(reference)
-    var_a, var_b = blur(images**2) - mean_a**2, blur(reference**2) - mean_b**2
-    covariance = blur(images * reference) - mean_a * mean_b
-    c1, c2 = 0.01**2, 0.03**2
-    index = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
-    return index.flatten(1).mean(dim=1)
 
 
 def to_pil(image: torch.Tensor) -> Image.Image:

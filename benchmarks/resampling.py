@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.pictures import Generator, draw_prompts, psnr
+from app.control.likeness import psnr
+from benchmarks.pictures import Generator, draw_prompts
 from magcache_core import (
     MagCacheConfig,
     Plan,

@@ -22,6 +22,11 @@ from tests.wrong_settings import assert_refused
             "'https://a.example/'; write '*'",
         ),
         ({"quality": {"low": 0.5}}, ("quality",), "low, medium and high are 0.5, 0.4, 0.65"),
+        (
+            {"quality_guard": {"min_computed_share": 0.8}},
+            ("quality_guard",),
+            "min_computed_share is 0.8; it must not exceed max_computed_share, 0.75",
+        ),
         ({"quality": {"high": 0.0}}, ("quality", "high"), "greater than 0"),
         ({"magcache": {"mag_retention_ratio": 2.0}}, ("magcache", "mag_retention_ratio"), "less than or equal to 1"),
         ({"sampling": {"default_width": 130}}, ("sampling",), "default_width is 130; it must be a multiple of 16"),

@@ -22,6 +22,7 @@ from app.cluster.coordinators import ANSWER_SECONDS, call_all_coordinators
 from app.cluster.handles import result_of
 from app.cluster.idle import calibrate_when_idle
 from app.cluster.image_call import FileForm, ImageCall, OnEvent
+from app.cluster.quality_guard import GuardedImages
 from app.cluster.request_tasks import RequestRegistry, RequestTask
 from app.components.prompt_encoder import PromptEncoder
 from app.components.vae import ImageDecoder
@@ -78,6 +79,8 @@ class ServeBackend:
         self._idle: asyncio.Task[None] | None = None
         if settings.magcache.calibrate == "idle":
             self._idle = asyncio.create_task(calibrate_when_idle(settings, self._calibrator, self._demand))
+        target_db = settings.quality_guard.target_psnr_db
+        self._guard = None if target_db is None else GuardedImages(settings, target_db, replica, decoder)
         self._requests = RequestRegistry()
         self._family: Family | None = None
         self._look: asyncio.Task[HealthReport] | None = None
@@ -121,8 +124,10 @@ class ServeBackend:
         """Begin a calibration."""
         return self._calibrator.start(job)
 
-    async def stop_calibrating(self) -> None:
-        """End the calibration under way and begin none by itself, since the service stops; its findings are kept."""
+    async def stop_background(self) -> None:
+        """End what runs in idle time, since the service stops; a calibration's findings are kept."""
+        if self._guard is not None:
+            self._guard.stop()
         if self._idle is not None:
             self._idle.cancel()
         await self._calibrator.stop()
@@ -194,7 +199,10 @@ class ServeBackend:
             job = self._denoise_job(context, index, conditioning)
             result = await call.result(job, conditioning)
             try:
-                return result, *await self._decode(result, context.job, index)
+                made = result, *await self._decode(result, context.job, index)
+                if self._guard is not None:
+                    self._guard.finished(job, conditioning, result)
+                return made
             except ray.exceptions.ObjectLostError as error:
                 logger.warning("request %s: %s is made again: %s", job.request_id, job.row_id, type(error).__name__)
         raise UnavailableError("the image's group broke again and again before it was decoded; ask again")
@@ -225,7 +233,7 @@ class ServeBackend:
             guidance_scale=job.guidance_scale,
             true_cfg_scale=1.0 if job.negative_prompt is None else job.true_cfg_scale,
             seed=job.seed + index,
-            magcache=job.magcache,
+            magcache=job.magcache if self._guard is None else self._guard.options(job.magcache, job.strength),
             priority=job.priority,
             deadline_s=self._left_s(context),
             partial_images=job.partial_images,
@@ -286,11 +294,12 @@ class ServeBackend:
         return [answer for answer in answers if isinstance(answer, str)]
 
     async def metric_families(self) -> list[Metric]:
-        """The encoder's and all coordinators' families, merged; those that do not answer in time are left out."""
+        """All families beside the API's own, merged; those of processes that do not answer in time are left out."""
         coordinators, encoder = await asyncio.gather(
             call_all_coordinators("metric_families"), _families_of(self._encoder)
         )
-        return merge_families(*coordinators, encoder)
+        guard = [] if self._guard is None else self._guard.metric_families()
+        return merge_families(*coordinators, encoder, guard)
 
 
 def _digest(job: ImagesJob) -> str:

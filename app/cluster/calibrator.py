@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import io
 import logging
 import time
 from collections.abc import Awaitable
@@ -11,16 +10,14 @@ from http import HTTPStatus
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
 import ray
-import torch
-from PIL import Image
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from app.cluster.client_errors import to_service_error, unwrap_ray_error
 from app.cluster.coordinators import call_all_coordinators
 from app.cluster.handles import result_of
+from app.components.image_file import pixels_of
 from app.components.prompt_encoder import PromptEncoder
 from app.components.vae import ImageDecoder
 from app.control.calibration import Outcome, Run, Runs, Subject, calibration, expected_runs
@@ -214,7 +211,7 @@ class Calibrator:
         # Finished images of clients are decoded before previews, and so before these.
         file = await self._decoder.preview(result.latents, job.width, job.height, "png", 100) if run.decoded else None
         latents = await result.latents if isinstance(result.latents, Awaitable) else result.latents
-        image = None if file is None else await asyncio.to_thread(_pixels, file)
+        image = None if file is None else await asyncio.to_thread(pixels_of, file)
         return Outcome(latents, time.perf_counter() - started, result.sums.get(COND), image)
 
 
@@ -244,13 +241,6 @@ def _advance(runs: Runs, outcome: Outcome | None) -> Run | Profile:
     except StopIteration as end:
         profile: Profile = end.value
         return profile
-
-
-def _pixels(file: bytes) -> torch.Tensor:
-    """(3, height, width) in [0, 1]."""
-    with Image.open(io.BytesIO(file)) as image:
-        pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
-    return torch.from_numpy(pixels / 255).permute(2, 0, 1)
 
 
 def _read(file: Path, job: CalibrationJob) -> Findings:

@@ -80,5 +80,5 @@ class ImagesApi:
         assert _drain is not None
         assert _backend is not None
         _drain.begin()
-        await _backend.stop_calibrating()
+        await _backend.stop_background()
         return _drain.waits_for

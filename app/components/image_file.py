@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -34,3 +36,10 @@ def image_file(image: Image.Image, output_format: str, compression: int, paramet
     file = io.BytesIO()
     image.save(file, format=output_format, **options)
     return file.getvalue()
+
+
+def pixels_of(file: bytes) -> torch.Tensor:
+    """The pixels of an image file, (3, height, width) in [0, 1]."""
+    with Image.open(io.BytesIO(file)) as image:
+        pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    return torch.from_numpy(pixels / 255).permute(2, 0, 1)

@@ -12,7 +12,7 @@ import torch
 
 from app.engine.geometry import Geometry
 from app.errors import InvalidRequestError
-from app.messages import BranchStep, CalibrationRun, DenoiseJob, MagCacheOptions, steps_of_share
+from app.messages import BranchStep, CalibrationRun, DenoiseJob, ImageKind, MagCacheOptions, steps_of_share
 from app.settings import Settings
 from magcache_core import (
     VELOCITY_MODES,
@@ -173,9 +173,12 @@ class SchedulePlanner:
         return BranchSchedule(decided, max(int(run.record), *(len(one.weights) for one in decided)), 0.0)
 
     def _with_budget(self, job: DenoiseJob, options: MagCacheOptions) -> MagCacheOptions:
-        """``options`` with the number of computed steps that their share stands for; none without a profile."""
+        """``options`` with the number of computed steps that their share, or the quality guard's choice, stands for.
+
+        Without a profile there is none.
+        """
         if options.computed_share is None:
-            return options
+            return self._guarded(job, options)
         fewest = self.fewest(job, options)
         if fewest is None:
             return replace(options, computed_share=None)
@@ -188,6 +191,19 @@ class SchedulePlanner:
                 param="magcache.min_computed_steps",
             )
         return replace(options, computed_steps=budget, computed_share=None)
+
+    def _guarded(self, job: DenoiseJob, options: MagCacheOptions) -> MagCacheOptions:
+        """``options`` with the quality guard's choice for the kind of image that ``job`` is, if it made one."""
+        plain = replace(options, guard_budgets=())
+        found = self._profile(*_measured_by(job)) if options.guard_budgets and options.computed_steps is None else None
+        if found is None:
+            return plain
+        kind = ImageKind(found.label, job.steps_to_run, len(job.branches) > 1)
+        budget = dict(options.guard_budgets).get(kind)
+        fewest = self.fewest(job, options)
+        if budget is None or fewest is None:
+            return plain
+        return replace(plain, computed_steps=max(budget, fewest), mag_threshold=None)
 
     def fewest(self, job: DenoiseJob, options: MagCacheOptions) -> int | None:
         """The fewest computed steps that a plan for ``job`` can have; None where there is no profile to plan with."""

@@ -7,6 +7,7 @@ from app.metrics.api import ApiMetrics
 from app.metrics.catalogue import CATALOGUE, PHASES, Spec
 from app.metrics.coordinator import CoordinatorMetrics
 from app.metrics.encoder import EncoderMetrics
+from app.metrics.guard import GuardMetrics
 from app.metrics.merge import Families, merge_families
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "CoordinatorMetrics",
     "EncoderMetrics",
     "Families",
+    "GuardMetrics",
     "Spec",
     "merge_families",
 ]

@@ -7,6 +7,7 @@ from app.metrics.catalogue import CATALOGUE, COMMON, Owner, Spec
 _OWNERS: dict[Owner, str] = {
     "api": "The API",
     "encoder": "The prompt encoder",
+    "guard": "The quality guard",
     "coordinator": "Each coordinator",
 }
 
@@ -15,14 +16,15 @@ _HEAD = """\
 
 Made from `app/metrics/catalogue.py` by `make metrics`: edit it there.
 
-`GET /metrics` has the API's own metrics, the prompt encoder's, and those of all coordinators, which are found by name
-and asked directly. The format is Prometheus' text, or OpenMetrics when `Accept` asks for it; there, the buckets marked
-with *id* carry the `request_id` of a request that fell into them, which is the `X-Request-Id` of its reply. Ray's and
-Ray Serve's own metrics are exported by Ray.
+`GET /metrics` has the API's own metrics, the prompt encoder's, the quality guard's where it is on, and those of all
+coordinators, which are found by name and asked directly. The format is Prometheus' text, or OpenMetrics when `Accept`
+asks for it; there, the buckets marked with *id* carry the `request_id` of a request that fell into them, which is the
+`X-Request-Id` of its reply. Ray's and Ray Serve's own metrics are exported by Ray.
 
 A counter begins at 0 when its owner starts: a coordinator when its group is built, the others with their Serve replica.
 All labels are bounded: `rank` by `tensor_parallel_size` times `sequence_parallel_size`, `replica` by the replicas that
-Serve starts, the rest by the lists below.
+Serve starts, `profile` by what was calibrated, `steps` and `computed` by `sampling.max_inference_steps`, the rest by
+the lists below.
 
 `make monitoring` watches a running service with Prometheus, the rules and the alerts of `k8s/base/rules.yaml`. The
 dashboards in `k8s/base/dashboards` are made by `scripts/dashboards`; this is what they show of flux-tiny under a mix of

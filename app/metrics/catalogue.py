@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Literal
 
 Kind = Literal["counter", "gauge", "histogram"]
-Owner = Literal["api", "encoder", "coordinator"]
+Owner = Literal["api", "encoder", "guard", "coordinator"]
 
 # From the small model's tenths of a second on a CPU to a queue of FLUX.1-dev images.
 LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 150.0, 300.0, 600.0)
@@ -17,6 +17,8 @@ GAP = (0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 RATIO = tuple(tenth / 10 for tenth in range(11))
 # The shipped thresholds are 0.05 to 0.24 for one run of reused steps, and an image adds up several runs.
 ERROR = (0.0, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+DECIBELS = (10.0, 15.0, 20.0, 22.5, 25.0, 27.5, 30.0, 32.5, 35.0, 37.5, 40.0, 45.0, 50.0, 55.0, 60.0, 70.0)
+SIMILARITY = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999)
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 TOKENS = (96, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
@@ -34,7 +36,7 @@ BRANCHES = ("cond", "uncond")
 DECILES = tuple(str(decile) for decile in range(10))
 
 COMMON: Mapping[Owner, tuple[str, ...]] = MappingProxyType(
-    {"api": ("model",), "encoder": ("model",), "coordinator": ("model", "replica")}
+    {"api": ("model",), "encoder": ("model",), "guard": ("model",), "coordinator": ("model", "replica")}
 )
 """Labels that every metric of an owner carries."""
 
@@ -130,6 +132,39 @@ CATALOGUE: tuple[Spec, ...] = (
         "(shared), or a new one (miss).",
         result=("hit", "shared", "miss"),
     ),
+    # What the quality guard measures, of kinds of images: their profile, their steps, and whether true CFG runs.
+    _gauge(
+        "guard", "flux_guard_target_db", "dB",
+        "PSNR against the uncached image that nine of ten images are to reach.",
+    ),
+    _histogram(
+        "guard", "flux_guard_psnr_db", "dB", DECIBELS,
+        "PSNR of a sampled image against its uncached one, by profile and computed steps.",
+        profile=(), computed=(),
+    ),
+    _histogram(
+        "guard", "flux_guard_ssim", "1", SIMILARITY,
+        "Structural similarity of a sampled image to its uncached one, by profile and computed steps.",
+        profile=(), computed=(),
+    ),
+    _gauge(
+        "guard", "flux_guard_worst_tenth_db", "dB",
+        "Estimate of the 10th percentile of an image's PSNR at the present budget; no value while too few are known.",
+        profile=(), steps=(), guided=("false", "true"),
+    ),
+    _gauge(
+        "guard", "flux_guard_budget_steps", "steps",
+        "Computed steps of an image that leaves MagCache to the server, as the guard has chosen or left them.",
+        profile=(), steps=(), guided=("false", "true"),
+    ),
+    _counter(
+        "guard", "flux_guard_changes", "changes", "Changes of a budget by the guard.", direction=("up", "down"),
+    ),
+    _counter(
+        "guard", "flux_guard_samples", "images",
+        "Sampled images by what became of them: compared, dropped since newer ones waited, or failed to run again.",
+        result=("compared", "dropped", "failed"),
+    ),
     # What each coordinator counts: decisions.
     _counter(
         "coordinator", "flux_steps", "steps", "Denoising steps by decision and CFG branch.",
@@ -180,11 +215,12 @@ CATALOGUE: tuple[Spec, ...] = (
     ),
     _counter(
         "coordinator", "flux_calibration_runs", "runs",
-        "Images that a calibration ran to their last step; no other metric counts them.",
+        "Images that a calibration or the quality guard ran to their last step; no other metric of this table counts "
+        "them.",
     ),
     _counter(
         "coordinator", "flux_calibration_seconds", "seconds",
-        "Time of the slowest rank on images of a calibration, which run while no client's image is there.",
+        "Time of the slowest rank on images of a calibration or the guard, which run while no client's image is there.",
     ),
     # The batch.
     _histogram(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from scripts.dashboards.panels import (
+    FLUX,
     GROUP,
     RATE,
     Dashboard,
@@ -121,6 +122,45 @@ ERROR = Row(
     ),
 )  # fmt: skip
 
+GUARD = Row(
+    "Quality guard",
+    (
+        Panel(
+            "Target and estimate",
+            "PSNR against the uncached image that nine of ten images are to reach, and what they reach by estimate.",
+            "timeseries", "dB",
+            (
+                Query(f"max(flux_guard_target_db{{{FLUX}}})", "target"),
+                Query(f"flux_guard_worst_tenth_db{{{FLUX}}}", "{{profile}}, {{steps}} steps, CFG {{guided}}"),
+            ),
+            needs="event",
+        ),
+        Panel(
+            "Computed steps that hold it", "What the guard has an image compute that leaves MagCache to the server.",
+            "timeseries", "short",
+            (Query(f"flux_guard_budget_steps{{{FLUX}}}", "{{profile}}, {{steps}} steps, CFG {{guided}}"),),
+            width=6, needs="event",
+        ),
+        Panel(
+            "Samples and changes", "Images compared, dropped and failed per second, and changes of a budget.",
+            "timeseries", "short",
+            (
+                Query(rate("flux_guard_samples_total", "result", FLUX), "{{result}}"),
+                Query(rate("flux_guard_changes_total", "direction", FLUX), "budget {{direction}}"),
+            ),
+            width=6, needs="event",
+        ),
+        Panel(
+            "PSNR of samples", "Each cell counts compared images with so much PSNR against their uncached ones.",
+            "heatmap", "dB", distribution("flux_guard_psnr_db", FLUX), needs="event",
+        ),
+        Panel(
+            "SSIM of samples", "Each cell counts compared images with so much structural similarity.",
+            "heatmap", "none", distribution("flux_guard_ssim", FLUX), needs="event",
+        ),
+    ),
+)  # fmt: skip
+
 BATCH = Row(
     "Batch",
     (
@@ -179,5 +219,5 @@ MAGCACHE = Dashboard(
     uid="flux-magcache",
     title="FLUX / MagCache",
     description="Skip ratio, schedules, time computed, reused and saved, predicted error, batch packing and ranks.",
-    rows=(REUSE, TIME, ERROR, BATCH, RANKS),
+    rows=(REUSE, TIME, ERROR, GUARD, BATCH, RANKS),
 )

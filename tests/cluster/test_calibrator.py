@@ -98,12 +98,12 @@ async def test_a_service_that_stops_ends_it_and_begins_none(tmp_path: Path) -> N
     backend = ServeBackend(settings, Silent(), None, None)
     started = await backend.calibrate(CalibrationJob("calibration-1", ("a",), 8, 64, 64, 3.5, 3, (3,)))
     await asyncio.sleep(0)
-    await backend.stop_calibrating()
+    await backend.stop_background()
     assert (started.state, (await backend.calibration(started.id)).state) == ("running", "cancelled")
     assert backend._idle is not None
     await asyncio.wait({backend._idle}, timeout=10)
     assert backend._idle.cancelled()
-    await backend.stop_calibrating()
+    await backend.stop_background()
 
 
 def test_the_command_shows_the_profile(service: str, capsys: Any, tmp_path: Path) -> None:

@@ -1,13 +1,14 @@
-"""Settings in image files, read back as other programs read them."""
+"""Image files and the settings in them, read back as other programs read them."""
 
 from __future__ import annotations
 
 import io
 
 import pytest
+import torch
 from PIL import Image
 
-from app.components.image_file import image_file
+from app.components.image_file import image_file, pixels_of
 
 IMAGE = Image.new("RGB", (64, 48), "red")
 TEXT = 'a red "circle"\nNegative prompt: blue\nSteps: 28, Seed: 7'
@@ -35,3 +36,9 @@ def test_without_parameters_there_is_nothing_but_the_image(output_format: str) -
     image = Image.open(io.BytesIO(image_file(IMAGE, output_format, 90)))
     assert "parameters" not in image.info
     assert not image.getexif()
+
+
+def test_pixels_are_those_of_the_file() -> None:
+    pixels = torch.randint(0, 256, (3, 6, 5), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    assert torch.equal((pixels_of(image_file(image, "png", 100)) * 255).round().byte(), pixels)

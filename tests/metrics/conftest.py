@@ -6,7 +6,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from app.control.counters import CoordinatorCounters
-from app.metrics import ApiMetrics, CoordinatorMetrics, EncoderMetrics
+from app.metrics import ApiMetrics, CoordinatorMetrics, EncoderMetrics, GuardMetrics
 from tests.metrics.owners import Everything
 
 
@@ -18,4 +18,5 @@ def everything() -> Everything:
         ApiMetrics(registry, "m"),
         CoordinatorMetrics(registry, "m", "r", CoordinatorCounters()),
         EncoderMetrics(registry, "m"),
+        GuardMetrics(registry, "m", 38.0),
     )

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry
 
 from app.control.counters import CoordinatorCounters
 from app.messages import COND, UNCOND, BranchStep, RowStep, StepPlan
-from app.metrics import ApiMetrics, CoordinatorMetrics, EncoderMetrics
+from app.metrics import ApiMetrics, CoordinatorMetrics, EncoderMetrics, GuardMetrics
 
 
 def coordinator_metrics(
@@ -39,3 +39,4 @@ class Everything:
     api: ApiMetrics
     coordinator: CoordinatorMetrics
     encoder: EncoderMetrics
+    guard: GuardMetrics
