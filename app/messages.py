@@ -388,6 +388,10 @@ class Progress:
         eta_s: estimated seconds to the last step.
         queue_position: its place in the queue, from 1; 0 once it runs.
         preview: x0 estimate, or None.
+        schedule: one character per step, ``C`` or ``.``, of what is done and of what is to come. Until the image is
+            admitted, a deadline or load may still lower it.
+        negative_schedule: the same of the negative branch; None without true CFG.
+        predicted_error: of ``schedule``; infinite where a reuse is longer than any that the profile measured.
     """
 
     index: int
@@ -397,6 +401,9 @@ class Progress:
     eta_s: float
     queue_position: int
     preview: Latents | None = None
+    schedule: str = ""
+    negative_schedule: str | None = None
+    predicted_error: float = 0.0
 
 
 @dataclass(frozen=True)

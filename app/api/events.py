@@ -6,10 +6,10 @@ import base64
 import time
 from typing import Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
 from app.api.backend import OutputFormat, Preview, StreamItem
-from app.api.replies import all_warnings, ascii_json, image_reply, usage
+from app.api.replies import all_warnings, ascii_json, finite, image_reply, usage
 from app.api.resolve import ResolvedRequest
 from app.api.schemas import ErrorBody, ImageReply, Quality, Usage
 from app.errors import ServiceError
@@ -58,6 +58,13 @@ class ProgressEvent(BaseModel):
     decision: str = Field(description="`C` computed or `.` reused: the last step done; empty while it waits.")
     eta_s: float = Field(description="Estimated seconds to the last step.")
     queue_position: int = Field(description="Images admitted before it, itself counted; 0 once it runs.")
+    schedule: str = Field(
+        description="One letter a step, of those done and to come; a deadline or load may lower it while it waits."
+    )
+    negative_schedule: str | None = Field(description="The same of the negative prompt's branch under true CFG.")
+    predicted_error: float | None = Field(description="Of the schedule, as in the reply.")
+
+    _finite = field_validator("predicted_error", mode="before")(finite)
 
 
 class ErrorEvent(BaseModel):

@@ -97,7 +97,7 @@ def image_reply(resolved: ResolvedRequest, image: GeneratedImage) -> ImageReply:
             schedule=report.schedule,
             computed=report.computed,
             skipped=report.skipped,
-            predicted_error=_finite(report.predicted_error),
+            predicted_error=finite(report.predicted_error),
             negative_schedule=report.negative_schedule,
             lowered_by=report.lowered_by,  # type: ignore[arg-type]  # the scheduler's two words
             uncached_reason=report.uncached_reason,
@@ -109,7 +109,7 @@ def image_reply(resolved: ResolvedRequest, image: GeneratedImage) -> ImageReply:
     )
 
 
-def _finite(error: float) -> float | None:
+def finite(error: float) -> float | None:
     """Infinity is what the profile says of a reuse longer than any that it measured, and JSON has no such number."""
     return error if math.isfinite(error) else None
 
@@ -128,7 +128,7 @@ def _headers(resolved: ResolvedRequest, images: list[GeneratedImage]) -> dict[st
         "X-MagCache-Skipped": [str(report.skipped) for report in reports],
         "X-MagCache-Predicted-Error": [
             None if error is None else f"{error:.6g}"
-            for error in (_finite(report.predicted_error) for report in reports)
+            for error in (finite(report.predicted_error) for report in reports)
         ],
         "X-MagCache-Lowered-By": [report.lowered_by for report in reports],
         "X-MagCache-Uncached-Reason": [report.uncached_reason for report in reports[:1]],

@@ -183,8 +183,8 @@ class MagCacheReply(BaseModel):
 
     enabled: bool
     schedule: str = Field(description="One letter a step: `C` computed, `.` reused.", examples=["CCC..C...C.C"])
-    computed: int = Field(description="Computed steps, both CFG branches counted.")
-    skipped: int = Field(description="Reused steps, both CFG branches counted.")
+    computed: int = Field(description="Computed steps of `schedule`.")
+    skipped: int = Field(description="Reused steps of `schedule`.")
     predicted_error: float | None = Field(description="`null` when a reuse is longer than any that was measured.")
     negative_schedule: str | None = Field(description="The schedule of the negative prompt's branch under true CFG.")
     lowered_by: Literal["deadline", "load"] | None = Field(description="What took computed steps away, if any.")

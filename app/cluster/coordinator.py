@@ -29,6 +29,7 @@ from app.errors import (
 from app.logs import configure_logging
 from app.messages import (
     COND,
+    UNCOND,
     Conditioning,
     DenoiseJob,
     DenoiseResult,
@@ -334,6 +335,7 @@ class Coordinator:
         """Put where ``image`` stands into its stream."""
         entry, taken = image.entry, image.taken
         decision = "" if taken is None else "C" if taken.branches[0].compute else "."  # the conditional branch's
+        cond, uncond = entry.schedules[COND], entry.schedules.get(UNCOND)
         event = Progress(
             index=entry.job.index,
             step=image.steps_done,
@@ -342,6 +344,9 @@ class Coordinator:
             eta_s=self._admission.eta_s(entry),
             queue_position=self._scheduler.position(entry),
             preview=preview,
+            schedule=cond.text,
+            negative_schedule=uncond.text if uncond else None,
+            predicted_error=cond.predicted_error,
         )
         buffer.push(event)
 

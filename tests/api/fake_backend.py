@@ -67,17 +67,25 @@ class FakeBackend:
         await self._take(job)
         await asyncio.sleep(self.start_s)
         for index in range(job.n):
-            yield Progress(index, 0, len(SCHEDULE), "", 1.5, 2)
+            yield self._progress(job, index, 0, "", 2)
         if self.late_error is not None:
             raise self.late_error
         await self._maybe_hold(job)
         for index in range(job.n):
             for step, decision in enumerate(SCHEDULE if progress else "", 1):
-                yield Progress(index, step, len(SCHEDULE), decision, 1.5 - step / 8, 0)
+                yield self._progress(job, index, step, decision, 0)
             for partial_index in range(job.partial_images):
                 yield Preview(index, partial_index, self._file(job, 60 * partial_index))
             await asyncio.sleep(self.silence_s)
             yield self._image(job, job.seed + index)
+
+    def _progress(self, job: ImagesJob, index: int, step: int, decision: str, position: int) -> Progress:
+        return Progress(
+            index, step, len(SCHEDULE), decision, 1.5 - step / 8, position,
+            schedule=SCHEDULE,
+            negative_schedule=None if job.negative_prompt is None else SCHEDULE,
+            predicted_error=self.predicted_error,
+        )  # fmt: skip
 
     async def cancel(self, request_id: str, key_name: str = "") -> int:
         if any(job.request_id == request_id and job.key_name != key_name for job in self.jobs):

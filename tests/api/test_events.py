@@ -81,6 +81,15 @@ async def test_the_events_of_several_images_name_theirs(client: httpx.AsyncClien
     assert backend.jobs[0].partial_images == 1
 
 
+async def test_progress_tells_the_plan_ahead(client: httpx.AsyncClient, backend: FakeBackend) -> None:
+    backend.predicted_error = float("inf")  # of which JSON has none
+    for negative, expected in (({}, None), ({"negative_prompt": "blue"}, SCHEDULE)):
+        response = await client.post(URL, json={**STREAM, **negative, "progress": True})
+        first = events_of(response.text)[0]
+        assert (first["step"], first["schedule"], first["negative_schedule"]) == (0, SCHEDULE, expected)
+        assert first["predicted_error"] is None
+
+
 async def test_nobody_gets_what_he_did_not_ask_for(client: httpx.AsyncClient) -> None:
     response = await client.post(URL, json=STREAM, headers={"Accept": "image/png"})
     assert [event["type"] for event in events_of(response.text)] == ["image_generation.completed"]

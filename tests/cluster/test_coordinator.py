@@ -111,6 +111,8 @@ async def test_a_stream_has_the_progress_of_its_image(group: Group) -> None:
     assert events[-1].step == 28, "after the last step, whatever the pace"
     assert all(event.decision == result.report.schedule[event.step - 1] for event in events if event.step)
     assert all(event.steps == 28 for event in events)
+    assert {event.schedule for event in events} == {result.report.schedule}, "known before the first step"
+    assert {event.predicted_error for event in events} == {result.report.predicted_error}
     assert events[0].eta_s == result.report.eta_seconds > 0
     assert events[-1].eta_s < events[0].eta_s
 
