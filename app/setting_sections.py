@@ -288,7 +288,8 @@ class HttpSettings(Section):
         default=None,
         min_length=1,
         description="File of API keys, one `NAME KEY` a line, for example a mounted secret; it is read again when it "
-        "changes. Then every route but `/health` and `/metrics` wants `Authorization: Bearer KEY`. null asks for none.",
+        "changes. Then every route but `/health`, `/metrics` and the page wants `Authorization: Bearer KEY`. null asks "
+        "for none.",
     )
     metrics_need_key: bool = Field(default=False, description="Have `/metrics` want a key as well.")
     allow_proxy_headers: bool = Field(

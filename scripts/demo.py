@@ -172,7 +172,7 @@ def run(options: argparse.Namespace) -> int:
         image(service.url, options)
         print(f"          first image {time.monotonic() - began:.1f} s after the start", flush=True)
         if not options.once:
-            print(f"The service keeps running; Ctrl-C stops it.\n{service.url}", flush=True)
+            print(f"The service keeps running; Ctrl-C stops it. Its page, for a browser:\n{service.url}/", flush=True)
             with contextlib.suppress(StopRequested):
                 service.watch()
     finally:

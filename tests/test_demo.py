@@ -146,7 +146,7 @@ def test_it_serves_until_it_is_stopped(
 
     monkeypatch.setattr(demo.Service, "watch", watch)
     assert demo.main(_options(folder)) == 0
-    assert seen[-1] == f"http://127.0.0.1:{port}"
+    assert seen[-1] == f"http://127.0.0.1:{port}/"
     assert started[0].processes() == []
 
 

@@ -7,6 +7,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api.keys import ApiKeys
 from app.api.middleware import path_of
+from app.api.page import is_page
 from app.api.replies import error_response
 from app.errors import InvalidRequestError, ServiceError
 from app.settings import HttpSettings
@@ -35,9 +36,14 @@ class AccessMiddleware:
                 return
         await self._app(scope, receive, send)
 
+    def _needs_key(self, path: str, headers: Headers) -> bool:
+        if path == "/metrics":
+            return self._http.metrics_need_key
+        return path not in _OPEN and not is_page(path, headers)
+
     def _check(self, scope: Scope, headers: Headers) -> None:
         path = path_of(scope)
-        if self._keys is not None and path not in _OPEN and (path != "/metrics" or self._http.metrics_need_key):
+        if self._keys is not None and self._needs_key(path, headers):
             azure = headers.get("api-key")
             given = headers.get("authorization", None if azure is None else f"Bearer {azure}")
             scope["state"]["key_name"] = self._keys.name_of(given)

@@ -56,6 +56,8 @@ def openapi_of(app: FastAPI, settings: Settings) -> Schema:
                     del operation["responses"]["422"]
         for name in ("ImagesRequest", "EditsRequest"):
             _limit(components[name], components["MagCacheBody"], settings)
+        default_size = f"{settings.sampling.default_width}x{settings.sampling.default_height}"
+        components["ImagesRequest"]["properties"]["size"]["default"] = default_size
         edits = components.pop("EditsRequest")
         components["EditsForm"] = _with_images(_without_null(edits), _FORM_IMAGES, _FILE)
         components["EditsJson"] = _with_images(edits, _JSON_IMAGES, _CARRIED)
@@ -94,6 +96,8 @@ def _limit(body: Schema, magcache: Schema, settings: Settings) -> None:
     _within(fields["n"], {"maximum": sampling.max_n})
     _within(fields["num_inference_steps"], {"maximum": sampling.max_inference_steps})
     _within(fields["size"], {"pattern": _size_pattern(sampling)})
+    fields["num_inference_steps"]["default"] = sampling.num_inference_steps
+    fields["guidance_scale"]["default"] = sampling.guidance_scale
     _within(fields["model"], {"enum": [*settings.model_names, ""]})
     _within(fields["output_format"], {"enum": [*_choices(fields["output_format"]), "jpg"]})
     fields["cfg_scale"] = copy.deepcopy(fields["true_cfg_scale"])

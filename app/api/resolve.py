@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import get_args
 
+from app.api.accept import media_types
 from app.api.backend import ImagesJob, OutputFormat, SourcePixels
 from app.api.cache_options import cache_options
 from app.api.guidance import guidance_scale, true_cfg
@@ -222,17 +223,10 @@ def _reply_form(request: ImagesRequest, accept: str) -> tuple[OutputFormat, bool
 
 def _accepted_images(accept: str) -> Sequence[OutputFormat] | None:
     """The formats that the Accept header asks for, best first; None when it rather takes JSON."""
-    ranges: list[tuple[float, str]] = []
-    for part in accept.lower().split(","):
-        media_type, *parameters = (piece.strip() for piece in part.split(";"))
-        quality = next((piece[2:] for piece in parameters if piece.startswith("q=")), "1")
-        weight = float(quality) if re.fullmatch(r"[01](\.[0-9]{0,3})?", quality) else 0.0
-        if weight > 0:
-            ranges.append((weight, media_type))
-    ranges.sort(key=lambda entry: -entry[0])  # stable: the client's order stands among equals
-    if not ranges or not ranges[0][1].startswith("image/"):
+    accepted = media_types(accept)
+    if not accepted or not accepted[0].startswith("image/"):
         return None
-    images = [media_type for _, media_type in ranges if media_type.startswith("image/")]
+    images = [media_type for media_type in accepted if media_type.startswith("image/")]
     if "image/*" in images:
         return _FORMATS
     return [fmt for media_type in images for fmt in _FORMATS if media_type == f"image/{fmt}"]

@@ -14,11 +14,13 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from starlette.responses import Response
 
+from app.api.accept import prefers_html
 from app.api.backend import Backend, GeneratedImage
 from app.api.drain import Drain
 from app.api.events import STREAM_EVENTS, Kind
 from app.api.image_memory import ImageMemory
 from app.api.middleware import EDITS_PATH, IMAGES_PATH
+from app.api.page import page_response
 from app.api.replies import AsciiJSONResponse, images_response
 from app.api.resolve import ResolvedRequest, resolve_request
 from app.api.schemas import (
@@ -271,10 +273,18 @@ async def metrics(request: Request) -> Response:
     return Response(body, headers={"Content-Type": content_type})
 
 
-@router.get("/", summary="What is here", tags=["service"])
-async def index(request: Request) -> dict[str, Any]:
-    """The endpoints of this service."""
-    return {
+@router.get(
+    "/",
+    summary="What is here",
+    tags=["service"],
+    response_model=dict[str, Any],
+    responses={200: {"content": {"text/html": {"schema": {"type": "string"}}}}},
+)
+async def index(request: Request) -> Response:
+    """The endpoints of this service; for a browser (`Accept: text/html`) a page to try them on."""
+    if prefers_html(request.headers.get("accept", "")):
+        return page_response(request)
+    content = {
         "service": "flux-magcache-serve",
         "model": _service(request).settings.model_name,
         "endpoints": {
@@ -288,6 +298,7 @@ async def index(request: Request) -> dict[str, Any]:
             "GET /docs": "every field, to read and to try",
         },
     }
+    return AsciiJSONResponse(content, headers={"Vary": "Accept"})
 
 
 def new_service(settings: Settings, get_backend: Callable[[], Backend]) -> Service:

@@ -110,6 +110,13 @@ def test_the_document_has_every_field_of_an_edit() -> None:
         assert schemas[name]["additionalProperties"] is False
 
 
+def test_defaults_are_the_servers() -> None:
+    schemas = create_app(Settings.model_validate({"sampling": {"num_inference_steps": 20}}), FakeBackend).openapi()
+    fields = schemas["components"]["schemas"]["ImagesRequest"]["properties"]
+    defaults = {name: fields[name]["default"] for name in ("size", "num_inference_steps", "guidance_scale")}
+    assert defaults == {"size": "128x128", "num_inference_steps": 20, "guidance_scale": 3.5}
+
+
 def test_sizes_within_a_number_of_pixels() -> None:
     pattern = APP.openapi()["components"]["schemas"]["ImagesRequest"]["properties"]["size"]["anyOf"][0]["pattern"]
     for width in range(32, 300, 16):
