@@ -91,7 +91,7 @@ function blobOf(event) {
 
 // The form
 
-const CACHE_FIELDS = ["magcache", "quality", "deadline_s"];
+const OTHER_CACHE_FIELDS = ["quality", "deadline_s"]; // beside `magcache`
 
 async function requestOf() {
   const fields = { prompt: $("prompt").value, ...sizeField(), ...cacheFields() };
@@ -130,7 +130,10 @@ function cacheFields() {
 
 function chosenLoras() {
   const chosen = [...$("lora-list").querySelectorAll("[type=checkbox]:checked")];
-  return chosen.map(({ value }) => ({ name: value, scale: Number(named(`scale:${value}`).value) }));
+  return chosen.map(({ value: name }) => {
+    const scale = named(`scale:${name}`).value;
+    return scale === "" ? { name } : { name, scale: Number(scale) };
+  });
 }
 
 function showChoices() {
@@ -210,7 +213,6 @@ async function meet() {
     $("model").hidden = false;
     showLimits(schema.components.schemas.ImagesRequest.properties);
     if ("/v1/loras" in schema.paths) showLoras((await get("v1/loras").catch(() => ({ data: [] }))).data);
-    clearError();
     capabilities = card.capabilities;
     if (capabilities === null) {
       setTimeout(meet, 3000);
@@ -667,9 +669,12 @@ async function whileRunning(work) {
 
 function showRunning() {
   const runs = running !== null;
+  const focused = document.activeElement;
+  const leaves = runs ? $("actions").contains(focused) || $("gallery").contains(focused) : focused === $("cancel");
   $("generate").ariaDisabled = $("result").ariaBusy = String(runs);
-  $("compare").disabled = runs;
   $("cancel").hidden = !runs;
+  if (leaves) $(runs ? "cancel" : "generate").focus({ preventScroll: true });
+  $("actions").inert = $("gallery").inert = runs;
 }
 
 async function generate() {
@@ -706,39 +711,43 @@ async function compare() {
   if (!entry.full) {
     await whileRunning(async (signal) => {
       const fields = { ...entry.request.fields, magcache: { enabled: false } };
-      for (const name of CACHE_FIELDS.slice(1)) delete fields[name];
+      for (const name of OTHER_CACHE_FIELDS) delete fields[name];
       const event = await make({ ...entry.request, fields }, signal, ({ step, steps }) => {
         if (steps) $("phase").textContent = `Every step computed: ${step} of ${steps}`;
       });
-      const url = URL.createObjectURL(blobOf(event));
-      const [cached, full] = [await pixelsOf(entry.url), await pixelsOf(url)];
-      entry.full = { event, url, cached, full, psnr: psnr(cached.data, full.data) };
+      entry.full = { event, url: URL.createObjectURL(blobOf(event)) };
     });
+    if (entry.full) show(entry);
   }
-  if (shown !== entry) return;
-  show(entry);
-  if (entry.full) $("comparison").focus();
+  $(entry.full ? "comparison" : "compare").focus();
 }
 
-function showComparison() {
+let compared = null; // the pixels of both images
+
+async function showComparison() {
   const { full, event, url } = shown;
   $("comparison").hidden = !full;
   $("compare").textContent = full ? "Show the comparison" : "Compare with every step computed";
+  $("verdict").textContent = "";
   if (!full) return;
-  const [ours, theirs] = [event.timings.denoise_s, full.event.timings.denoise_s];
-  const likeness = full.psnr === Infinity ? "The two are identical" : `${full.psnr.toFixed(1)} dB PSNR between the two`;
-  $("verdict").textContent = `${likeness}; the steps took ${seconds(ours)} instead of ${seconds(theirs)}.`;
   $("cached").src = url;
   $("full").src = full.url;
   $("cached-caption").textContent = `Cached: ${event.magcache.computed} steps computed`;
   $("full-caption").textContent = `Every step: ${full.event.magcache.computed} computed`;
+  const pixels = await Promise.all([pixelsOf(url), pixelsOf(full.url)]);
+  if (shown.full !== full) return; // another image was chosen meanwhile
+  compared = pixels;
+  const decibels = psnr(...pixels.map(({ data }) => data));
+  const likeness = decibels === Infinity ? "The two are identical" : `${decibels.toFixed(1)} dB PSNR between the two`;
+  const [ours, theirs] = [event, full.event].map(({ timings }) => seconds(timings.denoise_s));
+  $("verdict").textContent = `${likeness}; the steps took ${ours} instead of ${theirs}.`;
   showDifference();
 }
 
 function showDifference() {
   const gain = 2 ** Number($("gain").value);
   $("gain-value").textContent = gain;
-  const { cached, full } = shown.full;
+  const [cached, full] = compared;
   const canvas = Object.assign($("difference"), { width: cached.width, height: cached.height });
   canvas.ariaLabel = `The difference of the two, ${gain} times as strong`;
   const image = new ImageData(cached.width, cached.height);
@@ -850,6 +859,7 @@ document.addEventListener("keydown", (event) => {
 $("cancel").addEventListener("click", () => running?.abort());
 $("key").addEventListener("change", () => {
   sessionStorage.setItem(KEY, $("key").value.trim());
+  clearError();
   meet();
 });
 
