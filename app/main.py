@@ -26,6 +26,10 @@ CONSTRUCTOR_ATTEMPTS = 3
 """Few, so that a part that cannot start fails the deployment with its reason; several, for a hub that answers late."""
 
 
+HEALTH_CHECK_S = 1.0
+"""How often Serve looks at each of its processes: one that died is missed for so long before it is replaced."""
+
+
 def build(settings: Settings) -> Application:
     """Bind the deployments that ``settings`` ask for.
 
@@ -36,8 +40,8 @@ def build(settings: Settings) -> Application:
     check_local_checkpoint(settings)
     check_resources(settings)
     component = {"num_cpus": settings.cpus_per_helper}
-    retries = {"max_constructor_retry_count": CONSTRUCTOR_ATTEMPTS}
-    common: dict[str, Any] = {**retries, "graceful_shutdown_timeout_s": settings.drain_seconds}
+    watched = {"max_constructor_retry_count": CONSTRUCTOR_ATTEMPTS, "health_check_period_s": HEALTH_CHECK_S}
+    common: dict[str, Any] = {**watched, "graceful_shutdown_timeout_s": settings.drain_seconds}
 
     def own_deployment(part: type, runs_on: str) -> Application:
         return _deployment(
@@ -63,7 +67,7 @@ def build(settings: Settings) -> Application:
         ray_actor_options=component,
         # More than may run and wait behind it, so that requests beyond a full queue get an answer.
         max_ongoing_requests=2 * (settings.max_ongoing_requests * settings.max_replicas + settings.max_queued_requests),
-        **retries,
+        **watched,
         graceful_shutdown_timeout_s=settings.api_drain_seconds,
     )
     return api.bind(

@@ -23,6 +23,8 @@ from app.cluster.ingress import ImagesApi
 
 logger = logging.getLogger("ray.serve")
 
+PROXY_CHECK = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1"}
+"""How often Serve looks whether its HTTP proxies live, in seconds; its default of 10 is time without a service."""
 LOOK_S = 0.5
 """How often the API is asked what it still works on."""
 ANSWER_S = 10.0
@@ -39,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options, further = parser.parse_known_args(arguments)
     if not options.config.is_file():
         parser.error(f"there is no config {options.config}; choose one of deployments/*.yaml")
-    for name, value in PROXY_GUARD.items():
-        os.environ.setdefault(name, value)  # a Ray that this command starts hands it to its proxies
+    for name, value in (PROXY_GUARD | PROXY_CHECK).items():
+        os.environ.setdefault(name, value)  # a Ray that this command starts hands it to its proxies and controller
     serve_run.main([str(options.config), "--non-blocking", *further], standalone_mode=False)
     _wait_for_signal()
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from app.serve import PROXY_CHECK
 from tests.service_process import service_process, wait_until
 
 IMAGES = "/v1/images/generations"
@@ -19,6 +20,8 @@ def test_sigterm_loses_no_image(tmp_path: Path) -> None:
     with service_process(tmp_path, drain_seconds=60.0) as service, ThreadPoolExecutor(6) as pool:
         under_way = [pool.submit(service.client.post, IMAGES, json=LONG | {"seed": seed}) for seed in range(6)]
         wait_until(lambda: service.metric("flux_running_pictures") == 6)
+        (raylet,) = (each for each in service.processes() if each.name() == "raylet")
+        assert raylet.environ().items() >= PROXY_CHECK.items(), "Serve's controller inherits it"
         service.process.send_signal(signal.SIGTERM)
         wait_until(lambda: service.health() == 503)
         assert not any(each.done() for each in under_way)

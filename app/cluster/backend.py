@@ -19,7 +19,7 @@ from app.api.infotext import infotext
 from app.cluster.calibrator import Calibrator
 from app.cluster.client_errors import to_service_error, unwrap_ray_error
 from app.cluster.coordinators import ANSWER_SECONDS, call_all_coordinators
-from app.cluster.handles import result_of
+from app.cluster.handles import repeated, result_of
 from app.cluster.idle import calibrate_when_idle
 from app.cluster.image_call import FileForm, ImageCall, OnEvent
 from app.cluster.quality_guard import GuardedImages
@@ -91,7 +91,8 @@ class ServeBackend:
         """Have a replica refuse ``job`` if it would refuse its first image now, tokens of references left out."""
         context = RequestContext(job, time.perf_counter(), None, progress=False)
         try:
-            await result_of(self._replica.check.remote(self._denoise_job(context, 0, Conditioning(_NO_PROMPT))))
+            asked = self._denoise_job(context, 0, Conditioning(_NO_PROMPT))
+            await repeated(lambda: result_of(self._replica.check.remote(asked)))
         except Exception as error:
             raise await self._error_for(error, context) from error
 
@@ -194,18 +195,18 @@ class ServeBackend:
     async def _denoise_and_decode(
         self, context: RequestContext, index: int, conditioning: Conditioning, call: ImageCall
     ) -> tuple[DenoiseResult, bytes, float]:
-        """One image; it is made again (same seed) when its latents are lost with their group before the decoding."""
+        """One image; it is made again (same seed) when its replica dies, or its group with the latents undecoded."""
         for _ in range(self.settings.rebuild_attempts + 1):
             job = self._denoise_job(context, index, conditioning)
-            result = await call.result(job, conditioning)
             try:
+                result = await call.result(job, conditioning)
                 made = result, *await self._decode(result, context.job, index)
                 if self._guard is not None:
                     self._guard.finished(job, conditioning, result)
                 return made
-            except ray.exceptions.ObjectLostError as error:
+            except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
                 logger.warning("request %s: %s is made again: %s", job.request_id, job.row_id, type(error).__name__)
-        raise UnavailableError("the image's group broke again and again before it was decoded; ask again")
+        raise UnavailableError("the image's replica or group broke again and again before it was decoded; ask again")
 
     async def _decode(self, result: DenoiseResult, job: ImagesJob, index: int) -> tuple[bytes, float]:
         """The image file, and the seconds that it took."""
@@ -256,9 +257,10 @@ class ServeBackend:
         """What kind of model is served; asked once of a replica, which has checked the checkpoint."""
         if self._family is None:
             try:
-                self._family = await result_of(self._replica.family.remote())
+                family: Family = await repeated(lambda: result_of(self._replica.family.remote()))
             except Exception as error:
                 raise to_service_error(error, 0.0) from error
+            self._family = family
         return self._family
 
     async def health(self) -> HealthReport:

@@ -1,10 +1,23 @@
 """Calls through Serve's handles that are cancelled together with the task that awaits them."""
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, TypeVar, cast
 
+import ray
 from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
+
+from app.errors import UnavailableError
+
+logger = logging.getLogger(__name__)
+
+TRIES = 4
+"""How often a call is made whose process dies each time: it may be the call that kills it."""
+BETWEEN_TRIES_S = 0.1
+"""For Serve's router to take note of the death; it then holds the call until there is another process."""
+
+T = TypeVar("T")
 
 # Serve types what `remote` gives as the union of both, whatever the handle's options are.
 Response = DeploymentResponse[Any] | DeploymentResponseGenerator[Any]
@@ -18,6 +31,21 @@ async def result_of(response: Response) -> Any:
     except asyncio.CancelledError:
         response.cancel()
         raise
+
+
+async def repeated(call: Callable[[], Awaitable[T]]) -> T:
+    """The result of ``call``, which is made again when the process that worked on it dies; for calls without effects.
+
+    Raises:
+        UnavailableError: that happened `TRIES` times.
+    """
+    for _ in range(TRIES):
+        try:
+            return await call()
+        except ray.exceptions.RayActorError as error:
+            logger.warning("a part of the service died, its call is made again: %s", type(error).__name__)
+            await asyncio.sleep(BETWEEN_TRIES_S)
+    raise UnavailableError(f"a part of the service died {TRIES} times on this request; ask again")
 
 
 async def items_of(response: Response) -> AsyncGenerator[Any, None]:
@@ -37,7 +65,10 @@ PlanPart = TypeVar("PlanPart")
 
 
 def remote(handle: DeploymentHandle, part: type[PlanPart]) -> PlanPart:
-    """The ``part`` that a deployment holds, to be used as if it were in this process; coroutine methods only."""
+    """The ``part`` that a deployment holds, to be used as if it were in this process; coroutine methods only.
+
+    Its methods have no effects, so that a call is made again when the deployment's process dies.
+    """
     return cast(PlanPart, DeploymentProxy(handle))
 
 
@@ -51,7 +82,7 @@ class DeploymentProxy:
         method = getattr(self._handle, name)
 
         async def call(*args: Any) -> Any:
-            return await result_of(method.remote(*args))
+            return await repeated(lambda: result_of(method.remote(*args)))
 
         setattr(self, name, call)
         return call

@@ -164,6 +164,28 @@ class Sources(Part):
         return PromptEmbeddings(torch.zeros(1)) if len(_) == 1 else SourceImage(torch.zeros(2, 64), 16, 32)
 
 
+class Dying:
+    """Stands for the replicas' handle: the first replica dies with its image."""
+
+    def __init__(self) -> None:
+        self.jobs: list[DenoiseJob] = []
+        self.denoise = self
+
+    async def remote(self, job: DenoiseJob, *_: object) -> Any:
+        self.jobs.append(job)
+        raise ray.exceptions.ActorDiedError if len(self.jobs) == 1 else BusyError(7)
+
+
+async def test_an_image_whose_replica_dies_is_asked_of_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_call, "result_of", lambda response: response)
+    part, replica = Sources(), Dying()
+    with pytest.raises(BusyError):
+        await ServeBackend(Settings(), part, replica, part).generate(edit_job())
+    first, second = replica.jobs
+    assert first.seed == second.seed
+    assert first.row_id != second.row_id
+
+
 class Taker:
     """Stands for the replicas' handle: takes an image, and refuses the next ones."""
 

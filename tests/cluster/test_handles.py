@@ -7,10 +7,13 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterator
 
 import pytest
+import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from app.cluster.handles import items_of, remote, result_of
+from app.cluster import handles
+from app.cluster.handles import TRIES, items_of, remote, repeated, result_of
+from app.errors import UnavailableError
 
 
 class Part:
@@ -69,3 +72,18 @@ async def test_a_call_ends_with_what_awaits_it(handle: DeploymentHandle) -> None
         assert await anext(endless) == 0
         await endless.aclose()
         await part.until("cut short")
+
+
+async def test_a_call_whose_process_dies_is_made_again_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handles, "BETWEEN_TRIES_S", 0.0)
+    deaths = iter(range(TRIES - 1))
+
+    async def call() -> str:
+        if next(deaths, None) is not None:
+            raise ray.exceptions.ActorDiedError
+        return "done"
+
+    assert await repeated(call) == "done"
+    deaths = iter(range(TRIES))
+    with pytest.raises(UnavailableError, match=f"died {TRIES} times on this request"):
+        await repeated(call)
