@@ -16,7 +16,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from app.engine.checkpoint import check_checkpoint
 from app.engine.checkpoint_files import CheckpointError, read_json
 from app.engine.families import Family, family_of
 from app.model_hints import INDEX, not_a_model, not_a_transformer
@@ -139,7 +138,7 @@ def check_local_checkpoint(settings: Settings) -> None:
     """Check the checkpoint if its files are on this machine; a head node need not have them.
 
     Raises:
-        ValueError: what is wrong, with the file or number; see `check_checkpoint`.
+        ValueError: what is wrong, with the file or number; see `app.engine.checkpoint`.
     """
     try:
         folder = local_folder(settings.model)
@@ -147,7 +146,7 @@ def check_local_checkpoint(settings: Settings) -> None:
     except FileNotFoundError:
         return
     if folder is not None:
-        check_checkpoint(folder, settings.tensor_parallel_size, settings.sequence_parallel_size, single_file)
+        _check(folder, settings, single_file)
 
 
 def fetch_and_check(settings: Settings) -> Family:
@@ -157,9 +156,16 @@ def fetch_and_check(settings: Settings) -> Family:
         What kind of model it is.
 
     Raises:
-        FileNotFoundError, ValueError: what is wrong; see `model_folder`, `transformer_file` and `check_checkpoint`.
+        FileNotFoundError, ValueError: what is wrong; see `model_folder`, `transformer_file`, `app.engine.checkpoint`.
     """
     single_file = transformer_file(settings)  # before anything is downloaded
     folder = model_folder(settings)
-    check_checkpoint(folder, settings.tensor_parallel_size, settings.sequence_parallel_size, single_file)
+    _check(folder, settings, single_file)
     return family_of(folder)
+
+
+def _check(folder: Path, settings: Settings, single_file: Path | None) -> None:
+    # Most processes only look for files; this is the one import here that reads diffusers and transformers.
+    from app.engine.checkpoint import check_checkpoint
+
+    check_checkpoint(folder, settings.tensor_parallel_size, settings.sequence_parallel_size, single_file)

@@ -169,6 +169,7 @@ def test_a_repository_of_single_files_is_named(
 
 
 EVERY_PROCESS = f"""
+import asyncio
 import huggingface_hub, app.model_files
 from app.cluster.coordinator import Coordinator
 from app.cluster.rank import Rank
@@ -186,7 +187,7 @@ settings = Settings(model={REPO!r}, revision="v1", threads_per_rank=1)
 app.model_files.fetch_and_check(settings)
 rank = Rank(settings, 0)
 rank.load(None)
-Coordinator(settings, [], [], "replica", rebuilds=0)
+asyncio.run(Coordinator(settings).lead([], [], "replica", rebuilds=0))
 PromptEncoder(settings)
 ImageDecoder(settings)
 print(*asked)

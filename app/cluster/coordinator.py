@@ -18,7 +18,6 @@ from app.control.counters import CoordinatorCounters
 from app.control.progress import ProgressBuffer
 from app.control.request import RequestState
 from app.control.schedule import SchedulePlanner
-from app.engine.sampling import FlowMatchSampler
 from app.errors import (
     DeadlinePassedError,
     GroupFailedError,
@@ -85,20 +84,27 @@ class Coordinator:
     No plan waits for a result: decisions depend on settings and step indices only, never on the data.
     """
 
-    def __init__(
+    def __init__(self, settings: Settings) -> None:
+        """A process that has imported everything and waits for its ranks: until `lead` all other calls fail."""
+        from app.engine import sampling  # noqa: F401  # here, so that the replica is up without it
+
+        configure_logging(settings)
+        self._settings = settings
+
+    async def lead(
         self,
-        settings: Settings,
         ranks: Sequence[ActorHandle],
         measured_times: Sequence[Sequence[StepTime]],
         replica: str,
         rebuilds: int,
         mismatches: int = 0,
     ) -> None:
-        """``measured_times`` is what each rank measured."""
-        configure_logging(settings)
+        """Take ``ranks``, which are loaded; ``measured_times`` is what each of them measured."""
+        from app.engine.sampling import FlowMatchSampler
+
+        settings = self._settings
         self._ranks = list(ranks)
         self._watch = RankWatch(self._ranks)
-        self._settings = settings
         self._noise = FlowMatchSampler(model_folder(settings))
         self._planner = SchedulePlanner(settings, self._noise)
         slowest = [max(times, key=lambda one: one.seconds) for times in zip(*measured_times, strict=True)]

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import uuid
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,19 +22,46 @@ NAMESPACE = "flux"
 
 @dataclass(frozen=True)
 class RankGroup:
-    """Handles of a running group. A group that broke is killed whole and built again: ranks share collectives."""
+    """Handles of a group. One that broke is killed whole and another takes its place: ranks share collectives."""
 
     coordinator: Any
     ranks: tuple[Any, ...]
 
     @classmethod
-    async def build(
-        cls, settings: Settings, bundles: PlacementGroup, replica: str, rebuilds: int, mismatches: int = 0
-    ) -> "RankGroup":
-        """Start the actors, let the ranks meet, load and warm up, then start the coordinator.
+    def start(cls, settings: Settings, bundles: PlacementGroup, replica: str) -> "RankGroup":
+        """Start the actors, without waiting for them: they import everything, and hold no model until `load`.
 
         Args:
-            bundles: one bundle per rank.
+            bundles: one bundle per rank; with ``spare_group`` two groups share them.
+            replica: the replica's unique name; metrics carry it.
+        """
+        groups = 2 if settings.spare_group else 1
+        gpus = settings.gpus_per_rank if settings.device == "cuda" else 0
+        # Ray types a call's result as the class, not as a handle with remote methods.
+        rank_class: Any = ray.remote(Rank)
+        coordinator_class: Any = ray.remote(Coordinator)
+        ranks = tuple(
+            rank_class.options(
+                num_cpus=settings.cpus_per_rank / groups,
+                num_gpus=gpus / groups,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(bundles, placement_group_bundle_index=rank),
+            ).remote(settings, rank)
+            for rank in range(settings.ranks)
+        )
+        coordinator = coordinator_class.options(
+            # The name is how /metrics finds it; the number keeps it apart from others of this replica.
+            name=f"{COORDINATOR_NAME}:{replica}:{uuid.uuid4().hex[:8]}",
+            namespace=NAMESPACE,
+            num_cpus=0,
+            max_concurrency=10_000,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(bundles, placement_group_bundle_index=0),
+        ).remote(settings)
+        return cls(coordinator, ranks)
+
+    async def load(self, settings: Settings, replica: str, rebuilds: int, mismatches: int = 0) -> None:
+        """Let the ranks meet, load and warm up, then have the coordinator lead them; kills all when that fails.
+
+        Args:
             replica: the replica's unique name; metrics carry it.
             rebuilds: how many groups this replica had before.
             mismatches: how many of them ended because a rank had another history than its coordinator.
@@ -42,20 +70,8 @@ class RankGroup:
             ray.exceptions.RayError: an actor died, or the checkpoint cannot be loaded (the cause is in the message).
             GroupFailedError: a part has made no progress for ``start_timeout_s``.
         """
+        coordinator, ranks = self.coordinator, self.ranks
         size, patience_s = settings.ranks, settings.start_timeout_s
-        gpus = settings.gpus_per_rank if settings.device == "cuda" else 0
-        # Ray types a call's result as the class, not as a handle with remote methods.
-        rank_class: Any = ray.remote(Rank)
-        coordinator_class: Any = ray.remote(Coordinator)
-        ranks = tuple(
-            rank_class.options(
-                num_cpus=settings.cpus_per_rank,
-                num_gpus=gpus,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(bundles, placement_group_bundle_index=rank),
-            ).remote(settings, rank)
-            for rank in range(size)
-        )
-        coordinator: Any = None
         try:
             rendezvous = None
             if size > 1:
@@ -68,20 +84,13 @@ class RankGroup:
             )
             if size > 1:
                 await in_time(ranks[0].close_rendezvous.remote(), patience_s, "rank 0 closes the rendezvous")
-            coordinator = coordinator_class.options(
-                # The name is how /metrics finds it; the count keeps it apart from a predecessor still ending.
-                name=f"{COORDINATOR_NAME}:{replica}:{rebuilds}",
-                namespace=NAMESPACE,
-                num_cpus=0,
-                max_concurrency=10_000,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(bundles, placement_group_bundle_index=0),
-            ).remote(settings, ranks, measured_times, replica, rebuilds, mismatches)
-            await in_time(coordinator.ping.remote(), patience_s, "the coordinator starts")
+            leads = coordinator.lead.remote(ranks, measured_times, replica, rebuilds, mismatches)
+            await in_time(leads, patience_s, "the coordinator starts")
+            await in_time(coordinator.ping.remote(), patience_s, "the coordinator reaches its ranks")
             coordinator.run.remote()
         except BaseException:
-            _kill((*ranks, coordinator) if coordinator else ranks)
+            self.kill()
             raise
-        return cls(coordinator, ranks)
 
     async def check(self, timeout_s: float) -> None:
         """Raise what is wrong when an actor is dead or hangs, or the coordinator failed; waits for plans under way.
@@ -94,10 +103,6 @@ class RankGroup:
 
     def kill(self) -> None:
         """End all actors of the group, whatever state they are in (a rank may hang in a collective)."""
-        _kill((self.coordinator, *self.ranks))
-
-
-def _kill(actors: tuple[Any, ...]) -> None:
-    for actor in actors:
-        with contextlib.suppress(ray.exceptions.RayError):
-            ray.kill(actor)
+        for actor in (self.coordinator, *self.ranks):
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.kill(actor)

@@ -43,6 +43,8 @@ class FluxReplica:
         self._reports: asyncio.Queue[tuple[RankGroup, Exception]] = asyncio.Queue()
         self._settled = asyncio.Condition()
         self._replica = serve.get_replica_context().replica_id.unique_id
+        self._bundles = ray.util.get_current_placement_group()
+        self._spare: RankGroup | None = self._start()  # its processes import while the checkpoint is checked
         self._family = await asyncio.to_thread(fetch_and_check, settings)
         self._group = await self._build()
         self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._look())]
@@ -163,9 +165,15 @@ class FluxReplica:
             self._settled.notify_all()
 
     async def _build(self) -> RankGroup:
-        bundles = ray.util.get_current_placement_group()
-        assert bundles is not None, "Serve gives every replica the placement group that build() asks for"
-        return await RankGroup.build(self._settings, bundles, self._replica, self._rebuilds, self._mismatches)
+        group, self._spare = self._spare or self._start(), None
+        await group.load(self._settings, self._replica, self._rebuilds, self._mismatches)
+        if self._settings.spare_group:
+            self._spare = self._start()
+        return group
+
+    def _start(self) -> RankGroup:
+        assert self._bundles is not None, "Serve gives every replica the placement group that build() asks for"
+        return RankGroup.start(self._settings, self._bundles, self._replica)
 
 
 async def _items(coordinator: Any, job: DenoiseJob, tensors: Any, progress: bool | None) -> AsyncGenerator[Any, None]:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 
 from app.engine.geometry import Geometry
 
@@ -131,10 +130,8 @@ def unpack(tokens: torch.Tensor, geometry: Geometry) -> torch.Tensor:
 
 
 def _draw(seed: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    noise: torch.Tensor = randn_tensor(
-        shape, generator=torch.Generator("cpu").manual_seed(seed), device=device, dtype=dtype
-    )
-    return noise
+    # On the CPU, as diffusers' pipelines do with a CPU generator: a seed gives the same image on every device.
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=dtype).to(device)
 
 
 def _grid(geometry: Geometry, axes: int, image: int) -> torch.Tensor:

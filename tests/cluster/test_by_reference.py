@@ -63,8 +63,9 @@ async def test_a_group_hands_a_reference_out(cluster: None) -> None:
     """From a rank's process through the coordinator's; 384x384 is the least square whose latents are large."""
     bundles = placement_group([{"CPU": 0.1}])
     settings = Settings(cpus_per_rank=0.1, threads_per_rank=1)
-    group = await RankGroup.build(settings, bundles, "test", rebuilds=0)
+    group = RankGroup.start(settings, bundles, "test")
     try:
+        await group.load(settings, "test", rebuilds=0)
         asked = job("a/0", size=(384, 384), steps=2)
         tensors = Conditioning(PromptEmbeddings(torch.zeros(32, 128), torch.zeros(128)))
         result = await group.coordinator.denoise.remote(asked, [tensors])

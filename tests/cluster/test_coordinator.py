@@ -93,7 +93,8 @@ async def group(conditioning: Conditioning) -> AsyncIterator[Group]:
     rank.load(None)
     measured_times = rank.warm_up(default_job(SETTINGS))
     with ThreadPoolExecutor(1) as thread:
-        coordinator = Coordinator(SETTINGS, [Handle(rank, thread)], [measured_times], "local", rebuilds=0)
+        coordinator = Coordinator(SETTINGS)
+        await coordinator.lead([Handle(rank, thread)], [measured_times], "local", rebuilds=0)
         running = asyncio.create_task(coordinator.run())
         yield Group(rank, thread, coordinator, conditioning)
         running.cancel()

@@ -48,7 +48,9 @@ def group(cluster: None) -> Iterator[RankGroup]:
 @contextmanager
 def built() -> Iterator[RankGroup]:
     bundles = placement_group([{"CPU": 0.1}, {"CPU": 0.1}])
-    group = asyncio.run(RankGroup.build(SETTINGS, bundles, f"test-{bundles.id.hex()}", rebuilds=0))
+    replica = f"test-{bundles.id.hex()}"
+    group = RankGroup.start(SETTINGS, bundles, replica)
+    asyncio.run(group.load(SETTINGS, replica, rebuilds=0))
     yield group
     group.kill()
     remove_placement_group(bundles)
@@ -104,7 +106,7 @@ async def test_a_checkpoint_that_does_not_load_says_so(cluster: None) -> None:
     bundles = placement_group([{"CPU": 0.1}])
     missing = SETTINGS.model_copy(update={"model": "models/nothing", "tensor_parallel_size": 1})
     with pytest.raises(FileNotFoundError, match=r"models/nothing.*no model_index\.json"):
-        await RankGroup.build(missing, bundles, "test", rebuilds=0)
+        await RankGroup.start(missing, bundles, "test").load(missing, "test", rebuilds=0)
     remove_placement_group(bundles)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -64,6 +66,13 @@ def test_a_stream_goes_on_when_its_group_is_rebuilt(http: httpx.Client) -> None:
     indices = [event["partial_image_index"] for event in events if "partial_image_index" in event]
     assert indices == sorted(set(indices))
     assert indices[0] == 0
+
+
+def test_a_replica_is_up_without_the_models_libraries() -> None:
+    """They take 3 s of CPU, for which its ranks would start later; the check of the checkpoint reads them meanwhile."""
+    code = "import sys, app.cluster.replica; print(*sorted({'diffusers', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 def test_a_repeated_image_has_what_is_left_of_its_deadline() -> None:

@@ -63,7 +63,7 @@ async def test_a_start_in_too_little_time_is_given_up_whole(cluster: None) -> No
     bundles = placement_group([{"CPU": 0.1}, {"CPU": 0.1}])
     impatient = SETTINGS.model_copy(update={"start_timeout_s": 0.01})
     with pytest.raises(GroupFailedError, match="rank 0 starts: no progress for start_timeout_s"):
-        await RankGroup.build(impatient, bundles, "impatient", rebuilds=0)
+        await RankGroup.start(impatient, bundles, "impatient").load(impatient, "impatient", rebuilds=0)
     remove_placement_group(bundles)
 
 
