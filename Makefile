@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 CHECKED := $(wildcard app magcache_core models/recipe benchmarks scripts tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-rest bench gpu-try lint format manifests metrics dashboards monitoring train clean
+.PHONY: help setup demo serve test test-rest bench chaos gpu-try lint format manifests metrics dashboards monitoring train clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ test-rest: setup ## What make test leaves out: several Ray nodes on this machine
 
 bench: setup ## Measure serving against diffusers' own into docs/performance.md, 12 minutes (ARGS=--quick: does it run?)
 	$(BIN)/python -m benchmarks.serving $(or $(ARGS),--page docs/performance.md)
+
+chaos: setup ## Kill, stop and starve a service's processes under load, 15 minutes (some: ARGS="--only rank --rounds 3")
+	@$(BIN)/python -m benchmarks.chaos $(ARGS)
 
 gpu-try: ## Run the GPU benchmark, tiny and on the CPU, with what a GPU machine has (torch 2.11, no Ray; 5 GB)
 	@bash benchmarks/gpu_try.sh $(ARGS)

@@ -1,0 +1,1 @@
+"""Processes of a running service are killed and stopped under load, and what clients see of it is counted."""

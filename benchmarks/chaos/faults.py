@@ -1,0 +1,155 @@
+"""What is done to a running service: its processes killed or stopped, its disk filled, its weights cut short."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+
+from benchmarks.chaos.victims import VICTIMS
+from scripts.serve_process import Service
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+FILLING = 1 << 20
+SPARED = ("rank", "coordinator")
+GROUP = 3
+"""Processes of a group of two ranks."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running service and the folder with its files.
+
+    Attributes:
+        folder: has ``model``, a copy of the checkpoint, and as root ``ray`` and ``profiles``, small file systems.
+    """
+
+    service: Service
+    folder: Path
+
+    @property
+    def has_spares(self) -> bool:
+        """Whether the spare group's processes have imported everything: a kill before that is one within a recovery."""
+        processes = self.service.processes()
+        try:
+            titles = [" ".join(each.cmdline()) for name in SPARED for each in VICTIMS[name].find(processes)]
+        except psutil.NoSuchProcess:
+            return False
+        return len(titles) == 2 * GROUP and not any("__init__" in title for title in titles)
+
+    def process(self, victim: str, number: int) -> psutil.Process:
+        """The process of a kind, counted from the oldest.
+
+        Raises:
+            LookupError: the service has no such process.
+        """
+        found = VICTIMS[victim].find(self.service.processes())
+        if len(found) <= number:
+            raise LookupError(f"the service has {len(found)} processes {VICTIMS[victim].title!r}, asked for {number}")
+        return found[number]
+
+
+class Fault(Protocol):
+    """Something that is done to a service; ``str`` names it in the table."""
+
+    @property
+    def kind(self) -> str:
+        """What it does, for the goals."""
+
+    def commit(self, served: Served) -> None:
+        """Do it; of what lasts a while, return when it is over."""
+
+
+@dataclass(frozen=True)
+class Kill:
+    """SIGKILL to one process."""
+
+    victim: str
+    number: int = 0
+
+    @property
+    def kind(self) -> str:
+        return self.victim
+
+    def __str__(self) -> str:
+        return f"{self.victim} {self.number} killed" if self.victim == "rank" else f"{self.victim} killed"
+
+    def commit(self, served: Served) -> None:
+        served.process(self.victim, self.number).kill()
+
+
+@dataclass(frozen=True)
+class Pause:
+    """SIGSTOP to one process, and after ``seconds`` SIGCONT."""
+
+    victim: str
+    seconds: float
+
+    @property
+    def kind(self) -> str:
+        return "pause"
+
+    def __str__(self) -> str:
+        return f"{self.victim} stopped for {self.seconds:g} s"
+
+    def commit(self, served: Served) -> None:
+        process = served.process(self.victim, 0)
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(self.seconds)
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may have been given up and replaced
+            process.send_signal(signal.SIGCONT)
+
+
+@dataclass(frozen=True)
+class FullDisk:
+    """The file system of a folder is full for ``seconds``."""
+
+    name: str
+    seconds: float
+
+    @property
+    def kind(self) -> str:
+        return "disk"
+
+    def __str__(self) -> str:
+        return f"disk of the {self.name} folder full for {self.seconds:g} s"
+
+    def commit(self, served: Served) -> None:
+        path = served.folder / self.name / "filling"
+        try:
+            with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(FILLING))
+            time.sleep(self.seconds)
+        finally:
+            path.unlink()
+
+
+@dataclass(frozen=True)
+class CutWeights:
+    """The transformer's file lacks its end for ``seconds``, in which a rank is killed; then it is whole again."""
+
+    seconds: float
+
+    @property
+    def kind(self) -> str:
+        return "weights"
+
+    def __str__(self) -> str:
+        return f"rank killed while the weights are cut short for {self.seconds:g} s"
+
+    def commit(self, served: Served) -> None:
+        path = served.folder / "model" / WEIGHTS
+        whole = path.read_bytes()
+        os.truncate(path, len(whole) - 1000)
+        try:
+            Kill("rank").commit(served)
+            time.sleep(self.seconds)
+        finally:
+            path.write_bytes(whole)
