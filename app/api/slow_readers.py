@@ -69,4 +69,4 @@ def _pieces(message: Message) -> Iterator[Message]:
     for start in range(0, len(body), PIECE_BYTES):
         last = start + PIECE_BYTES >= len(body)
         more = message.get("more_body", False) or not last
-        yield message | {"body": body[start : start + PIECE_BYTES], "more_body": more}
+        yield {**message, "body": body[start : start + PIECE_BYTES], "more_body": more}
