@@ -40,8 +40,13 @@ def build(settings: Settings) -> Application:
     check_local_checkpoint(settings)
     check_resources(settings)
     component = {"num_cpus": settings.cpus_per_helper}
-    watched = {"max_constructor_retry_count": CONSTRUCTOR_ATTEMPTS, "health_check_period_s": HEALTH_CHECK_S}
-    common: dict[str, Any] = {**watched, "graceful_shutdown_timeout_s": settings.drain_seconds}
+    free = ray.available_resources() if ray.is_initialized() else {}
+    every = {
+        "max_constructor_retry_count": CONSTRUCTOR_ATTEMPTS,
+        "health_check_period_s": HEALTH_CHECK_S,
+        "max_surge_percent": surge_percent(settings, free),
+    }
+    common: dict[str, Any] = {**every, "graceful_shutdown_timeout_s": settings.drain_seconds}
 
     def own_deployment(part: type, runs_on: str) -> Application:
         return _deployment(
@@ -67,7 +72,7 @@ def build(settings: Settings) -> Application:
         ray_actor_options=component,
         # More than may run and wait behind it, so that requests beyond a full queue get an answer.
         max_ongoing_requests=2 * (settings.max_ongoing_requests * settings.max_replicas + settings.max_queued_requests),
-        **watched,
+        **every,
         graceful_shutdown_timeout_s=settings.api_drain_seconds,
     )
     return api.bind(
@@ -97,6 +102,15 @@ def replica_count(settings: Settings) -> dict[str, Any]:
             "downscale_delay_s": autoscaling.downscale_delay_s,
         }
     }
+
+
+def surge_percent(settings: Settings, free: dict[str, float]) -> int:
+    """Serve's option for updates: with 1 a successor starts before what it replaces ends, with 0 when it begins to end.
+
+    The former needs room for another group, API, encoder and decoder in ``free``; without it Serve would wait for ever.
+    """
+    more = needed_resources(settings.model_copy(update={"num_replicas": 1}))
+    return 1 if all(free.get(name, 0.0) + 1e-6 >= amount for name, amount in more.items()) else 0
 
 
 def rank_bundle(settings: Settings) -> dict[str, float]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 from ray.serve.config import AutoscalingConfig
 
-from app.main import needed_resources, replica_count
+from app.main import needed_resources, replica_count, surge_percent
 from app.settings import AutoscalingSettings, Settings
 
 
@@ -23,3 +24,21 @@ def test_the_start_needs_the_fewest_groups_only() -> None:
     growing = few.model_copy(update={"autoscaling": AutoscalingSettings(max_replicas=8)})
     assert needed_resources(growing) == needed_resources(few)
     assert growing.max_replicas == 8
+
+
+@pytest.mark.parametrize(
+    ("free", "percent"),
+    [
+        ({"CPU": 2.0, "GPU": 2.0, "memory": 1e9}, 1),
+        ({"CPU": 1.7, "GPU": 2.0}, 0),
+        ({"CPU": 8.0, "GPU": 1.9}, 0),
+        ({"CPU": 8.0}, 0),  # Ray leaves out what is all taken
+        ({}, 0),
+    ],
+)
+def test_successors_start_first_where_another_group_fits(free: dict[str, float], percent: int) -> None:
+    settings = Settings(
+        device="cuda", tensor_parallel_size=2, num_replicas=4, gpus_per_rank=0.8, gpus_per_helper=0.2,
+        cpus_per_rank=0.5, cpus_per_helper=0.25,
+    )  # fmt: skip
+    assert surge_percent(settings, free) == percent
