@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 CHECKED := $(wildcard app magcache_core models/recipe benchmarks scripts tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-rest bench chaos gpu-try lint format manifests metrics dashboards monitoring train clean
+.PHONY: help setup demo serve test test-rest bench chaos gpu-try fuzz lint format manifests metrics dashboards monitoring train clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,11 @@ chaos: setup ## Kill, stop and starve a service's processes under load, 15 minut
 gpu-try: ## Run the GPU benchmark, tiny and on the CPU, with what a GPU machine has (torch 2.11, no Ray; 5 GB)
 	@bash benchmarks/gpu_try.sh $(ARGS)
 
+fuzz: setup ## Send a running service some 2,000 requests as its openapi.json describes them (URL=http://...; ARGS="--seed 7")
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet -c constraints.txt schemathesis
+	$(BIN)/schemathesis run $(or $(URL),http://127.0.0.1:8000)/openapi.json --phases examples,fuzzing --max-examples 200 \
+		--exclude-checks positive_data_acceptance --continue-on-failure $(ARGS)
+
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/ruff format --check $(CHECKED)
@@ -68,5 +73,5 @@ train: setup ## Train models/flux-tiny from scratch (hours; resumes where it sto
 	$(BIN)/python -m models.recipe $(ARGS)
 
 clean: ## Remove the environment, the caches and out/
-	rm -rf $(VENV) out build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) out build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .schemathesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
