@@ -69,6 +69,7 @@ def build(settings: Settings) -> Application:
     )
     api = _deployment(
         ImagesApi,
+        num_replicas=settings.api_replicas,
         ray_actor_options=component,
         # More than may run and wait behind it, so that requests beyond a full queue get an answer.
         max_ongoing_requests=2 * (settings.max_ongoing_requests * settings.max_replicas + settings.max_queued_requests),
@@ -124,7 +125,7 @@ def needed_resources(settings: Settings) -> dict[str, float]:
     ranks = settings.num_replicas * settings.ranks
     on_gpu = [settings.encoder_runs_on, settings.decoder_runs_on].count("cuda")
     gpus = ranks * settings.gpus_per_rank if settings.device == "cuda" else 0.0
-    components = 1 + [settings.encoder_is_in_api, settings.decoder_is_in_api].count(False)
+    components = settings.api_replicas + [settings.encoder_is_in_api, settings.decoder_is_in_api].count(False)
     return {
         "CPU": ranks * settings.cpus_per_rank + components * settings.cpus_per_helper,
         "GPU": gpus + on_gpu * settings.gpus_per_helper,

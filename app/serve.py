@@ -73,8 +73,10 @@ def drain() -> None:
     apis = [serve.get_app_handle(name) for name, each in applications if ImagesApi.__name__ in each.deployments]
     idle_looks = 0
     while idle_looks < 2:  # what an API process has answered is on its way through the proxy
-        answers = [each for api in apis for each in api.broadcast("drain").results(timeout_s=ANSWER_S)]
-        idle_looks = 0 if any(answers) else idle_looks + 1
+        asked = [api.broadcast("drain") for api in apis]
+        answers = [each for one in asked for each in one.results(timeout_s=ANSWER_S, return_exceptions=True)]
+        busy = any(each for each in answers if isinstance(each, int))  # a process that died has none under way
+        idle_looks = 0 if busy else idle_looks + 1
         time.sleep(LOOK_S)
 
 

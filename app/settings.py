@@ -120,6 +120,11 @@ class Settings(Section):
     num_replicas: PositiveInt = Field(
         default=1, description="Tensor-parallel groups; each holds a whole copy of the model."
     )
+    api_replicas: PositiveInt = Field(
+        default=1,
+        description="Processes that serve HTTP; with two, one that dies leaves the other. Each has its own encoder and "
+        "decoder where these are placed in the API, and its own `http.max_decoded_bytes`.",
+    )
     placement_group_strategy: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = Field(
         default="PACK",
         description="How the ranks of a group lie on nodes: PACK, on as few as possible, since they exchange "

@@ -21,10 +21,13 @@ from app.errors import InvalidRequestError, ServiceError
 from app.settings import Settings
 
 
-def create_app(settings: Settings, get_backend: Callable[[], Backend], *, id_added_in_front: bool = False) -> FastAPI:
+def create_app(
+    settings: Settings, get_backend: Callable[[], Backend], *, process: str = "api", id_added_in_front: bool = False
+) -> FastAPI:
     """The service's HTTP side.
 
     Args:
+        process: what metrics call this process.
         get_backend: called once per request.
         id_added_in_front: the server in front already adds the request's X-Request-Id to replies (Ray Serve's proxy).
     """
@@ -35,7 +38,7 @@ def create_app(settings: Settings, get_backend: Callable[[], Backend], *, id_add
         version="1",
         redirect_slashes=False,
     )
-    app.state.service = service = new_service(settings, get_backend)
+    app.state.service = service = new_service(settings, get_backend, process)
     app.include_router(router)
     app.include_router(edits.router)
     app.include_router(calibrations.router)

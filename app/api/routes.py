@@ -260,7 +260,7 @@ async def get_model(model_id: str, request: Request) -> ModelCard:
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
 async def metrics(request: Request) -> Response:
-    """The API's and the coordinators' metrics in Prometheus' text format, or in OpenMetrics if asked for."""
+    """The API processes' and the coordinators' metrics in Prometheus' text format, or in OpenMetrics if asked for."""
     service = _service(request)
     try:
         families = await service.get_backend().metric_families()
@@ -301,9 +301,9 @@ async def index(request: Request) -> Response:
     return AsciiJSONResponse(content, headers={"Vary": "Accept"})
 
 
-def new_service(settings: Settings, get_backend: Callable[[], Backend]) -> Service:
+def new_service(settings: Settings, get_backend: Callable[[], Backend], process: str) -> Service:
     """The shared state of one application, with a metric registry of its own."""
     registry = CollectorRegistry()
-    metrics, drain = ApiMetrics(registry, settings.model_name), Drain(settings.drain_seconds)
+    metrics, drain = ApiMetrics(registry, settings.model_name, process), Drain(settings.drain_seconds)
     memory = ImageMemory(settings.http.max_decoded_bytes)
     return Service(settings, get_backend, drain, memory, registry, metrics, Tracing(settings), int(time.time()))

@@ -5,8 +5,9 @@ import hashlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import ray
 import torch
@@ -16,10 +17,11 @@ from ray.serve.handle import DeploymentHandle
 
 from app.api.backend import GeneratedImage, HealthReport, ImagesJob, StreamItem
 from app.api.infotext import infotext
+from app.cluster.api_processes import ApiProcesses
 from app.cluster.calibrator import Calibrator
 from app.cluster.client_errors import to_service_error, unwrap_ray_error
-from app.cluster.coordinators import ANSWER_SECONDS, call_all_coordinators
-from app.cluster.handles import repeated, result_of
+from app.cluster.coordinators import call_all_coordinators
+from app.cluster.handles import ANSWER_SECONDS, answers_of_all, repeated, result_of
 from app.cluster.idle import calibrate_when_idle
 from app.cluster.image_call import FileForm, ImageCall, OnEvent
 from app.cluster.quality_guard import GuardedImages
@@ -28,7 +30,7 @@ from app.components.prompt_encoder import PromptEncoder
 from app.components.vae import ImageDecoder
 from app.control.demand import CalibrationDemand, Measurable
 from app.engine.families import Family
-from app.errors import BusyError, ForbiddenError, UnavailableError
+from app.errors import BusyError, ForbiddenError, ServiceError, UnavailableError
 from app.messages import (
     CalibrationJob,
     CalibrationStatus,
@@ -68,9 +70,16 @@ class ServeBackend:
     """Makes images with the other deployments; see `app.api.backend.Backend`."""
 
     def __init__(
-        self, settings: Settings, encoder: PromptEncoder, replica: DeploymentHandle, decoder: ImageDecoder
+        self,
+        settings: Settings,
+        encoder: PromptEncoder,
+        replica: DeploymentHandle,
+        decoder: ImageDecoder,
+        apis: ApiProcesses | None = None,
     ) -> None:
+        """``apis`` are this process and the others that serve HTTP beside it; None where there are no others."""
         self.settings = settings
+        self._apis = apis or ApiProcesses()
         self._encoder = encoder
         self._replica = replica
         self._decoder = decoder
@@ -78,9 +87,13 @@ class ServeBackend:
         self._demand = CalibrationDemand(settings)
         self._idle: asyncio.Task[None] | None = None
         if settings.magcache.calibrate == "idle":
-            self._idle = asyncio.create_task(calibrate_when_idle(settings, self._calibrator, self._demand))
+            self._idle = asyncio.create_task(
+                calibrate_when_idle(settings, self._calibrator, self._demand, lambda: self._apis.is_first)
+            )
         target_db = settings.quality_guard.target_psnr_db
-        self._guard = None if target_db is None else GuardedImages(settings, target_db, replica, decoder)
+        self._guard = (
+            None if target_db is None else GuardedImages(settings, target_db, replica, decoder, self._apis.this)
+        )
         self._requests = RequestRegistry()
         self._family: Family | None = None
         self._look: asyncio.Task[HealthReport] | None = None
@@ -113,17 +126,21 @@ class ServeBackend:
             await task.cancel_and_wait()
 
     async def cancel(self, request_id: str, key_name: str = "") -> int:
-        """End it at the coordinators, and in this process also before and after its time there."""
-        answers = await call_all_coordinators("cancel_request", request_id, key_name)
-        here, others_here = self._requests.cancel(request_id, key_name)
-        ended: int = max(sum(ended for ended, _ in answers), here)
-        if not ended and (others_here or any(others for _, others in answers)):
+        """End it at the coordinators, and in the API processes also before and after its time there."""
+        at_coordinators = await call_all_coordinators("cancel_request", request_id, key_name)
+        here = await self._apis.ask("cancel_here", request_id, key_name) or [self.cancel_here(request_id, key_name)]
+        ended: int = max(sum(ended for ended, _ in at_coordinators), sum(ended for ended, _ in here))
+        if not ended and any(others for _, others in (*at_coordinators, *here)):
             raise ForbiddenError("the request was made with another API key, which alone can cancel it")
         return ended
 
+    def cancel_here(self, request_id: str, key_name: str) -> tuple[int, int]:
+        """End what this process works on; see `RequestRegistry.cancel`."""
+        return self._requests.cancel(request_id, key_name)
+
     async def calibrate(self, job: CalibrationJob) -> CalibrationStatus:
         """Begin a calibration."""
-        return self._calibrator.start(job)
+        return await self._of_calibrator("start", job)
 
     async def stop_background(self) -> None:
         """End what runs in idle time, since the service stops; a calibration's findings are kept."""
@@ -135,11 +152,38 @@ class ServeBackend:
 
     async def calibration(self, calibration_id: str) -> CalibrationStatus:
         """How far it is."""
-        return self._calibrator.status(calibration_id)
+        return await self._of_calibrator("status", calibration_id)
 
     async def cancel_calibration(self, calibration_id: str) -> CalibrationStatus:
         """End it."""
-        return await self._calibrator.cancel(calibration_id)
+        return await self._of_calibrator("cancel", calibration_id)
+
+    async def _of_calibrator(
+        self, method: Literal["start", "status", "cancel"], argument: CalibrationJob | str
+    ) -> CalibrationStatus:
+        """What the calibrator of the first API process says: the others have none under way."""
+        if self._apis.is_first:
+            answers = [await self.ask_calibrator(method, argument)]
+        else:
+            answers = await self._apis.ask("ask_calibrator", method, argument)
+        answer = next((one for one in answers if one is not None), None)
+        if answer is None:
+            raise UnavailableError("the API process that calibrates is restarting; ask again")
+        if isinstance(answer, ServiceError):
+            raise answer
+        return answer
+
+    async def ask_calibrator(
+        self, method: Literal["start", "status", "cancel"], argument: CalibrationJob | str
+    ) -> CalibrationStatus | ServiceError | None:
+        """What this process's calibrator says, or its refusal; None where another process calibrates."""
+        if not self._apis.is_first:
+            return None
+        try:
+            answer: CalibrationStatus | Awaitable[CalibrationStatus] = getattr(self._calibrator, method)(argument)
+            return await answer if isinstance(answer, Awaitable) else answer
+        except ServiceError as error:
+            return error
 
     def _start(self, job: ImagesJob, emit: OnEvent | None, progress: bool) -> RequestTask:
         if job.magcache.enabled and job.negative_prompt is None and not job.sources:
@@ -271,7 +315,10 @@ class ServeBackend:
 
     async def _look_around(self) -> HealthReport:
         groups, troubles, encoder, decoder = await asyncio.gather(
-            call_all_coordinators("ready"), self._troubles(), _is_up(self._encoder), _is_up(self._decoder)
+            call_all_coordinators("ready"),
+            answers_of_all(self._replica, "trouble"),
+            _is_up(self._encoder),
+            _is_up(self._decoder),
         )
         self._looked_s = time.monotonic()
         return HealthReport(
@@ -282,26 +329,30 @@ class ServeBackend:
                 "groups": max(len(groups), self.settings.num_replicas),
                 "encoder_ready": encoder,
                 "decoder_ready": decoder,
-                "troubles": troubles,
+                "troubles": [trouble for trouble in troubles if trouble is not None],
             },
         )
 
-    async def _troubles(self) -> list[str]:
-        """Why groups cannot make images, as far as their replicas say."""
+    async def metric_families(self) -> list[Metric]:
+        """All families but this API process's own, merged; those that do not answer in time are left out."""
+        coordinators, apis, encoder = await asyncio.gather(
+            call_all_coordinators("metric_families"), self._apis.ask("metric_families"), self.encoder_families()
+        )
+        others = (each for name, each in apis if name != self._apis.this)
+        return merge_families(*coordinators, *others, encoder, self.guard_families())
+
+    def guard_families(self) -> list[Metric]:
+        """Of this process's quality guard, where it is on."""
+        return [] if self._guard is None else self._guard.metric_families()
+
+    async def encoder_families(self) -> list[Metric]:
+        """Of the prompt encoder; none when it does not answer in time."""
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
-                answers = await self._replica.broadcast("trouble").results_async(return_exceptions=True)
+                families = await self._encoder.metric_families()
         except (TimeoutError, ray.exceptions.RayError, RayServeException):
             return []
-        return [answer for answer in answers if isinstance(answer, str)]
-
-    async def metric_families(self) -> list[Metric]:
-        """All families beside the API's own, merged; those of processes that do not answer in time are left out."""
-        coordinators, encoder = await asyncio.gather(
-            call_all_coordinators("metric_families"), _families_of(self._encoder)
-        )
-        guard = [] if self._guard is None else self._guard.metric_families()
-        return merge_families(*coordinators, encoder, guard)
+        return families
 
 
 def _digest(job: ImagesJob) -> str:
@@ -321,15 +372,6 @@ def _file_form(job: ImagesJob) -> FileForm:
 async def _least_wait_s() -> float:
     """When the first of the groups will have room, by their own estimates."""
     return min((load["eta_s"] for load in await call_all_coordinators("load")), default=1.0)
-
-
-async def _families_of(encoder: PromptEncoder) -> list[Metric]:
-    try:
-        async with asyncio.timeout(ANSWER_SECONDS):
-            families = await encoder.metric_families()
-    except (TimeoutError, ray.exceptions.RayError, RayServeException):
-        return []
-    return families
 
 
 async def _is_up(part: PromptEncoder | ImageDecoder) -> bool:

@@ -8,9 +8,7 @@ from typing import Any
 import ray
 
 from app.cluster.group import COORDINATOR_NAME, NAMESPACE
-
-ANSWER_SECONDS = 1.5
-"""A part that does not answer within this time counts as not ready, and is left out of a scrape."""
+from app.cluster.handles import ANSWER_SECONDS
 
 LOOKUP_SECONDS = 0.5
 """Without an answer of the GCS in this time, those that were known last are asked: they work without it."""

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, TypeVar, cast
 
 import ray
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
 from app.errors import UnavailableError
@@ -18,6 +19,9 @@ BETWEEN_TRIES_S = 0.1
 """For Serve's router to take note of the death; it then holds the call until there is another process."""
 
 T = TypeVar("T")
+
+ANSWER_SECONDS = 1.5
+"""A part that does not answer within this time counts as not ready, and is left out of a scrape."""
 
 # Serve types what `remote` gives as the union of both, whatever the handle's options are.
 Response = DeploymentResponse[Any] | DeploymentResponseGenerator[Any]
@@ -59,6 +63,16 @@ async def items_of(response: Response) -> AsyncGenerator[Any, None]:
     finally:
         if not finished:
             response.cancel()
+
+
+async def answers_of_all(handle: DeploymentHandle, method: str, *args: object) -> list[Any]:
+    """What every replica of a deployment answers; those that fail are left out, and all while one of them hangs."""
+    try:
+        async with asyncio.timeout(ANSWER_SECONDS):
+            answers = await handle.broadcast(method, *args).results_async(return_exceptions=True)
+    except (TimeoutError, ray.exceptions.RayError, RayServeException):
+        return []
+    return [answer for answer in answers if not isinstance(answer, BaseException)]
 
 
 PlanPart = TypeVar("PlanPart")

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from app.api.calibrations import FEWEST_STEPS, CalibrationRequest, resolve_calibration
 from app.cluster.calibrator import Calibrator
@@ -16,11 +17,17 @@ LOOK_S = 5.0
 
 
 async def calibrate_when_idle(
-    settings: Settings, calibrator: Calibrator, demand: CalibrationDemand, look_s: float = LOOK_S
+    settings: Settings,
+    calibrator: Calibrator,
+    demand: CalibrationDemand,
+    may_begin: Callable[[], bool] = lambda: True,
+    look_s: float = LOOK_S,
 ) -> None:
-    """Calibrate what ``demand`` names, one kind of image after another, for ever."""
+    """Calibrate what ``demand`` names, one kind of image after another, for ever, while it ``may_begin``."""
     while True:
         await asyncio.sleep(look_s)
+        if not may_begin():
+            continue
         try:
             kind = demand.next(await asyncio.to_thread(_profiles, settings), FEWEST_STEPS)
         except OSError as error:

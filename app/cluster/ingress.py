@@ -2,35 +2,42 @@
 
 import ipaddress
 import logging
+from typing import Literal
 
 from fastapi import FastAPI
+from prometheus_client.metrics_core import Metric
 from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
 from app.api.app import create_app
-from app.api.drain import Drain
+from app.api.routes import Service
+from app.cluster.api_processes import ApiProcesses
 from app.cluster.backend import ServeBackend
 from app.cluster.handles import remote
 from app.components.prompt_encoder import PromptEncoder
 from app.components.vae import ImageDecoder
+from app.errors import ServiceError
 from app.logs import configure_logging
+from app.messages import CalibrationJob, CalibrationStatus
+from app.metrics import merge_families
 from app.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 # One per process; Serve builds the ASGI app after the deployment's constructor.
 _backend: ServeBackend | None = None
-_drain: Drain | None = None
+_service: Service | None = None
 
 
 def build_http_app() -> FastAPI:
     """Serve calls this in the ingress replica, after `ImagesApi.__init__`."""
-    global _drain
+    global _service
     backend = _backend
     assert backend is not None
-    app = create_app(backend.settings, lambda: backend, id_added_in_front=True)
-    _drain = app.state.service.drain
+    process = serve.get_replica_context().replica_tag
+    app = create_app(backend.settings, lambda: backend, process=process, id_added_in_front=True)
+    _service = app.state.service
     return app
 
 
@@ -68,17 +75,44 @@ class ImagesApi:
         configure_logging(settings)
         if settings.http.api_keys_file is None:
             warn_of_strangers(_listens_on())
+        context = serve.get_replica_context()
         _backend = ServeBackend(
             settings,
-            PromptEncoder(settings) if encoder is None else remote(encoder, PromptEncoder),
+            PromptEncoder(settings, context.replica_tag) if encoder is None else remote(encoder, PromptEncoder),
             replica,
             ImageDecoder(settings) if decoder is None else remote(decoder, ImageDecoder),
+            ApiProcesses(serve.get_deployment_handle(context.deployment, context.app_name)),
         )
 
     async def drain(self) -> int:
         """Refuse new requests for images from now on; how many are under way for which `app.serve` should wait."""
-        assert _drain is not None
-        assert _backend is not None
-        _drain.begin()
-        await _backend.stop_background()
-        return _drain.waits_for
+        backend, service = _parts()
+        service.drain.begin()
+        await backend.stop_background()
+        return service.drain.waits_for
+
+    # What the other API processes ask of this one.
+
+    async def cancel_here(self, request_id: str, key_name: str) -> tuple[int, int]:
+        """See `ServeBackend.cancel_here`."""
+        return _parts()[0].cancel_here(request_id, key_name)
+
+    async def ask_calibrator(
+        self, method: Literal["start", "status", "cancel"], argument: CalibrationJob | str
+    ) -> CalibrationStatus | ServiceError | None:
+        """See `ServeBackend.ask_calibrator`."""
+        return await _parts()[0].ask_calibrator(method, argument)
+
+    async def metric_families(self) -> tuple[str, list[Metric]]:
+        """This process's name and its metrics, with those of an encoder that it holds."""
+        backend, service = _parts()
+        encoder = await backend.encoder_families() if backend.settings.encoder_is_in_api else []
+        return serve.get_replica_context().replica_tag, merge_families(
+            service.registry.collect(), encoder, backend.guard_families()
+        )
+
+
+def _parts() -> tuple[ServeBackend, Service]:
+    assert _backend is not None
+    assert _service is not None, "Serve calls a replica once its ASGI app is there"
+    return _backend, _service

@@ -53,14 +53,22 @@ class GuardedImages:
     Its state is in this process: a group that is rebuilt changes nothing, since each job brings its budgets along.
     """
 
-    def __init__(self, settings: Settings, target_db: float, replica: DeploymentHandle, decoder: ImageDecoder) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        target_db: float,
+        replica: DeploymentHandle,
+        decoder: ImageDecoder,
+        process: str = "api",
+    ) -> None:
+        """``process`` is the API process that it is in."""
         self._share = settings.quality_guard.share
         self._replica = replica
         self._decoder = decoder
         self._left_to_server = default_job(settings).magcache
         self._guard = QualityGuard(settings.quality_guard, target_db)
         self._registry = CollectorRegistry()
-        self._metrics = GuardMetrics(self._registry, settings.model_name, target_db)
+        self._metrics = GuardMetrics(self._registry, settings.model_name, process, target_db)
         self._draw = random.Random()
         self._waiting: asyncio.Queue[Sample] = asyncio.Queue(MOST_WAITING)
         self._task = asyncio.create_task(self._compare_all())

@@ -93,7 +93,8 @@ class PromptEncoder:
     Prompts that wait together share one copy of the encoders to their device, where that is needed.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, process: str = "encoder") -> None:
+        """``process`` is what its metrics call the process that it is in."""
         configure_logging(settings)
         self._encoders = TextEncoders(
             model_folder(settings),
@@ -104,7 +105,7 @@ class PromptEncoder:
         )
         self._entries = settings.prompt_cache_entries
         self._registry = CollectorRegistry()
-        self._metrics = EncoderMetrics(self._registry, settings.model_name)
+        self._metrics = EncoderMetrics(self._registry, settings.model_name, process)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
         self._cache: OrderedDict[str, PromptEmbeddings] = OrderedDict()
         self._under_way: dict[str, asyncio.Future[PromptEmbeddings]] = {}

@@ -11,10 +11,10 @@ from app.metrics.instruments import Instruments, exemplar
 
 
 class ApiMetrics:
-    """Writes the HTTP side's metrics, labelled with the model."""
+    """Writes the HTTP side's metrics, labelled with the model and the API process."""
 
-    def __init__(self, registry: CollectorRegistry, model: str) -> None:
-        self._made = Instruments(registry, "api", {"model": model})
+    def __init__(self, registry: CollectorRegistry, model: str, process: str) -> None:
+        self._made = Instruments(registry, "api", {"model": model, "process": process})
         self._keys: set[str] = set()
         for outcome, status_class in zip(OUTCOMES, ("2xx", "4xx", "4xx", "5xx", "5xx", "4xx"), strict=True):
             self._made.counter("flux_requests", outcome, status_class)

@@ -36,7 +36,12 @@ BRANCHES = ("cond", "uncond")
 DECILES = tuple(str(decile) for decile in range(10))
 
 COMMON: Mapping[Owner, tuple[str, ...]] = MappingProxyType(
-    {"api": ("model",), "encoder": ("model",), "guard": ("model",), "coordinator": ("model", "replica")}
+    {
+        "api": ("model", "process"),
+        "encoder": ("model", "process"),
+        "guard": ("model", "process"),
+        "coordinator": ("model", "replica"),
+    }
 )
 """Labels that every metric of an owner carries."""
 

@@ -11,10 +11,10 @@ from app.metrics.instruments import Instruments
 
 
 class GuardMetrics:
-    """Writes the quality guard's metrics, labelled with the model."""
+    """Writes the quality guard's metrics, labelled with the model and the API process."""
 
-    def __init__(self, registry: CollectorRegistry, model: str, target_db: float) -> None:
-        self._made = Instruments(registry, "guard", {"model": model})
+    def __init__(self, registry: CollectorRegistry, model: str, process: str, target_db: float) -> None:
+        self._made = Instruments(registry, "guard", {"model": model, "process": process})
         self._made.gauge("flux_guard_target_db").set(target_db)
 
     def sampled(self, result: Literal["compared", "dropped", "failed"]) -> None:

@@ -22,5 +22,5 @@ async def samples_of(client: httpx.AsyncClient) -> dict[tuple[str, frozenset[tup
 
 def requests_with(outcome: str, status_class: str) -> tuple[str, frozenset[tuple[str, str]]]:
     return "flux_requests_total", frozenset(
-        {("model", "flux-tiny"), ("outcome", outcome), ("status_class", status_class)}
+        {("model", "flux-tiny"), ("process", "api"), ("outcome", outcome), ("status_class", status_class)}
     )

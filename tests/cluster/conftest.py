@@ -51,7 +51,9 @@ def service(cluster: None, profile_dir: Path) -> Iterator[str]:
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
     settings = settings_of("flux-tiny.yaml")
     magcache = settings.magcache.model_copy(update={"profile_dir": str(profile_dir)})
-    serve.run(build(settings.model_copy(update={"magcache": magcache})), name="flux", route_prefix="/")
+    # Two API processes, so that each test also shows that it does not matter which one answers.
+    update = {"magcache": magcache, "api_replicas": 2}
+    serve.run(build(settings.model_copy(update=update)), name="flux", route_prefix="/")
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
 

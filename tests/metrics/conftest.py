@@ -15,8 +15,8 @@ def everything() -> Everything:
     registry = CollectorRegistry()
     return Everything(
         registry,
-        ApiMetrics(registry, "m"),
+        ApiMetrics(registry, "m", "p"),
         CoordinatorMetrics(registry, "m", "r", CoordinatorCounters()),
-        EncoderMetrics(registry, "m"),
-        GuardMetrics(registry, "m", 38.0),
+        EncoderMetrics(registry, "m", "p"),
+        GuardMetrics(registry, "m", "p", 38.0),
     )

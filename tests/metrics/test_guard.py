@@ -14,10 +14,10 @@ KIND = ImageKind("flux-tiny@0123456789ab", 28, guided=True)
 
 def test_images_go_into_histograms_and_kinds_into_gauges() -> None:
     registry = CollectorRegistry()
-    metrics = GuardMetrics(registry, "m", 38.0)
+    metrics = GuardMetrics(registry, "m", "p", 38.0)
 
     def value(name: str, **labels: str) -> float | None:
-        return registry.get_sample_value(name, {"model": "m", **labels})
+        return registry.get_sample_value(name, {"model": "m", "process": "p", **labels})
 
     metrics.compared(KIND, 10, 41.0, 0.97)
     metrics.compared(KIND, 11, 44.0, 0.99)
