@@ -177,6 +177,45 @@ def steps_of_share(share: float, steps: int) -> int:
 
 
 @dataclass(frozen=True)
+class Reservation:
+    """A request that may come again.
+
+    Attributes:
+        token: drawn for it; its repetitions have the same.
+        body: a digest of its body and of its API key's name.
+        seed: of its first image.
+        made_s: Unix time of its arrival.
+    """
+
+    token: str
+    body: str
+    seed: int
+    made_s: float
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How a repetition finds the images of a request.
+
+    Attributes:
+        token, body, seed, made_s: see `Reservation`.
+        process: the API process that the request came to.
+        keyed: it has an Idempotency-Key: its client may come again after it has left.
+    """
+
+    token: str
+    body: str
+    seed: int
+    made_s: float
+    process: str
+    keyed: bool
+
+    def image(self, index: int) -> str:
+        """The name of the request's image ``index``, unique in the service."""
+        return f"{self.token}/{index}"
+
+
+@dataclass(frozen=True)
 class DenoiseJob:
     """One image to denoise, number ``index`` of its HTTP request. ``row_id`` is unique in the service.
 
@@ -189,6 +228,7 @@ class DenoiseJob:
         strength: image-to-image, in (0, 1]: the share of the steps that run on the source; None starts from noise.
         key_name: the name of the API key that the request came with; empty where the service has none.
         retry_key: equal for an image and its repetition in a later request; empty where that is not known.
+        sharing: how a repetition of the request finds the image; None where none may.
         computing: the steps that compute in some branch, counted from the job's first; None when any of them may.
         source_tokens: tokens of the reference images, which every step reads beside the image's own.
         calibration: what the row does instead of following ``magcache``, where it is in the background.
@@ -211,6 +251,7 @@ class DenoiseJob:
     source_tokens: int = 0
     key_name: str = ""
     retry_key: str = ""
+    sharing: Sharing | None = None
     computing: tuple[int, ...] | None = None
     calibration: CalibrationRun | None = None
 

@@ -217,6 +217,12 @@ class Settings(Section):
         "5 s of CPU a process. Takes 300 MB of host memory a process and nothing on the GPU. Both sets share what "
         "`cpus_per_rank` and `gpus_per_rank` reserve.",
     )
+    idempotency_s: float = Field(
+        default=120.0,
+        ge=0.0,
+        description="Time after its end in which a request that comes again (`Idempotency-Key`, or the same "
+        "`X-Request-Id` and body) gets the images of the first one; 0 makes them again.",
+    )
     prompt_cache_entries: int = Field(
         default=256, ge=0, description="Prompts whose embeddings the encoder keeps (LRU); 0 keeps none."
     )

@@ -11,7 +11,15 @@ import numpy as np
 from prometheus_client.metrics_core import Metric
 
 from app.engine.families import Family
-from app.messages import CalibrationJob, CalibrationStatus, DenoiseReport, MagCacheOptions, Progress, TokenCount
+from app.messages import (
+    CalibrationJob,
+    CalibrationStatus,
+    DenoiseReport,
+    MagCacheOptions,
+    Progress,
+    Sharing,
+    TokenCount,
+)
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 
@@ -32,6 +40,23 @@ class SourcePixels:
 
 
 @dataclass(frozen=True)
+class RequestIdentity:
+    """What tells a repetition of a request.
+
+    Attributes:
+        scope: equal for requests that their client calls the same; empty where it does not say.
+        body: a digest of the body and of the API key's name.
+        keyed: the scope is an Idempotency-Key's, which belongs to one body.
+        retried: the client says that it asked before.
+    """
+
+    scope: str
+    body: str
+    keyed: bool
+    retried: bool
+
+
+@dataclass(frozen=True)
 class ImagesJob:
     """One validated request: nothing is left open but the MagCache options that the profile decides.
 
@@ -47,6 +72,8 @@ class ImagesJob:
             waits does not keep their pixels.
         strength: image-to-image, in (0, 1]: the share of the steps that run on the one source.
         key_name: the name of the API key that the request came with; empty where the service has none.
+        sharing: how a repetition finds the images; None where none may.
+        repeats: it is a repetition, and its images may be there already.
         metadata: the file holds its own settings, see `app.api.infotext`.
     """
 
@@ -70,6 +97,8 @@ class ImagesJob:
     strength: float | None = None
     key_name: str = ""
     metadata: bool = False
+    sharing: Sharing | None = None
+    repeats: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,6 +117,7 @@ class GeneratedImage:
     Attributes:
         source_tokens: of the images that the request sent, as the model took them.
         prompts: tokens of the prompt, and of the negative prompt if there is one.
+        joined: it was denoised for an earlier request, which this one repeats.
     """
 
     data: bytes
@@ -98,6 +128,7 @@ class GeneratedImage:
     total_seconds: float
     source_tokens: int = 0
     prompts: tuple[TokenCount, ...] = ()
+    joined: bool = False
 
     @cached_property
     def phases(self) -> dict[str, float]:
@@ -124,6 +155,13 @@ class HealthReport:
 
 class Backend(Protocol):
     """Makes images. A cancelled call ends its request; errors are ``ServiceError``s."""
+
+    async def reserve(self, job: ImagesJob, identity: RequestIdentity) -> ImagesJob:
+        """``job`` with its `Sharing`: where it repeats a request, with that one's, and with its seed.
+
+        Raises:
+            InvalidRequestError: the request with the same Idempotency-Key had another body (422).
+        """
 
     async def check(self, job: ImagesJob) -> None:
         """Raise what `generate` would raise at once for want of room or time; ``job`` need not have its sources yet."""

@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from app.api.backend import SourcePixels
 from app.api.edit_body import EditBody, read_edit
+from app.api.idempotency import body_digest
 from app.api.image_memory import ImageMemory
 from app.api.middleware import EDITS_PATH
 from app.api.openapi import EDITS_BODY
@@ -45,11 +46,15 @@ _decoding = ThreadPoolExecutor(max_workers=2, thread_name_prefix="decode-upload"
 async def edit(request: Request) -> Response:
     """OpenAI's image editing. What becomes of the image depends on the model: Kontext and FLUX.2 read it beside the
     prompt, FLUX.1-dev starts from it (`strength`), or paints what a mask marks."""
-    return await answer(request, await _resolved(request), "image_edit")
+    resolved, body = await _resolved(request)
+    return await answer(request, resolved, body, "image_edit")
 
 
-async def _resolved(request: Request) -> ResolvedRequest:
-    """The request with its sources decoded. All that can refuse it is asked before: its fields, room and time."""
+async def _resolved(request: Request) -> tuple[ResolvedRequest, str]:
+    """The request with its sources decoded, and the digest of its body.
+
+    All that can refuse it is asked before: its fields, room and time.
+    """
     service: Service = request.app.state.service
     settings, backend = service.settings, service.get_backend()
     run, max_pixels = asyncio.get_running_loop().run_in_executor, settings.http.max_source_pixels
@@ -69,6 +74,8 @@ async def _resolved(request: Request) -> ResolvedRequest:
         accept = request.headers.get("accept", "")
         resolve(body, accept)  # as if there were a mask, which allows what runs more steps
         arriving.grow(sum(len(one.content) for one in (*sent.images, *sent.masks) if isinstance(one.content, str)))
+        uploads = [one.content for one in (*sent.images, *sent.masks)]
+        digest = await run(_decoding, body_digest, sent.fields | model_in_path(request), uploads)
         files, masks = await run(_decoding, _open, sent, max_pixels, service.image_memory)
         if body.size in (None, "auto"):
             width, height = size_like(files[0].head.width, files[0].head.height, settings.sampling)
@@ -94,7 +101,7 @@ async def _resolved(request: Request) -> ResolvedRequest:
     ]
     if body.input_fidelity is not None:
         warnings.append(f"input_fidelity is ignored: {family.name} has no such switch")
-    return replace(resolved, warnings=(*resolved.warnings, *warnings))
+    return replace(resolved, warnings=(*resolved.warnings, *warnings)), digest
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,8 @@ def _headers(resolved: ResolvedRequest, images: list[GeneratedImage]) -> dict[st
         "X-MagCache-Uncached-Reason": [report.uncached_reason for report in reports[:1]],
         "X-MagCache-Profile": [report.profile for report in reports[:1]],
     }
-    headers = {
+    headers = {"Idempotent-Replayed": "true"} if any(image.joined for image in images) else {}
+    headers |= {
         "X-Size": resolved.size,
         "X-MagCache-Enabled": str(resolved.job.magcache.enabled).lower(),
         "Server-Timing": ", ".join(f"{name[:-2]};dur={value * 1000:.1f}" for name, value in slowest.items()),

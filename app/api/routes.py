@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -18,6 +18,7 @@ from app.api.accept import prefers_html
 from app.api.backend import Backend, GeneratedImage
 from app.api.drain import Drain
 from app.api.events import STREAM_EVENTS, Kind
+from app.api.idempotency import body_digest, identity_of
 from app.api.image_memory import ImageMemory
 from app.api.middleware import EDITS_PATH, IMAGES_PATH
 from app.api.page import page_response
@@ -64,6 +65,8 @@ class Service:
     def observe(self, image: GeneratedImage, request_id: str) -> None:
         """Count and trace one finished image."""
         phases, report = image.phases, image.report
+        if image.joined:
+            self.metrics.joined()
         self.metrics.observe_phases(**phases, request_id=request_id)
         attributes: Attributes = {
             "flux.request_id": request_id,
@@ -138,7 +141,8 @@ IMAGES_RESPONSES: Mapping[int | str, dict[str, Any]] = {
         s409="The request was cancelled.",
         s413="The body is too large.",
         s415="The body is not JSON.",
-        s422="`deadline_s` cannot be met; `X-Soonest-Seconds` says what can.",
+        s422="`deadline_s` cannot be met; `X-Soonest-Seconds` says what can. Or the `Idempotency-Key` came with "
+        "another body.",
         s429="The queue is full; `Retry-After` says when to ask again.",
         s500="The images could not be made.",
         s503="Not ready; `Retry-After` says when to ask again.",
@@ -172,17 +176,21 @@ async def generate(request: Request) -> Response:
         key_name=key_name_of(request),
     )
     body = parse(fields | model_in_path(request), ImagesRequest, resolve)
-    return await answer(request, resolve(body, accept=request.headers.get("accept", "")))
+    resolved = resolve(body, accept=request.headers.get("accept", ""))
+    return await answer(request, resolved, body_digest(fields | model_in_path(request)))
 
 
-async def answer(request: Request, resolved: ResolvedRequest, kind: Kind = "image_generation") -> Response:
-    """Have the images made and reply in the form that was asked for."""
-    service, job = _service(request), resolved.job
+async def answer(request: Request, resolved: ResolvedRequest, body: str, kind: Kind = "image_generation") -> Response:
+    """Have the images made and reply in the form that was asked for; ``body`` is the digest of the request's."""
+    service = _service(request)
+    identity = identity_of(request, body, key_name_of(request))
+    job = await service.get_backend().reserve(resolved.job, identity)
+    resolved = replace(resolved, job=job)
     logger.info(
-        "request %s: %d image(s) of %dx%d, %d steps, seed %d, true CFG %s, MagCache %s%s",
+        "request %s: %d image(s) of %dx%d, %d steps, seed %d, true CFG %s, MagCache %s%s%s",
         job.request_id, job.n, job.width, job.height, job.num_inference_steps, job.seed,
         "off" if job.negative_prompt is None else job.true_cfg_scale, "on" if job.magcache.enabled else "off",
-        ", streamed" if resolved.stream else "",
+        ", streamed" if resolved.stream else "", ", repeated" if job.repeats else "",
     )  # fmt: skip
     backend = service.get_backend()
     observe = partial(service.observe, request_id=job.request_id)

@@ -15,7 +15,7 @@ from prometheus_client.metrics_core import Metric
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from app.api.backend import GeneratedImage, HealthReport, ImagesJob, StreamItem
+from app.api.backend import GeneratedImage, HealthReport, ImagesJob, RequestIdentity, StreamItem
 from app.api.infotext import infotext
 from app.cluster.api_processes import ApiProcesses
 from app.cluster.calibrator import Calibrator
@@ -25,6 +25,7 @@ from app.cluster.handles import ANSWER_SECONDS, answers_of_all, repeated, result
 from app.cluster.idle import calibrate_when_idle
 from app.cluster.image_call import FileForm, ImageCall, OnEvent
 from app.cluster.quality_guard import GuardedImages
+from app.cluster.repeats import Repeats
 from app.cluster.request_tasks import RequestRegistry, RequestTask
 from app.components.prompt_encoder import PromptEncoder
 from app.components.vae import ImageDecoder
@@ -83,6 +84,7 @@ class ServeBackend:
         self._encoder = encoder
         self._replica = replica
         self._decoder = decoder
+        self._repeats = Repeats(replica, self._apis)
         self._calibrator = Calibrator(settings, encoder, replica, decoder)
         self._demand = CalibrationDemand(settings)
         self._idle: asyncio.Task[None] | None = None
@@ -99,6 +101,10 @@ class ServeBackend:
         self._look: asyncio.Task[HealthReport] | None = None
         self._looked_s = -float("inf")
         self._decode_s: dict[int, float] = {}  # running mean by pixels, to be kept free before a deadline
+
+    async def reserve(self, job: ImagesJob, identity: RequestIdentity) -> ImagesJob:
+        """Find out whether ``job`` repeats a request."""
+        return await self._repeats.reserve(job, identity) if self.settings.idempotency_s else job
 
     async def check(self, job: ImagesJob) -> None:
         """Have a replica refuse ``job`` if it would refuse its first image now, tokens of references left out."""
@@ -225,12 +231,12 @@ class ServeBackend:
     ) -> GeneratedImage:
         call = ImageCall(self._replica, self._decoder, _file_form(context.job), context.emit, context.progress)
         try:
-            result, data, decode_s = await self._denoise_and_decode(context, index, conditioning, call)
+            result, data, decode_s, joined = await self._denoise_and_decode(context, index, conditioning, call)
         finally:
             call.stop_previews()
         image = GeneratedImage(
             data, context.job.seed + index, result.report, encode_s, decode_s, context.elapsed_s,
-            _source_tokens(conditioning), conditioning.token_counts,
+            _source_tokens(conditioning), conditioning.token_counts, joined,
         )  # fmt: skip
         if context.emit is not None:
             context.emit(image)
@@ -238,17 +244,26 @@ class ServeBackend:
 
     async def _denoise_and_decode(
         self, context: RequestContext, index: int, conditioning: Conditioning, call: ImageCall
-    ) -> tuple[DenoiseResult, bytes, float]:
-        """One image; it is made again (same seed) when its replica dies, or its group with the latents undecoded."""
-        for _ in range(self.settings.rebuild_attempts + 1):
-            job = self._denoise_job(context, index, conditioning)
+    ) -> tuple[DenoiseResult, bytes, float, bool]:
+        """One image, and whether it is an earlier request's.
+
+        It is made again (same seed) when its replica dies, or its group with the latents undecoded.
+        """
+        sharing = context.job.sharing
+        for attempt in range(self.settings.rebuild_attempts + 1):
+            job = replace(self._denoise_job(context, index, conditioning), sharing=sharing)
+            joined = None
             try:
-                result = await call.result(job, conditioning)
-                made = result, *await self._decode(result, context.job, index)
-                if self._guard is not None:
+                if sharing is not None and context.job.repeats and not attempt:
+                    joined = await call.joined(sharing.image(index))
+                result = joined or await call.result(job, conditioning)
+                made = result, *await self._decode(result, context.job, index), joined is not None
+                if self._guard is not None and joined is None:
                     self._guard.finished(job, conditioning, result)
                 return made
             except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
+                if isinstance(error, ray.exceptions.ObjectLostError):
+                    sharing = None  # the replica keeps what is lost
                 logger.warning("request %s: %s is made again: %s", job.request_id, job.row_id, type(error).__name__)
         raise UnavailableError("the image's replica or group broke again and again before it was decoded; ask again")
 
@@ -357,7 +372,7 @@ class ServeBackend:
 
 def _digest(job: ImagesJob) -> str:
     """Equal for a request and its repetition, which has another id and, unless the client named it, another seed."""
-    content = repr(replace(job, request_id="", seed=0, sources=[]))
+    content = repr(replace(job, request_id="", seed=0, sources=[], sharing=None, repeats=False))
     return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 

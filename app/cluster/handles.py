@@ -75,6 +75,23 @@ async def answers_of_all(handle: DeploymentHandle, method: str, *args: object) -
     return [answer for answer in answers if not isinstance(answer, BaseException)]
 
 
+async def answer_of_one(handle: DeploymentHandle, method: str, *args: object) -> Any:
+    """What the one replica answers that has what is asked for, however long it takes; None when none has it.
+
+    Raises:
+        ray.exceptions.RayTaskError: what that replica raised.
+    """
+    try:
+        answers = await handle.broadcast(method, *args).results_async(return_exceptions=True)
+    except (ray.exceptions.RayError, RayServeException):
+        return None
+    found = [one for one in answers if one is not None and not isinstance(one, BaseException)]
+    raised = [one for one in answers if isinstance(one, ray.exceptions.RayTaskError)]
+    if raised and not found:
+        raise raised[0]
+    return found[0] if found else None
+
+
 PlanPart = TypeVar("PlanPart")
 
 

@@ -2,13 +2,14 @@
 
 import asyncio
 import logging
+import uuid
 from collections.abc import Callable
 from contextlib import aclosing
 
 from ray.serve.handle import DeploymentHandle
 
 from app.api.backend import Preview, StreamItem
-from app.cluster.handles import items_of, result_of
+from app.cluster.handles import answer_of_one, answers_of_all, items_of, result_of
 from app.components.vae import ImageDecoder
 from app.messages import Conditioning, DenoiseJob, DenoiseResult, Latents, Progress
 
@@ -51,6 +52,20 @@ class ImageCall:
                     for event in item:
                         self._pass_on(event, self._emit)
         assert result is not None, "a replica's stream ends with the result or an error"
+        return result
+
+    async def joined(self, image: str) -> DenoiseResult | None:
+        """The result of an image under way, or finished lately, of another request; None where no replica has it."""
+        follower = uuid.uuid4().hex
+        try:
+            while isinstance(news := await answer_of_one(self._replica, "follow", image, follower), list):
+                if self._emit is not None:
+                    for event in news:
+                        self._pass_on(event, self._emit)
+        except asyncio.CancelledError:
+            await asyncio.shield(answers_of_all(self._replica, "unfollow", image, follower))
+            raise
+        result: DenoiseResult | None = news
         return result
 
     def stop_previews(self) -> None:

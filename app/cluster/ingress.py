@@ -93,6 +93,10 @@ class ImagesApi:
 
     # What the other API processes ask of this one.
 
+    async def name(self) -> str:
+        """This process's name."""
+        return serve.get_replica_context().replica_tag
+
     async def cancel_here(self, request_id: str, key_name: str) -> tuple[int, int]:
         """See `ServeBackend.cancel_here`."""
         return _parts()[0].cancel_here(request_id, key_name)

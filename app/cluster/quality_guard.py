@@ -147,6 +147,7 @@ def uncached(job: DenoiseJob) -> DenoiseJob:
         request_id=request_id,
         row_id=f"{request_id}/0",
         index=0,
+        sharing=None,
         magcache=MagCacheOptions(enabled=False),
         calibration=CalibrationRun(_COMPUTE * job.num_inference_steps),
         priority=0,

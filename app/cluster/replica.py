@@ -5,7 +5,9 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -14,10 +16,12 @@ from ray import serve
 from app.cluster.by_reference import by_reference
 from app.cluster.client_errors import public_reason
 from app.cluster.group import RankGroup
+from app.cluster.shared_images import Emit, SharedImages
+from app.control.reservations import Reservations
 from app.engine.families import Family
 from app.errors import DeadlinePassedError, GroupFailedError, HistoryMismatchError, UnavailableError
 from app.logs import configure_logging
-from app.messages import Conditioning, DenoiseJob, DenoiseResult, Progress
+from app.messages import Conditioning, DenoiseJob, DenoiseResult, Progress, Reservation
 from app.model_files import fetch_and_check
 from app.settings import Settings
 from app.telemetry import REQUEST_ID
@@ -42,6 +46,8 @@ class FluxReplica:
         self._trouble: str | None = None
         self._reports: asyncio.Queue[tuple[RankGroup, Exception]] = asyncio.Queue()
         self._settled = asyncio.Condition()
+        self._images = SharedImages(settings.idempotency_s)
+        self._reservations = Reservations(settings.idempotency_s, time.monotonic)
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._bundles = ray.util.get_current_placement_group()
         self._spare: RankGroup | None = self._start()  # its processes import while the checkpoint is checked
@@ -69,8 +75,8 @@ class FluxReplica:
             UnavailableError: the group broke again and again while it made this image, or cannot be rebuilt.
             DeadlinePassedError: the deadline passed while the group was rebuilt.
         """
-        (result,) = [item async for item in self.stream_denoise(job, conditioning, None)]
-        assert isinstance(result, DenoiseResult), "only streams have progress"
+        *_, result = [item async for item in self.stream_denoise(job, conditioning, None)]
+        assert isinstance(result, DenoiseResult), "the last item is the result"
         return result
 
     async def stream_denoise(
@@ -78,22 +84,54 @@ class FluxReplica:
     ) -> AsyncGenerator[list[Progress] | DenoiseResult, None]:
         """`denoise` with events on the way; the last item is the result.
 
-        An image that is made again after a rebuild begins at step 0 once more.
+        An image that is made again after a rebuild begins at step 0 once more. One that is here already, for the same
+        request, is joined.
 
         Args:
             progress: see `Coordinator.stream`; None has no events.
         """
-        REQUEST_ID.set(job.request_id)
         self._raise_if_given_up()
-        tensors = by_reference(conditioning)
+        image = self._images.join_or_start(job, partial(self._make, job, by_reference(conditioning), progress))
+        async with aclosing(image.items(job.row_id)) as items:
+            async for item in items:
+                yield item
+
+    # What a repetition asks of all replicas; see `Repeats`.
+
+    async def reserve(self, scope: str, offered: Reservation) -> Reservation:
+        """The request that has ``scope`` here; ``offered`` where there is none."""
+        return self._reservations.reserve(scope, offered, self._images.tokens())
+
+    async def orphans(self, body: str, living: set[str]) -> list[Reservation]:
+        """See `SharedImages.orphans`."""
+        return self._images.orphans(body, living)
+
+    async def claim(self, token: str, living: set[str], process: str) -> bool:
+        """See `SharedImages.claim`."""
+        return self._images.claim(token, living, process)
+
+    async def follow(self, image: str, follower: str) -> list[Progress] | DenoiseResult | None:
+        """News of an image, or its result; None where it is not here."""
+        known = self._images.get(image)
+        return None if known is None else await known.next(follower)
+
+    async def unfollow(self, image: str, follower: str) -> None:
+        """``follower`` waits no longer."""
+        known = self._images.get(image)
+        if known is not None:
+            known.leave(follower)
+
+    async def _make(self, job: DenoiseJob, tensors: Any, progress: bool | None, emit: Emit) -> DenoiseResult:
+        REQUEST_ID.set(job.request_id)
         came, asking = time.monotonic(), job
         for _ in range(self._settings.rebuild_attempts + 1):
             group = self._group
             try:
                 async for item in _items(group.coordinator, asking, tensors, progress):
-                    yield item
-                return
-            except (asyncio.CancelledError, GeneratorExit):
+                    if isinstance(item, DenoiseResult):
+                        return item
+                    emit(item)
+            except asyncio.CancelledError:
                 group.coordinator.cancel.remote(job.row_id)
                 raise
             except (GroupFailedError, ray.exceptions.RayActorError) as error:

@@ -48,6 +48,10 @@ class ApiMetrics:
             self._keys.add(name)
         return name if name in self._keys else OTHER_KEYS
 
+    def joined(self) -> None:
+        """Count one image that a repeated request got from the one before."""
+        self._made.counter("flux_pictures_joined").inc()
+
     def observe_phases(
         self,
         *,

@@ -117,6 +117,10 @@ CATALOGUE: tuple[Spec, ...] = (
         f"a file that changes may exceed, new ones count as {OTHER_KEYS!r}.",
         key=(), outcome=OUTCOMES,
     ),
+    _counter(
+        "api", "flux_pictures_joined", "images",
+        "Images that a request which came again got from the one before, without being made again.",
+    ),
     _histogram(
         "api", "flux_request_duration_seconds", "seconds", LATENCY,
         "Time from an image request's arrival to its reply, by outcome.", exemplars=True, outcome=OUTCOMES,

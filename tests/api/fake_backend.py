@@ -12,7 +12,7 @@ from PIL import Image
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 
-from app.api.backend import GeneratedImage, HealthReport, ImagesJob, Preview, StreamItem
+from app.api.backend import GeneratedImage, HealthReport, ImagesJob, Preview, RequestIdentity, StreamItem
 from app.control.counters import CoordinatorCounters
 from app.engine.families import FLUX_DEV, Family
 from app.errors import ForbiddenError, InvalidRequestError, RequestCancelledError
@@ -32,6 +32,7 @@ class FakeBackend:
 
     def __init__(self) -> None:
         self.jobs: list[ImagesJob] = []
+        self.identities: list[RequestIdentity] = []
         self.checked: list[ImagesJob] = []
         self.refusal: Exception | None = None
         self.calibrations: dict[str, CalibrationJob] = {}
@@ -52,6 +53,10 @@ class FakeBackend:
         self.count = TokenCount(32, 32, 20, 20)
         self.registry = CollectorRegistry()
         self.coordinator = CoordinatorMetrics(self.registry, "flux-tiny", "r0", CoordinatorCounters())
+
+    async def reserve(self, job: ImagesJob, identity: RequestIdentity) -> ImagesJob:
+        self.identities.append(identity)
+        return job
 
     async def check(self, job: ImagesJob) -> None:
         self.checked.append(job)

@@ -134,7 +134,7 @@ async def test_the_job_and_the_log_know_the_name_and_nothing_knows_the_key(
     assert "by 'bob': POST" in caplog.text
     metrics = (await client.get("/metrics")).text
     assert 'code="invalid_api_key"' in metrics
-    assert 'flux_key_requests_total{key="bob",model="flux-tiny",outcome="ok"} 1.0' in metrics
+    assert 'flux_key_requests_total{key="bob",model="flux-tiny",outcome="ok",process="api"} 1.0' in metrics
     for text in (caplog.text, metrics, *(reply.text for reply in replies)):
         assert not any(key in text for key in (ALICE, BOB, "sk-eve", BOB.upper()))
 

@@ -201,7 +201,7 @@ async def test_the_paths_model_is_checked(client: httpx.AsyncClient, backend: Fa
         assert (await client.post(path, json={"prompt": "a"})).json()["error"]["code"] == "unknown_url"
     assert not backend.jobs
     metrics = (await client.get("/metrics")).text
-    assert 'flux_requests_total{model="flux-tiny",outcome="invalid",status_class="4xx"} 1.0' in metrics
+    assert 'flux_requests_total{model="flux-tiny",outcome="invalid",process="api",status_class="4xx"} 1.0' in metrics
 
 
 def test_azures_client(base_url: str, backend: FakeBackend) -> None:

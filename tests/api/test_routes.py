@@ -235,4 +235,4 @@ async def test_a_cancelled_request_is_told_so(client: httpx.AsyncClient, backend
         again = await client.delete("/v1/requests/mine")
         assert (again.status_code, again.json()["error"]["code"]) == (404, "request_not_found")
     counted = (await client.get("/metrics")).text
-    assert 'flux_requests_total{model="flux-tiny",outcome="cancelled",status_class="4xx"} 2.0' in counted
+    assert 'flux_requests_total{model="flux-tiny",outcome="cancelled",process="api",status_class="4xx"} 2.0' in counted

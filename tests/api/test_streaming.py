@@ -83,7 +83,9 @@ async def test_a_later_error_is_the_last_event(
     assert set(last["error"]) == {"message", "type", "param", "code"}
     assert "secret" not in response.text
     counted = (await client.get("/metrics")).text
-    assert f'flux_requests_total{{model="flux-tiny",outcome="{outcome}",status_class="5xx"}} 1.0' in counted
+    assert (
+        f'flux_requests_total{{model="flux-tiny",outcome="{outcome}",process="api",status_class="5xx"}} 1.0' in counted
+    )
 
 
 def test_the_openai_client_raises_a_later_error(openai_client: openai.OpenAI, backend: FakeBackend) -> None:
@@ -126,5 +128,5 @@ def test_a_client_that_leaves_ends_the_work(base_url: str, backend: FakeBackend)
             assert next(response.iter_lines()) == "event: flux.progress"
         wait_for(lambda: backend.cancelled == 1)
         metrics = base_url.replace("/v1", "/metrics")
-        cancelled = 'flux_requests_total{model="flux-tiny",outcome="cancelled",status_class="4xx"} 1.0'
+        cancelled = 'flux_requests_total{model="flux-tiny",outcome="cancelled",process="api",status_class="4xx"} 1.0'
         wait_for(lambda: cancelled in client.get(metrics).text)

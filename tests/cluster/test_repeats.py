@@ -1,0 +1,130 @@
+"""A request that comes again through the running service, with the API process that had it killed in between."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.cluster.asking import IMAGES, PROMPT, ask, events_of, kill_process, metrics, pixels, wait_for
+from tests.cluster.test_api_processes import ok_by_process
+
+LONG = {"prompt": PROMPT, "num_inference_steps": 100, "magcache": {"enabled": False}}
+
+
+@pytest.fixture
+def whole(http: httpx.Client) -> Iterator[None]:
+    """Both API processes are there, before a test and again after it."""
+
+    def both() -> bool:
+        return len(ok_by_process(http.get("/metrics").text)) == 2
+
+    wait_for(both, "both API processes are there", 120)
+    yield
+    wait_for(both, "the killed API process is replaced", 120)
+
+
+def finished(http: httpx.Client) -> float:
+    return metrics(http)["flux_pictures_finished_total"]
+
+
+def with_retries(service: str, body: dict[str, Any], key: str) -> dict[str, Any]:
+    """A plain client of its own: the same key until there is an answer."""
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        try:
+            reply = httpx.post(f"{service}{IMAGES}", json=body, headers={"Idempotency-Key": key}, timeout=120)
+        except httpx.TransportError:
+            continue
+        if reply.status_code == 200:
+            answer: dict[str, Any] = reply.json()
+            return answer
+        time.sleep(0.2)
+    raise AssertionError("no answer")
+
+
+@pytest.mark.usefixtures("whole")
+@pytest.mark.parametrize("client", ["openai", "httpx"])
+def test_no_image_is_lost_or_made_twice_when_an_api_process_is_killed(
+    http: httpx.Client, service: str, client: str
+) -> None:
+    """Four at once, of which each process has some; the bodies are equal, the images must not be."""
+    before, official = finished(http), openai.OpenAI(base_url=f"{service}/v1", api_key="unused", timeout=120)
+
+    def make(number: int) -> dict[str, Any]:
+        if client == "httpx":
+            return with_retries(service, LONG, f"killed-{number}")
+        options = {name: value for name, value in LONG.items() if name != "prompt"}
+        return official.images.generate(prompt=PROMPT, extra_body=options).model_dump()
+
+    with ThreadPoolExecutor(4) as pool:
+        made = [pool.submit(make, number) for number in range(4)]
+        wait_for(lambda: metrics(http)["flux_running_pictures"] == 4, "all four run")
+        kill_process("ServeReplica:flux:ImagesApi")
+        seeds = [reply.result()["data"][0]["seed"] for reply in made]
+    assert len(set(seeds)) == 4
+    assert finished(http) - before == 4
+
+
+def test_a_repetition_joins_the_image_under_way_or_gets_the_finished_one(http: httpx.Client) -> None:
+    before, joined = finished(http), metrics(http)["flux_pictures_joined_total"]
+    headers = {"Idempotency-Key": "together"}
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(http.post, IMAGES, json=LONG, headers=headers)
+        wait_for(lambda: metrics(http)["flux_running_pictures"] == 1, "it runs")
+        second = pool.submit(http.post, IMAGES, json=LONG, headers=headers)
+        replies = [first.result(), second.result(), http.post(IMAGES, json=LONG, headers=headers)]
+    images = [reply.json()["data"][0] for reply in replies]
+    assert len({image["b64_json"] for image in images}) == 1
+    assert [reply.headers.get("idempotent-replayed") for reply in replies] == [None, "true", "true"]
+    after = metrics(http)
+    assert finished(http) - before == 1
+    assert after["flux_pictures_joined_total"] - joined == 2
+    other = http.post(IMAGES, json={**LONG, "num_inference_steps": 99}, headers=headers)
+    assert (other.status_code, other.json()["error"]["code"]) == (422, "idempotency_key_reused")
+
+
+def test_a_repeated_stream_gets_progress_from_then_on_and_the_image(http: httpx.Client) -> None:
+    before = finished(http)
+    body = {**LONG, "stream": True, "progress": True}
+    headers = {"X-Request-Id": "streamed-twice"}
+    with http.stream("POST", IMAGES, json=body, headers=headers) as first:
+        events = events_of(first)
+        while next(events)["step"] < 5:
+            pass
+        with http.stream("POST", IMAGES, json=body, headers=headers) as second:
+            *news, again = list(events_of(second))
+        *_, image = list(events)
+    assert min(event["step"] for event in news) >= 4
+    assert (again["type"], again["b64_json"]) == ("image_generation.completed", image["b64_json"])
+    assert finished(http) - before == 1
+
+
+def test_the_last_of_those_who_share_an_image_ends_it(http: httpx.Client, service: str) -> None:
+    headers = {"X-Request-Id": "shared-and-left"}
+    impatient = httpx.Client(base_url=service, timeout=120)
+    body = {**LONG, "stream": True, "progress": True}
+    with impatient.stream("POST", IMAGES, json=body, headers=headers) as one:
+        assert next(events_of(one))["type"] == "flux.progress"
+        with http.stream("POST", IMAGES, json=body, headers=headers) as two:
+            events = events_of(two)
+            step = next(events)["step"]
+            one.close()
+            while next(events)["step"] < step + 30:
+                pass
+    wait_for(lambda: metrics(http)["flux_running_pictures"] == 0, "nothing runs for those who left")
+    impatient.close()
+
+
+def test_equal_requests_are_no_repetitions(http: httpx.Client) -> None:
+    before = finished(http)
+    body = {"num_inference_steps": 4, "size": "64x64", "seed": None}
+    first, second = (ask(http, **body)["data"][0] for _ in range(2))
+    assert first["seed"] != second["seed"]
+    assert pixels(first).shape == (64, 64, 3)
+    assert finished(http) - before == 2
