@@ -194,7 +194,7 @@ async def test_metrics_count_by_outcome_and_merge_the_coordinators(
         ("ok", "2xx"), ("invalid", "4xx"), ("busy", "4xx"), ("unavailable", "5xx"), ("failed", "5xx")
     ):  # fmt: skip
         assert samples[requests_with(outcome, status_class)] == 1
-    denoise = frozenset({("model", "flux-tiny"), ("phase", "denoise")})
+    denoise = frozenset({("model", "flux-tiny"), ("process", "api"), ("phase", "denoise")})
     assert samples["flux_phase_duration_seconds_count", denoise] == 2
     assert samples["flux_phase_duration_seconds_sum", denoise] == pytest.approx(0.4)
     replica = frozenset({("model", "flux-tiny"), ("replica", "r0")})
