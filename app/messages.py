@@ -83,6 +83,7 @@ class MagCacheOptions:
 
     ``computed_steps`` asks for the best plan with that many computed steps; the threshold is then ignored.
     ``computed_share`` asks for that share of the steps, or for the fewest that the other settings allow if more.
+    ``floor_db`` goes before it: the fewest steps whose trials reached this mean PSNR, where there are such trials.
     ``min_computed_steps`` is the fewest that a deadline or load may lower the computed steps to.
     ``client_chose``: the request names its schedule itself, which is lowered only as far as it allows.
     ``guard_budgets``: computed steps that the quality guard chose, by kind of image; each other kind has its own.
@@ -95,6 +96,7 @@ class MagCacheOptions:
     computed_steps: int | None = None
     min_computed_steps: int | None = None
     computed_share: float | None = None
+    floor_db: float | None = None
     client_chose: bool = False
     guard_budgets: tuple[tuple[ImageKind, int], ...] = ()
 
@@ -457,6 +459,8 @@ class DenoiseReport:
         lowered_by: ``deadline`` or ``load`` when computed steps were lowered for it, else None.
         uncached_reason: why all steps were computed although MagCache was enabled, else None.
         profile: ``NAME@VERSION`` of the profile that the schedule was planned with; None without one.
+        predicted_psnr_db: mean PSNR that such images are expected to have; None where it is not known.
+        floor_db: what the trials of this number of computed steps reached, where it was chosen for that; else None.
     """
 
     schedule: str
@@ -471,6 +475,8 @@ class DenoiseReport:
     lowered_by: str | None = None
     uncached_reason: str | None = None
     profile: str | None = None
+    predicted_psnr_db: float | None = None
+    floor_db: float | None = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ Device = Literal["cpu", "cuda"]
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
+Decibels = Annotated[float, Field(gt=0.0, lt=100.0)]
 
 
 def unknown_name(kind: str, name: str, valid: Iterable[str], fits: Callable[[str], bool] = lambda name: True) -> str:
@@ -177,11 +178,21 @@ class ElasticSettings(Section):
 
 
 class QualitySettings(Section):
-    """Which share of a request's steps each `quality` computes; `auto` follows the `magcache` settings."""
+    """What each `quality` computes: the fewest steps that reached a PSNR in the profile's trials, else a share of them.
 
-    low: Share = Field(default=0.25, description="Share of the steps that `quality: low` computes.")
-    medium: Share = Field(default=0.4, description="Share of the steps that `quality: medium` computes.")
-    high: Share = Field(default=0.65, description="Share of the steps that `quality: high` (or `hd`) computes.")
+    `auto` follows the `magcache` settings.
+    """
+
+    low_floor_db: Decibels | None = Field(
+        default=28.0,
+        description="Mean PSNR in dB against the uncached images that as many computed steps as `quality: low` takes "
+        "reached in trials, the runs of a calibration. Where no trial of the model did, and with null, `low` counts.",
+    )
+    medium_floor_db: Decibels | None = Field(default=32.0, description="The same for `quality: medium`.")
+    high_floor_db: Decibels | None = Field(default=38.0, description="The same for `quality: high` (or `hd`).")
+    low: Share = Field(default=0.25, description="Share of the steps that `quality: low` computes without trials.")
+    medium: Share = Field(default=0.4, description="Share of the steps that `quality: medium` computes without trials.")
+    high: Share = Field(default=0.65, description="Share of the steps that `quality: high` computes without trials.")
 
     @model_validator(mode="after")
     def _rising(self) -> Self:
@@ -189,16 +200,18 @@ class QualitySettings(Section):
             raise ValueError(
                 f"low, medium and high are {self.low:g}, {self.medium:g}, {self.high:g}; none may exceed the next"
             )
+        floors = [floor for floor in (self.low_floor_db, self.medium_floor_db, self.high_floor_db) if floor is not None]
+        if floors != sorted(floors):
+            shown = ", ".join(f"{floor:g}" for floor in floors)
+            raise ValueError(f"the floors of low, medium and high are {shown} dB; none may exceed the next")
         return self
 
 
 class QualityGuardSettings(Section):
     """Holds `auto`, the requests that leave MagCache to the server, to a quality that is measured on some of them."""
 
-    target_psnr_db: float | None = Field(
+    target_psnr_db: Decibels | None = Field(
         default=None,
-        gt=0.0,
-        lt=100.0,
         description="PSNR in dB against the uncached image of the same seed that nine of ten images are to reach. A "
         "sample is run again uncached while no client's image is there, and the computed steps rise and fall with what "
         "is seen. null compares nothing.",

@@ -27,6 +27,7 @@ from tests.wrong_settings import assert_refused
             ("quality_guard",),
             "min_computed_share is 0.8; it must not exceed max_computed_share, 0.75",
         ),
+        ({"quality": {"low_floor_db": 35.0}}, ("quality",), "low, medium and high are 35, 32, 38 dB"),
         ({"quality": {"high": 0.0}}, ("quality", "high"), "greater than 0"),
         ({"magcache": {"mag_retention_ratio": 2.0}}, ("magcache", "mag_retention_ratio"), "less than or equal to 1"),
         ({"sampling": {"default_width": 130}}, ("sampling",), "default_width is 130; it must be a multiple of 16"),

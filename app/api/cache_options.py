@@ -47,6 +47,7 @@ def cache_options(
         computed_steps=budget,
         # Which profile and how many steps that is are the coordinator's to say: it knows what it plans with.
         computed_share=getattr(settings.quality, quality) if preset else None,
+        floor_db=getattr(settings.quality, f"{quality}_floor_db") if preset else None,
         client_chose=chosen or asked.mag_threshold is not None,
         min_computed_steps=floor,
     )

@@ -98,6 +98,8 @@ def image_reply(resolved: ResolvedRequest, image: GeneratedImage) -> ImageReply:
             computed=report.computed,
             skipped=report.skipped,
             predicted_error=finite(report.predicted_error),
+            predicted_psnr_db=_rounded(report.predicted_psnr_db),
+            quality_floor_db=report.floor_db,
             negative_schedule=report.negative_schedule,
             lowered_by=report.lowered_by,  # type: ignore[arg-type]  # the scheduler's two words
             uncached_reason=report.uncached_reason,
@@ -112,6 +114,10 @@ def image_reply(resolved: ResolvedRequest, image: GeneratedImage) -> ImageReply:
 def finite(error: float) -> float | None:
     """Infinity is what the profile says of a reuse longer than any that it measured, and JSON has no such number."""
     return error if math.isfinite(error) else None
+
+
+def _rounded(decibels: float | None) -> float | None:
+    return None if decibels is None else round(decibels, 1)
 
 
 def _headers(resolved: ResolvedRequest, images: list[GeneratedImage]) -> dict[str, str]:
@@ -129,6 +135,12 @@ def _headers(resolved: ResolvedRequest, images: list[GeneratedImage]) -> dict[st
         "X-MagCache-Predicted-Error": [
             None if error is None else f"{error:.6g}"
             for error in (finite(report.predicted_error) for report in reports)
+        ],
+        "X-MagCache-Predicted-PSNR": [
+            None if report.predicted_psnr_db is None else f"{report.predicted_psnr_db:.1f}" for report in reports
+        ],
+        "X-MagCache-Quality-Floor": [
+            None if report.floor_db is None else f"{report.floor_db:g}" for report in reports[:1]
         ],
         "X-MagCache-Lowered-By": [report.lowered_by for report in reports],
         "X-MagCache-Uncached-Reason": [report.uncached_reason for report in reports[:1]],

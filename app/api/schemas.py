@@ -185,7 +185,17 @@ class MagCacheReply(BaseModel):
     schedule: str = Field(description="One letter a step: `C` computed, `.` reused.", examples=["CCC..C...C.C"])
     computed: int = Field(description="Computed steps of `schedule`.")
     skipped: int = Field(description="Reused steps of `schedule`.")
-    predicted_error: float | None = Field(description="`null` when a reuse is longer than any that was measured.")
+    predicted_error: float | None = Field(
+        description="Comparable among schedules of one reuse mode; `null` when a reuse is longer than any measured one."
+    )
+    predicted_psnr_db: float | None = Field(
+        description="Mean PSNR in dB that such images have against uncached ones, by the model's trials or what the "
+        "quality guard measured; `null` where neither says."
+    )
+    quality_floor_db: float | None = Field(
+        description="PSNR that the `quality` stands for here: trials of so many computed steps reached it on average. "
+        "`null` where it is a share of the steps, and without a `quality`."
+    )
     negative_schedule: str | None = Field(description="The schedule of the negative prompt's branch under true CFG.")
     lowered_by: Literal["deadline", "load"] | None = Field(description="What took computed steps away, if any.")
     uncached_reason: str | None = Field(description="Why every step was computed though MagCache is on, if so.")

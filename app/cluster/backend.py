@@ -257,6 +257,8 @@ class ServeBackend:
                 if sharing is not None and context.job.repeats and not attempt:
                     joined = await call.joined(sharing.image(index))
                 result = joined or await call.result(job, conditioning)
+                if self._guard is not None:
+                    result = replace(result, report=self._guard.measured(job, result.report))
                 made = result, *await self._decode(result, context.job, index), joined is not None
                 if self._guard is not None and joined is None:
                     self._guard.finished(job, conditioning, result)

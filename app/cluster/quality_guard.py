@@ -92,6 +92,12 @@ class GuardedImages:
             self._metrics.sampled("dropped")
         self._waiting.put_nowait(Sample(job, conditioning, result.latents, kind, result.report.computed))
 
+    def measured(self, job: DenoiseJob, report: DenoiseReport) -> DenoiseReport:
+        """``report`` with the PSNR that such images had here, once enough of them were compared."""
+        kind = self._kind(job, report)
+        measured_db = None if kind is None else self._guard.mean_db(kind, report.computed)
+        return report if measured_db is None else replace(report, predicted_psnr_db=measured_db)
+
     def metric_families(self) -> list[Metric]:
         """The guard's metrics."""
         return list(self._registry.collect())

@@ -85,5 +85,12 @@ class ScheduleSelector:
         return max(fewest, share, options.min_computed_steps or 1)
 
     def _with(self, job: DenoiseJob, computed: int) -> dict[str, BranchSchedule]:
-        options = replace(job.magcache, enabled=True, mag_threshold=None, computed_steps=computed, computed_share=None)
+        options = replace(
+            job.magcache,
+            enabled=True,
+            mag_threshold=None,
+            computed_steps=computed,
+            computed_share=None,
+            floor_db=None,
+        )
         return self._planner.schedules(job, options)

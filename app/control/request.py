@@ -142,6 +142,8 @@ class RequestState:
             lowered_by=self.lowered_by,
             uncached_reason=cond.uncached_reason,
             profile=cond.profile,
+            predicted_psnr_db=cond.predicted_psnr_db,
+            floor_db=cond.floor_db,
         )
 
 

@@ -31,6 +31,7 @@ from magcache_core import (
     stored_profiles,
     was_measured_for,
 )
+from magcache_core.expected import QualityScale
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,8 @@ class BranchSchedule:
         predicted_error: what `magcache_core` expects the reused steps to cost.
         uncached_reason: why every step computes though reuse was asked for, or None.
         profile: name and version of the profile that it was planned with, or None.
+        predicted_psnr_db: mean PSNR against the uncached images that the profile's trials let expect, or None.
+        floor_db: the PSNR that its number of computed steps was chosen for, or None.
     """
 
     decisions: tuple[Decision, ...]
@@ -49,6 +52,8 @@ class BranchSchedule:
     predicted_error: float
     uncached_reason: str | None = None
     profile: str | None = None
+    predicted_psnr_db: float | None = None
+    floor_db: float | None = None
 
     @cached_property
     def text(self) -> str:
@@ -130,6 +135,11 @@ class _FoundProfile:
     profile: Profile
     label: str
 
+    @cached_property
+    def scale(self) -> QualityScale:
+        """What its trials say of quality; nothing for image-to-image, which they did not try."""
+        return QualityScale(self.profile)
+
 
 def _measured_by(job: DenoiseJob) -> tuple[int, int, int, int, float]:
     """What decides which profile a job gets: steps, first step, width, height and guidance."""
@@ -182,15 +192,30 @@ class SchedulePlanner:
         fewest = self.fewest(job, options)
         if fewest is None:
             return replace(options, computed_share=None)
+        reaching = self._reaching(job, options)
         # A share such as 0.1 of 30 steps must not become 4 by rounding in binary.
-        budget = max(steps_of_share(options.computed_share, job.steps_to_run), fewest)
+        share = steps_of_share(options.computed_share, job.steps_to_run)
+        budget = max(share if reaching is None else reaching, fewest)
         if (options.min_computed_steps or 0) > budget:
             raise InvalidRequestError(
                 f"magcache.min_computed_steps is {options.min_computed_steps}, above the {budget} steps that the "
                 "request's quality computes",
                 param="magcache.min_computed_steps",
             )
-        return replace(options, computed_steps=budget, computed_share=None)
+        floor_db = None if reaching is None else options.floor_db
+        return replace(options, computed_steps=budget, computed_share=None, floor_db=floor_db)
+
+    def _reaching(self, job: DenoiseJob, options: MagCacheOptions) -> int | None:
+        """The fewest computed steps whose trials reached the floor of ``options``; None where trials don't say.
+
+        They were run with the profile's own number of steps, without true CFG, and with no other bounds on schedules.
+        """
+        found = self._profile(*_measured_by(job))
+        bounded = options.mag_max_skip_steps is not None or options.mag_retention_ratio is not None
+        if found is None or options.floor_db is None or bounded or len(job.branches) > 1:
+            return None
+        tried = job.steps_to_run == found.profile.steps
+        return found.scale.fewest_reaching(options.floor_db) if tried else None
 
     def _guarded(self, job: DenoiseJob, options: MagCacheOptions) -> MagCacheOptions:
         """``options`` with the quality guard's choice for the kind of image that ``job`` is, if it made one."""
@@ -272,4 +297,11 @@ class SchedulePlanner:
         sigmas = self._noise.sigmas(steps, Geometry.of(width, height).tokens)[first_step:].tolist()
         decided = decisions(plan, sigmas)
         residuals_kept = max(len(decision.weights) for decision in decided)
-        return BranchSchedule(decided, residuals_kept, plan.predicted_error, profile=found.label)
+        return BranchSchedule(
+            decided,
+            residuals_kept,
+            plan.predicted_error,
+            profile=found.label,
+            predicted_psnr_db=None if guided else found.scale.psnr_db(plan),
+            floor_db=options.floor_db,
+        )

@@ -47,6 +47,8 @@ class FakeBackend:
         self.ready = True
         self.lowered_by: str | None = None
         self.predicted_error = 0.125
+        self.predicted_psnr_db: float | None = 41.26
+        self.floor_db: float | None = None
         self.uncached_reason: str | None = None
         self.held: dict[str, asyncio.Event] = {}
         self.kind = FLUX_DEV
@@ -146,6 +148,8 @@ class FakeBackend:
             queue_position=2,
             lowered_by=self.lowered_by,
             uncached_reason=self.uncached_reason,
+            predicted_psnr_db=self.predicted_psnr_db,
+            floor_db=self.floor_db,
             profile="flux-tiny@0123456789ab",
         )
         self.coordinator.observe_request(report)

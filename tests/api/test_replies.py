@@ -107,3 +107,17 @@ async def test_a_reply_names_the_profile_and_its_version(client: httpx.AsyncClie
     response = await client.post("/v1/images/generations", json={"prompt": "a", "n": 2})
     assert response.headers["x-magcache-profile"] == "flux-tiny@0123456789ab"
     assert {image["magcache"]["profile"] for image in response.json()["data"]} == {"flux-tiny@0123456789ab"}
+
+
+async def test_quality_is_said_in_decibels_where_it_is_known(client: httpx.AsyncClient, backend: FakeBackend) -> None:
+    backend.floor_db = 38.0
+    response = await client.post(URL, json={**PROMPT, "n": 2, "quality": "high"})
+    sent = [image["magcache"] for image in response.json()["data"]]
+    told = [(image["predicted_psnr_db"], image["quality_floor_db"]) for image in sent]
+    assert told == [(41.3, 38.0)] * 2
+    assert response.headers["x-magcache-predicted-psnr"] == "41.3, 41.3"
+    assert response.headers["x-magcache-quality-floor"] == "38"
+    backend.predicted_psnr_db = backend.floor_db = None
+    response = await client.post(URL, json=PROMPT)
+    assert not {"x-magcache-predicted-psnr", "x-magcache-quality-floor"} & set(response.headers)
+    assert response.json()["data"][0]["magcache"]["predicted_psnr_db"] is None

@@ -89,6 +89,8 @@ async def test_everything_that_a_request_may_say(client: httpx.AsyncClient, back
         "computed": 4,
         "skipped": 4,
         "predicted_error": 0.125,
+        "predicted_psnr_db": 41.3,
+        "quality_floor_db": None,
         "negative_schedule": SCHEDULE,
         "lowered_by": None,
         "uncached_reason": None,
