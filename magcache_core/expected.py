@@ -28,8 +28,6 @@ class QualityScale:
         They don't where nothing is reused, where fewer than two trials have the plan's reuse mode, or where it is
         predicted to be worse than any of them. One predicted to be better than all counts as the best of them.
         """
-        if not plan.skipped:
-            return None
         key = plan.schedule, plan.reuse
         for trial in self._profile.trials:
             if key == (trial.schedule, trial.reuse):

@@ -37,24 +37,30 @@ async def test_a_request_overrides_the_servers_magcache(backend: FakeBackend) ->
 
 
 @pytest.mark.parametrize(
-    ("fields", "share", "said"),
+    ("fields", "share", "floor_db", "said"),
     [
-        ({"quality": "low"}, 0.25, "low"),
-        ({"quality": "medium"}, 0.4, "medium"),
-        ({"quality": "high"}, 0.65, "high"),
-        ({"quality": "hd"}, 0.65, "high"),
-        ({"quality": "standard"}, None, "auto"),
-        ({"quality": "auto"}, None, "auto"),
-        ({}, None, "auto"),
+        ({"quality": "low"}, 0.25, 28.0, "low"),
+        ({"quality": "medium"}, 0.4, 32.0, "medium"),
+        ({"quality": "high"}, 0.65, 38.0, "high"),
+        ({"quality": "hd"}, 0.65, 38.0, "high"),
+        ({"quality": "standard"}, None, None, "auto"),
+        ({"quality": "auto"}, None, None, "auto"),
+        ({}, None, None, "auto"),
     ],
 )
-async def test_quality_is_a_share_of_computed_steps(
-    client: httpx.AsyncClient, backend: FakeBackend, fields: dict[str, Any], share: float | None, said: str
+async def test_quality_is_a_floor_or_a_share_of_computed_steps(
+    client: httpx.AsyncClient,
+    backend: FakeBackend,
+    fields: dict[str, Any],
+    share: float | None,
+    floor_db: float | None,
+    said: str,
 ) -> None:
     response = await client.post(URL, json={**PROMPT, **fields})
     assert response.status_code == 200, response.text
     options = backend.jobs[0].magcache
     assert (options.enabled, options.computed_share, options.computed_steps) == (True, share, None)
+    assert options.floor_db == floor_db
     assert options.client_chose == (share is not None)
     assert response.json()["quality"] == said
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from app.control.quality import ScheduleSelector
@@ -9,6 +12,7 @@ from app.control.schedule import BranchSchedule, SchedulePlanner
 from app.engine.sampling import FlowMatchSampler
 from app.messages import MagCacheOptions
 from app.settings import MagCacheSettings, Settings
+from magcache_core import load_profile, save_profile
 from tests.local_group import MODEL, job
 
 PLANNER = SchedulePlanner(Settings(), FlowMatchSampler(MODEL))
@@ -73,3 +77,13 @@ def test_a_schedule_is_expected_to_reach_what_trials_say(
 ) -> None:
     found = scheduled(options, **fields).predicted_psnr_db
     assert found is None if expected is None else found == pytest.approx(expected, abs=1.0)
+
+
+def test_trials_without_true_cfg_say_nothing_of_it(tmp_path: Path) -> None:
+    path = save_profile(replace(load_profile("flux-tiny"), name="linear", reuse="linear", budget=3), tmp_path)
+    planner = SchedulePlanner(Settings(magcache=MagCacheSettings(profile=str(path))), FlowMatchSampler(MODEL))
+    plain, guided = (
+        planner.schedules(job("a/0", magcache=MagCacheOptions(), true_cfg_scale=scale))["cond"] for scale in (1.0, 2.0)
+    )
+    assert plain.text == guided.text
+    assert (plain.predicted_psnr_db, guided.predicted_psnr_db) == (pytest.approx(35.8, abs=0.1), None)
