@@ -461,6 +461,7 @@ class DenoiseReport:
         profile: ``NAME@VERSION`` of the profile that the schedule was planned with; None without one.
         predicted_psnr_db: mean PSNR that such images are expected to have; None where it is not known.
         floor_db: what the trials of this number of computed steps reached, where it was chosen for that; else None.
+        plan_reason: why the default was another one than the profile recommends, else None.
     """
 
     schedule: str
@@ -477,6 +478,7 @@ class DenoiseReport:
     profile: str | None = None
     predicted_psnr_db: float | None = None
     floor_db: float | None = None
+    plan_reason: str | None = None
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ class MagCacheSettings(Section):
         default=None,
         min_length=1,
         description="Calibrated profile: a name that ships with magcache_core or a path to its JSON; null takes, for "
-        "each request, the shipped one of this model that is nearest in steps and pixels.",
+        "each request, the shipped one of this model that is nearest in true CFG, steps, pixels and guidance.",
     )
     profile_dir: str | None = Field(
         default=None,

@@ -10,7 +10,7 @@ import argparse
 import hashlib
 import inspect
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata, resources
 from pathlib import Path
@@ -18,12 +18,15 @@ from typing import Any
 
 import torch
 
-from magcache_core.measure import measure_sensitivity, recording
+from magcache_core.measure import BranchTrace, measure_sensitivity, recording
 from magcache_core.profile_data import Profile, write_profile
 from magcache_core.profile_store import load_profile
 from magcache_core.reuse import REUSE_MODES
 from magcache_core.run_sums import BranchSums, RunMeasurement
 from magcache_core.trials import try_schedules
+
+COND, UNCOND = "cond", "uncond"
+"""The branches of true CFG, by diffusers' names of their contexts."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class CalibrationJob:
         steps: denoising steps.
         width, height: pixels.
         guidance_scale: distilled guidance.
-        negative_prompt: with it true CFG runs, and the unconditional branch is measured apart.
+        negative_prompt: with it true CFG runs: the unconditional branch is measured apart, and velocities are those
+            that both make together.
         true_cfg_scale: scale of true CFG.
         seeds: runs of each prompt, seeded 0, 1, ...
         batch: runs at once.
@@ -99,7 +103,10 @@ def calibrate(pipe: Any, job: CalibrationJob, name: str, model: str, progress: b
             for step in zip(trace.residuals, trace.velocities, trace.replays, strict=True):
                 run.add(*step)
                 bar.update(len(batch) / len(traces))
-            sums[branch] = run.sums if before is None else before + run.sums
+            measured = run.sums
+            if len(traces) > 1:
+                measured = replace(measured, velocities=_guided_products(traces, job.true_cfg_scale))
+            sums[branch] = measured if before is None else before + measured
     sensitivity = _sensitivity(pipe, job, runs[: job.batch], progress)
     bar.close()
     return Profile(
@@ -110,6 +117,7 @@ def calibrate(pipe: Any, job: CalibrationJob, name: str, model: str, progress: b
         width=job.width,
         height=job.height,
         guidance_scale=job.guidance_scale,
+        true_cfg_scale=job.true_cfg_scale if UNCOND in sums else None,
         sigmas=tuple(round(sigma, 6) for sigma in sigmas[: job.steps]),
         branches={branch: measured.curve(sensitivity) for branch, measured in sums.items()},
         provenance=_provenance(pipe, job),
@@ -138,6 +146,16 @@ def try_out(
     with tqdm(unit="budget", disable=not progress, desc="trying schedules") as bar:
         trials = try_schedules(pipe.transformer, run, profile, moves, budgets, progress=lambda: bar.update(1))
     return replace(profile, trials=trials)
+
+
+def _guided_products(traces: Mapping[str, BranchTrace], scale: float) -> torch.Tensor:
+    """Inner products per image, summed over the rows, of the velocities that true CFG makes of both branches'.
+
+    They move the latents, so they are what is predicted and corrected; (steps, steps), float64.
+    """
+    cond, uncond = (torch.stack(traces[name].velocities).double() for name in (COND, UNCOND))
+    guided = (uncond + scale * (cond - uncond)).flatten(1)  # (steps, rows x image_tokens x channels)
+    return (guided @ guided.T).cpu()
 
 
 def _sensitivity(pipe: Any, job: CalibrationJob, batch: Sequence[tuple[str, int]], progress: bool) -> list[float]:
@@ -228,7 +246,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--moves", type=int, default=6, help="neighbours of each best schedule to try out as well")
     parser.add_argument("--refine", metavar="PROFILE", help="measure nothing and only try schedules of this one again")
-    parser.add_argument("--budgets", type=int, nargs="+", help="with --refine: numbers of computed steps to try again")
+    parser.add_argument("--budgets", type=int, nargs="+", help="numbers of computed steps to try; all by default")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)

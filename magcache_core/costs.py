@@ -29,7 +29,8 @@ class CostTable:
             all of a + 1 ... a + l reused: the norm of the summed error vectors, which may cancel.
         gram: (steps, steps), mean inner product per token of the residuals of two steps.
         sensitivity: (steps,), how much a displacement of the latents made at a step has grown by the end of the run.
-        velocities: (steps, steps), mean inner product per image of the velocities of two steps; None when not measured.
+        velocities: (steps, steps), mean inner product per image of the velocities of two steps, those that true CFG
+            made where it ran; None when not measured.
 
     Entries that don't exist (past the last step, gaps larger than a) are infinite; l = 0 costs nothing.
     """

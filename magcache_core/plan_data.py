@@ -42,6 +42,7 @@ class Plan:
         ratios: the curve at the schedule's steps (for ``scaled`` reuse); empty when unknown.
         weights: by step, the weights of the last computed residuals, newest first (empty for computed steps), where
             they were fitted ahead; empty when the mode's formula gives them.
+        reason: why the plan is another one than the profile recommends, though nothing was asked for; or empty.
         unit: ``latent`` when the costs were measured in latent space, ``ratio`` when only magnitudes were known.
     """
 
@@ -51,6 +52,7 @@ class Plan:
     ratios: tuple[float, ...] = ()
     weights: tuple[tuple[float, ...], ...] = ()
     unit: str = "ratio"
+    reason: str = ""
 
     def __post_init__(self) -> None:
         if set(self.schedule) - {COMPUTE, REUSE} or not self.schedule.startswith(COMPUTE):

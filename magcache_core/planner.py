@@ -91,7 +91,8 @@ def _tried(profile: Profile, steps: int, budget: int) -> tuple[str, str] | None:
     """The schedule and the reuse mode that trials recommend, if they do."""
     if steps == profile.steps:
         return next(((one.schedule, one.reuse) for one in profile.trials if one.computed == budget), None)
-    if not profile.trials or profile.protected_steps:
+    # Under true CFG the first steps change most by far, and evenly spaced steps miss it.
+    if not profile.trials or profile.protected_steps or profile.true_cfg_scale is not None:
         return None
     if profile.reuse in VELOCITY_MODES:
         return (evenly_corrected(steps, budget), profile.reuse) if 5 * budget < 2 * steps else None

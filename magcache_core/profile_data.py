@@ -64,6 +64,7 @@ class Profile:
         steps: denoising steps of the measured runs.
         width, height: pixels of the measured images.
         guidance_scale: distilled guidance of the measured runs; None when not known.
+        true_cfg_scale: scale of the measured runs' true CFG; None when none ran.
         sigmas: noise level of each step, falling, ``steps`` values; empty when not known.
         branches: curves by CFG branch; ``cond`` is always there.
         protected_steps: steps that always compute, as indices into the curve.
@@ -82,6 +83,7 @@ class Profile:
     height: int
     branches: Mapping[str, BranchCurve]
     guidance_scale: float | None = None
+    true_cfg_scale: float | None = None
     sigmas: tuple[float, ...] = ()
     protected_steps: tuple[int, ...] = ()
     threshold: float = 0.24
@@ -188,6 +190,7 @@ def to_json(profile: Profile) -> str:
         "width": profile.width,
         "height": profile.height,
         "guidance_scale": profile.guidance_scale,
+        "true_cfg_scale": profile.true_cfg_scale,
         "sigmas": list(profile.sigmas),
         "protected_steps": list(profile.protected_steps),
         "defaults": {
@@ -256,6 +259,7 @@ def _profile(document: dict[str, Any]) -> Profile:
         width=int(document["width"]),
         height=int(document["height"]),
         guidance_scale=document["guidance_scale"],
+        true_cfg_scale=document.get("true_cfg_scale"),
         sigmas=sigmas,
         branches=branches,
         protected_steps=tuple(int(step) for step in document["protected_steps"]),

@@ -19,6 +19,8 @@ SAME_SIZE = math.sqrt(2.0)
 """Images whose numbers of pixels differ by less than this factor are of one size class."""
 SAME_GUIDANCE = 0.5
 """Largest difference of distilled guidance scales that count as one."""
+SAME_TRUE_CFG = 1.2
+"""Scales of true CFG that differ by less than this factor count as one."""
 
 
 @lru_cache(maxsize=1)
@@ -77,12 +79,20 @@ def stored_profiles(folder: Path) -> list[Profile]:
 
 
 def was_measured_for(
-    profile: Profile, model: str, steps: int, width: int, height: int, guidance_scale: float | None = None
+    profile: Profile,
+    model: str,
+    steps: int,
+    width: int,
+    height: int,
+    guidance_scale: float | None = None,
+    true_cfg_scale: float = 1.0,
 ) -> bool:
-    """Whether ``profile`` was measured for such requests: same model and steps, about the same size and guidance."""
+    """Whether ``profile`` was measured for such requests: same model and steps, about the same size and guidance
+    and, if it runs (above 1), true CFG."""
     pixels = abs(math.log(profile.width * profile.height / (width * height)))
     return (
         _model_key(profile.model) == _model_key(model)
+        and _cfg_distance(profile, true_cfg_scale) < math.log(SAME_TRUE_CFG)
         and profile.steps == steps
         and pixels < math.log(SAME_SIZE)
         and _guidance_distance(profile, guidance_scale) <= SAME_GUIDANCE
@@ -96,8 +106,10 @@ def pick_profile(
     height: int,
     candidates: Iterable[Profile] | None = None,
     guidance_scale: float | None = None,
+    true_cfg_scale: float = 1.0,
 ) -> Profile:
-    """The profile that fits a request best: the model's, nearest in steps, pixels and guidance; the pick is logged.
+    """The profile that fits a request best: the model's, nearest in true CFG if it runs, steps, pixels and guidance;
+    the pick is logged.
 
     Args:
         model: model id, as in the profile (compared without case; a path counts by its last part).
@@ -105,6 +117,7 @@ def pick_profile(
         width, height: pixels.
         candidates: profiles to choose from, the first of equally near ones; the shipped ones by default.
         guidance_scale: distilled guidance of the request, if it counts.
+        true_cfg_scale: scale of the request's true CFG, which runs above 1.
 
     Raises:
         ProfileError: no candidate is for this model.
@@ -115,8 +128,9 @@ def pick_profile(
         known = ", ".join(sorted({profile.model for profile in profiles}))
         raise ProfileError(f"no profile for model {model!r}; there are profiles for {known}")
 
-    def distance(profile: Profile) -> tuple[float, float, float]:
+    def distance(profile: Profile) -> tuple[float, float, float, float]:
         return (
+            _cfg_distance(profile, true_cfg_scale),
             abs(math.log(profile.steps / steps)),
             abs(math.log(profile.width * profile.height / (width * height))),
             _guidance_distance(profile, guidance_scale),
@@ -133,6 +147,13 @@ def pick_profile(
 def _guidance_distance(profile: Profile, guidance_scale: float | None) -> float:
     known = profile.guidance_scale
     return 0.0 if known is None or guidance_scale is None else abs(known - guidance_scale)
+
+
+def _cfg_distance(profile: Profile, true_cfg_scale: float) -> float:
+    """How far scales of true CFG are apart, as a logarithm; infinite where only one of the two runs it."""
+    if profile.true_cfg_scale is None or true_cfg_scale <= 1:
+        return 0.0 if profile.true_cfg_scale is None and true_cfg_scale <= 1 else math.inf
+    return abs(math.log(profile.true_cfg_scale / true_cfg_scale))
 
 
 def _model_key(model: str) -> str:

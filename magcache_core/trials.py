@@ -23,6 +23,8 @@ from magcache_core.profile_data import Profile
 
 MODES = ("linear", "corrected")
 """Reuse modes that are tried; plain reuse was never the closest, and ``fitted`` at one number of computed steps."""
+GUIDED_MODES = (*MODES, "residual")
+"""The same under true CFG, which multiplies what an extrapolation gets wrong: there plain reuse may be the closest."""
 LEAST = 1e-5
 """Distance (100 dB) at which equal images count, so that its logarithm is finite."""
 
@@ -116,7 +118,10 @@ def search(
 
 
 def _candidates(profile: Profile, budget: int, before: Trial | None, known: Trial | None) -> Iterator[Plan]:
-    """Planned and evenly spaced schedules, the best with a step less and its longest segment halved, and ``known``."""
+    """Planned and evenly spaced schedules, the best with a step less and its longest segment halved, and ``known``.
+
+    Under true CFG the plan for velocities knows best where steps must be close, so that all modes try its schedule.
+    """
     if known is not None:
         yield fill(profile, known.schedule, known.reuse)
     yield from corrected_plans(profile, budget)
@@ -125,10 +130,12 @@ def _candidates(profile: Profile, budget: int, before: Trial | None, known: Tria
         longest = max(before.schedule.split(COMPUTE), key=len)
         middle = before.schedule.index(COMPUTE + longest) + 1 + len(longest) // 2
         halved.append(_with(before.schedule, middle, COMPUTE))
-    for mode in MODES:
+    guided = profile.true_cfg_scale is not None
+    dense = [plan(profile, budget=budget, reuse="corrected").schedule] if guided else []
+    for mode in GUIDED_MODES if guided else MODES:
         even = evenly_corrected if mode in VELOCITY_MODES else evenly_spaced
         yield plan(profile, budget=budget, reuse=mode)
-        for schedule in (even(profile.steps, budget), *halved):
+        for schedule in (even(profile.steps, budget), *dense, *halved):
             if all(schedule[step] == COMPUTE for step in profile.protected_steps):
                 yield fill(profile, schedule, mode)
 

@@ -104,6 +104,7 @@ def image_reply(resolved: ResolvedRequest, image: GeneratedImage) -> ImageReply:
             lowered_by=report.lowered_by,  # type: ignore[arg-type]  # the scheduler's two words
             uncached_reason=report.uncached_reason,
             profile=report.profile,
+            plan_reason=report.plan_reason,
         ),
         timings=Timings(**image.phases),
         eta_s=report.eta_seconds,
@@ -145,6 +146,7 @@ def _headers(resolved: ResolvedRequest, images: list[GeneratedImage]) -> dict[st
         "X-MagCache-Lowered-By": [report.lowered_by for report in reports],
         "X-MagCache-Uncached-Reason": [report.uncached_reason for report in reports[:1]],
         "X-MagCache-Profile": [report.profile for report in reports[:1]],
+        "X-MagCache-Plan-Reason": [report.plan_reason for report in reports[:1]],
     }
     headers = {"Idempotent-Replayed": "true"} if any(image.joined for image in images) else {}
     headers |= {

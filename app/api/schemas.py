@@ -200,6 +200,7 @@ class MagCacheReply(BaseModel):
     lowered_by: Literal["deadline", "load"] | None = Field(description="What took computed steps away, if any.")
     uncached_reason: str | None = Field(description="Why every step was computed though MagCache is on, if so.")
     profile: str | None = Field(description="`NAME@VERSION` of the profile that the schedule was planned with, if any.")
+    plan_reason: str | None = Field(description="Why the default is another one than the profile recommends, if so.")
 
 
 class Timings(BaseModel):

@@ -144,6 +144,7 @@ class RequestState:
             profile=cond.profile,
             predicted_psnr_db=cond.predicted_psnr_db,
             floor_db=cond.floor_db,
+            plan_reason=cond.plan_reason,
         )
 
 

@@ -15,7 +15,6 @@ from app.errors import InvalidRequestError
 from app.messages import BranchStep, CalibrationRun, DenoiseJob, ImageKind, MagCacheOptions, steps_of_share
 from app.settings import Settings
 from magcache_core import (
-    VELOCITY_MODES,
     ConfigError,
     Decision,
     Plan,
@@ -24,7 +23,6 @@ from magcache_core import (
     choose,
     decisions,
     fewest_steps,
-    fill,
     load_profile,
     pick_profile,
     profile_names,
@@ -45,6 +43,7 @@ class BranchSchedule:
         profile: name and version of the profile that it was planned with, or None.
         predicted_psnr_db: mean PSNR against the uncached images that the profile's trials let expect, or None.
         floor_db: the PSNR that its number of computed steps was chosen for, or None.
+        plan_reason: why it is another one than the profile recommends, though nothing was asked for, or None.
     """
 
     decisions: tuple[Decision, ...]
@@ -54,6 +53,7 @@ class BranchSchedule:
     profile: str | None = None
     predicted_psnr_db: float | None = None
     floor_db: float | None = None
+    plan_reason: str | None = None
 
     @cached_property
     def text(self) -> str:
@@ -141,9 +141,22 @@ class _FoundProfile:
         return QualityScale(self.profile)
 
 
-def _measured_by(job: DenoiseJob) -> tuple[int, int, int, int, float]:
-    """What decides which profile a job gets: steps, first step, width, height and guidance."""
-    return job.num_inference_steps, job.first_step, job.width, job.height, job.guidance_scale
+@dataclass(frozen=True)
+class _Conditions:
+    """What decides which profile a job gets; ``true_cfg_scale`` is 1 where true CFG does not run."""
+
+    steps: int
+    first_step: int
+    width: int
+    height: int
+    guidance_scale: float
+    true_cfg_scale: float
+
+    @classmethod
+    def of(cls, job: DenoiseJob) -> _Conditions:
+        """Those of ``job``."""
+        scale = max(job.true_cfg_scale, 1.0)
+        return cls(job.num_inference_steps, job.first_step, job.width, job.height, job.guidance_scale, scale)
 
 
 class SchedulePlanner:
@@ -173,8 +186,8 @@ class SchedulePlanner:
         if job.calibration is not None:
             return dict.fromkeys(job.branches, self._dictated(job, job.calibration))
         followed = self._with_budget(job, job.magcache if options is None else options)
-        guided = len(job.branches) > 1
-        return {branch: self._plan(followed, *_measured_by(job), branch, guided) for branch in job.branches}
+        conditions = _Conditions.of(job)
+        return {branch: self._plan(followed, conditions, branch) for branch in job.branches}
 
     def _dictated(self, job: DenoiseJob, run: CalibrationRun) -> BranchSchedule:
         """The schedule that a calibration wants to be run; one that is recorded keeps each step's residual."""
@@ -210,7 +223,7 @@ class SchedulePlanner:
 
         They were run with the profile's own number of steps, without true CFG, and with no other bounds on schedules.
         """
-        found = self._profile(*_measured_by(job))
+        found = self._profile(_Conditions.of(job))
         bounded = options.mag_max_skip_steps is not None or options.mag_retention_ratio is not None
         if found is None or options.floor_db is None or bounded or len(job.branches) > 1:
             return None
@@ -220,7 +233,7 @@ class SchedulePlanner:
     def _guarded(self, job: DenoiseJob, options: MagCacheOptions) -> MagCacheOptions:
         """``options`` with the quality guard's choice for the kind of image that ``job`` is, if it made one."""
         plain = replace(options, guard_budgets=())
-        found = self._profile(*_measured_by(job)) if options.guard_budgets and options.computed_steps is None else None
+        found = self._profile(_Conditions.of(job)) if options.guard_budgets and options.computed_steps is None else None
         if found is None:
             return plain
         kind = ImageKind(found.label, job.steps_to_run, len(job.branches) > 1)
@@ -232,7 +245,7 @@ class SchedulePlanner:
 
     def fewest(self, job: DenoiseJob, options: MagCacheOptions) -> int | None:
         """The fewest computed steps that a plan for ``job`` can have; None where there is no profile to plan with."""
-        found = self._profile(*_measured_by(job))
+        found = self._profile(_Conditions.of(job))
         if found is None:
             return None
         return max(
@@ -246,62 +259,48 @@ class SchedulePlanner:
             for branch in job.branches
         )
 
-    def _find_profile(
-        self, steps: int, first_step: int, width: int, height: int, guidance: float
-    ) -> _FoundProfile | None:
-        request = self._settings.model, steps, width, height
-        own = [one for one in self._stored if was_measured_for(one, *request, guidance)]
+    def _find_profile(self, asked: _Conditions) -> _FoundProfile | None:
+        request = self._settings.model, asked.steps, asked.width, asked.height
+        guidance = asked.guidance_scale, asked.true_cfg_scale
+        own = [one for one in self._stored if was_measured_for(one, *request, *guidance)]
         profile = self._named
         if own or profile is None:
             shipped = map(load_profile, profile_names())
             try:
-                profile = pick_profile(*request, own or [*self._stored, *shipped], guidance)
+                profile = pick_profile(*request, own or [*self._stored, *shipped], *guidance)
             except ProfileError:
                 return None
-        return _FoundProfile(profile.tail(first_step, steps), f"{profile.name}@{profile.version}")
+        return _FoundProfile(profile.tail(asked.first_step, asked.steps), f"{profile.name}@{profile.version}")
 
-    def _plan_branch(
-        self,
-        options: MagCacheOptions,
-        steps: int,
-        first_step: int,
-        width: int,
-        height: int,
-        guidance: float,
-        branch: str,
-        guided: bool,
-    ) -> BranchSchedule:
-        found = self._profile(steps, first_step, width, height, guidance) if options.enabled else None
+    def _plan_branch(self, options: MagCacheOptions, asked: _Conditions, branch: str) -> BranchSchedule:
+        found = self._profile(asked) if options.enabled else None
+        steps_to_run = asked.steps - asked.first_step
         if found is None:
             if options.enabled and options.computed_steps is not None:
                 allowed = "left out: there is no MagCache profile for this model to plan with"
                 raise ConfigError("computed_steps", options.computed_steps, allowed)
-            every = tuple(Decision(step, compute=True) for step in range(steps - first_step))
+            every = tuple(Decision(step, compute=True) for step in range(steps_to_run))
             return BranchSchedule(every, 0, 0.0, self._noise.uncached_reason if options.enabled else None)
-        profile = found.profile
-        # True CFG multiplies what separates the branches, and with it what a prediction gets wrong: there residuals are
-        # reused, on the schedule that is planned for velocities (what trials found goes with their mode).
-        without_correction = guided and profile.reuse in VELOCITY_MODES
         plan = choose(
-            profile,
-            steps - first_step,
+            found.profile,
+            steps_to_run,
             branch=branch,
-            reuse=profile.reuse if without_correction else None,
             threshold=options.mag_threshold,
             max_skip_steps=options.mag_max_skip_steps,
             retention_ratio=options.mag_retention_ratio,
             budget=options.computed_steps,
+            guidance_scale=asked.guidance_scale,
+            true_cfg_scale=asked.true_cfg_scale,
         )
-        if without_correction:
-            plan = fill(profile, plan.schedule, "residual", branch)
-        sigmas = self._noise.sigmas(steps, Geometry.of(width, height).tokens)[first_step:].tolist()
-        decided = decisions(plan, sigmas)
+        sigmas = self._noise.sigmas(asked.steps, Geometry.of(asked.width, asked.height).tokens)
+        decided = decisions(plan, sigmas[asked.first_step :].tolist())
         residuals_kept = max(len(decision.weights) for decision in decided)
         return BranchSchedule(
             decided,
             residuals_kept,
             plan.predicted_error,
             profile=found.label,
-            predicted_psnr_db=None if guided else found.scale.psnr_db(plan),
+            predicted_psnr_db=None if asked.true_cfg_scale > 1 else found.scale.psnr_db(plan),
             floor_db=options.floor_db,
+            plan_reason=plan.reason or None,
         )

@@ -56,6 +56,6 @@ async def test_headers_of_a_bare_file(client: httpx.AsyncClient, backend: FakeBa
     body = {"prompt": "a", "response_format": "file", "negative_prompt": "b", "output_compression": 3}
     response = await client.post("/v1/images/generations", json=body)
     ours = [name for name in response.headers if name.startswith(("x-", "server-"))]
-    assert len(ours) == 14
+    assert len(ours) == 15
     for name in [*ours, "x-magcache-lowered-by", "x-soonest-seconds"]:
         assert f"`{name}`" in TEXT.lower(), name

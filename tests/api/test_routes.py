@@ -94,6 +94,7 @@ async def test_everything_that_a_request_may_say(client: httpx.AsyncClient, back
         "negative_schedule": SCHEDULE,
         "lowered_by": None,
         "uncached_reason": None,
+        "plan_reason": None,
         "profile": "flux-tiny@0123456789ab",
     }
     assert (first["eta_s"], first["queue_position"]) == (1.5, 2)

@@ -109,7 +109,7 @@ def test_a_stored_profile_goes_before_a_named_one_for_what_it_was_measured_for(t
     def planned(**options: Any) -> BranchSchedule:
         return planner.schedules(job("a/0", magcache=MagCacheOptions(), **options))["cond"]
 
-    own, named = planned(), planned(guidance_scale=7.0)
+    own, named = planned(), planned(guidance_scale=5.0)
     assert (own.text.count("C"), named.text.count("C")) == (8, 10)
     assert own.profile == f"own@{stored_profiles(tmp_path)[0].version}"
     assert named.profile == f"flux-tiny@{load_profile('flux-tiny').version}"

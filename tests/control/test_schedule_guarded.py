@@ -14,6 +14,8 @@ from tests.local_group import MODEL, job
 
 PROFILE = load_profile("flux-tiny")
 LABEL = f"{PROFILE.name}@{PROFILE.version}"
+GUIDED = load_profile("flux-tiny-cfg-4")
+GUIDED_LABEL = f"{GUIDED.name}@{GUIDED.version}"
 PLANNER = SchedulePlanner(Settings(), FlowMatchSampler(MODEL))
 
 
@@ -26,7 +28,7 @@ def computed(budget: int, kind: ImageKind, steps: int = 28, true_cfg_scale: floa
     ("budget", "kind", "request_", "expected"),
     [
         (13, ImageKind(LABEL, 28, guided=False), {}, 13),
-        (13, ImageKind(LABEL, 28, guided=True), {"true_cfg_scale": 3.0}, 13),
+        (13, ImageKind(GUIDED_LABEL, 28, guided=True), {"true_cfg_scale": 3.0}, 13),
         # Of another kind: what the profile recommends.
         (13, ImageKind(LABEL, 28, guided=True), {}, 10),
         (13, ImageKind("flux-tiny@0", 28, guided=False), {}, 10),

@@ -177,7 +177,7 @@ def test_nobody_starves_under_endless_urgent_traffic() -> None:
 def test_schedules_are_the_librarys() -> None:
     for steps in (1, 4, 9, 14, 28, 50):
         expected = choose(PROFILE, steps).schedule
-        guided = choose(PROFILE, steps, reuse=PROFILE.reuse).schedule  # true CFG follows a plan, not a trial
+        guided = choose(PROFILE, steps, true_cfg_scale=2.0).schedule
         for size in SIZES:
             asked = job("a/0", steps=steps, size=size, magcache=OPTIONS[0])
             assert PLANNER.schedules(asked)["cond"].text == expected

@@ -189,14 +189,14 @@ def test_a_profile_that_recommends_it_is_followed_but_not_under_true_cfg(
     planner = SchedulePlanner(settings, engine.sampler)
     asked = replace(CASES["flux.1-dev"][1], magcache=MagCacheOptions(True))
     plain, guided = planner.schedules(asked), planner.schedules(replace(asked, true_cfg_scale=2.0))
-    assert plain["cond"].text == guided["cond"].text == guided["uncond"].text  # without trials, both are planned
+    assert guided["cond"].text == guided["uncond"].text
     assert plain["cond"].residuals_kept == 0
     assert guided["cond"].residuals_kept == 1
     for schedules, corrects in ((plain, True), (guided, False)):
         scheduler = StepScheduler(settings)
         scheduler.submit(asked, schedules)
         rows = [plan.rows[0] for plan in iter(scheduler.next_plan, None)]
-        for row, mark in zip(rows, plain["cond"].text, strict=True):
+        for row, mark in zip(rows, schedules["cond"].text, strict=True):
             assert bool(row.estimate) == corrects
             assert bool(row.move) == (corrects and mark == "C")
             assert [branch.runs for branch in row.branches] == [mark == "C" or not corrects] * len(schedules)
