@@ -218,6 +218,17 @@ class Sharing:
 
 
 @dataclass(frozen=True)
+class LoraUse:
+    """One low-rank adapter that a row's transformer has, ``scale`` times; 0 leaves it out, and it may be negative.
+
+    ``name`` is the one under which the ranks have loaded it.
+    """
+
+    name: str
+    scale: float
+
+
+@dataclass(frozen=True)
 class DenoiseJob:
     """One image to denoise, number ``index`` of its HTTP request. ``row_id`` is unique in the service.
 
@@ -234,6 +245,7 @@ class DenoiseJob:
         computing: the steps that compute in some branch, counted from the job's first; None when any of them may.
         source_tokens: tokens of the reference images, which every step reads beside the image's own.
         calibration: what the row does instead of following ``magcache``, where it is in the background.
+        loras: adapters of the transformer, which add up; each name once.
     """
 
     row_id: str
@@ -256,6 +268,7 @@ class DenoiseJob:
     sharing: Sharing | None = None
     computing: tuple[int, ...] | None = None
     calibration: CalibrationRun | None = None
+    loras: tuple[LoraUse, ...] = ()
 
     @property
     def first_step(self) -> int:
