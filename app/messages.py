@@ -217,15 +217,25 @@ class Sharing:
         return f"{self.token}/{index}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class LoraUse:
     """One low-rank adapter that a row's transformer has, ``scale`` times; 0 leaves it out, and it may be negative.
 
-    ``name`` is the one under which the ranks have loaded it.
+    Attributes:
+        name: of its file in the folder of adapters, without ``.safetensors``.
+        digest: of that file's content (`app.engine.lora_files.lora_digest`), which ranks compare; empty for any.
+        nbytes: the memory that it takes on a rank at most.
     """
 
     name: str
     scale: float
+    digest: str = ""
+    nbytes: int = 0
+
+    @property
+    def content(self) -> tuple[str, str]:
+        """Name and digest: a file that is replaced under the same name is another adapter."""
+        return self.name, self.digest
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from app.engine.families import Edits
 from app.engine.geometry import Geometry
 from app.engine.inpainting import Inpainting
 from app.engine.loading import load_transformer
+from app.engine.lora import Loras
+from app.engine.lora_linears import RowAdapters, applied
 from app.engine.modulation import Modulation
 from app.engine.process_groups import RankGroups
 from app.engine.rows import BatchKey, Branch, Row
@@ -31,6 +33,7 @@ from app.messages import (
     BranchStep,
     Conditioning,
     DenoiseJob,
+    LoraUse,
     PromptEmbeddings,
     RowStep,
     SourceImage,
@@ -65,10 +68,12 @@ class Engine:
         tuning: Tuning = Tuning(),  # noqa: B008 - frozen
         transformer: ModelMixin | None = None,
         single_file: Path | None = None,
+        loras: Path | None = None,
     ) -> None:
         """Load this rank's shard of ``model`` (a folder in diffusers layout), or take ``transformer`` as it is.
 
-        With ``single_file`` the transformer's weights are those of that file, in BFL's layout.
+        With ``single_file`` the transformer's weights are those of that file, in BFL's layout. With ``loras`` jobs may
+        name adapters of that folder, once they are loaded.
 
         Raises:
             CheckpointError, ValueError: see `load_transformer`.
@@ -91,6 +96,8 @@ class Engine:
         if tuning.compile and tuning.compile_cache is not None:
             use_compile_cache(tuning.compile_cache, self.attention)
         self.transformer = transformer
+        # Before the modulation takes its linears out.
+        self.loras = None if loras is None else Loras(loras, model, transformer, groups.tensor, self.device, dtype)
         self._modulation = Modulation(transformer, groups.tensor, self.device)
         self.strategy = get_strategy(self.transformer)
         self.sampler = FlowMatchSampler(model)
@@ -142,7 +149,7 @@ class Engine:
             self.rows.pop(row_id, None)
         for job, tensors in zip(plan.admit, conditioning, strict=True):
             self.rows[job.row_id] = self._admit(job, tensors)
-        by_shape = sorted(plan.rows, key=self._batch_key)
+        by_shape = sorted(plan.rows, key=self._batch_order)
         previews: dict[str, torch.Tensor] = {}
         for _, same_shape in groupby(by_shape, key=self._batch_key):
             previews |= self._step(list(same_shape))
@@ -172,7 +179,16 @@ class Engine:
     def _batch_key(self, step: RowStep) -> BatchKey:
         return self.rows[step.row_id].batch_key
 
+    def _batch_order(self, step: RowStep) -> tuple[BatchKey, tuple[LoraUse, ...]]:
+        """Rows that share a batch together, and among them those with equal adapters."""
+        return self._batch_key(step), self.rows[step.row_id].job.loras
+
     def _admit(self, job: DenoiseJob, conditioning: Conditioning) -> Row:
+        adapters = None if self.loras is None else self.loras.hold(job.loras)
+        with applied([adapters]):
+            return self._new_row(job, conditioning, adapters)
+
+    def _new_row(self, job: DenoiseJob, conditioning: Conditioning, adapters: RowAdapters | None) -> Row:
         geometry = Geometry.of(job.width, job.height)
         # FLUX's schedule is that of all steps; image-to-image enters it late.
         sigmas = self.sampler.sigmas(job.num_inference_steps, geometry.tokens)[job.first_step :]
@@ -205,6 +221,7 @@ class Engine:
             references=self._embed_references(references),
             reference_geometries=tuple(Geometry.of(one.width, one.height) for one in references),
             inpainting=inpainting,
+            adapters=adapters,
         )
 
     def _embed_references(self, references: Sequence[SourceImage]) -> torch.Tensor:
@@ -275,7 +292,9 @@ class Engine:
     def _velocity(self, parts: Sequence[BatchItem]) -> torch.Tensor:
         """Predicted velocities, (parts, image_tokens, channels), each computed or with a reused residual."""
         latents = self.groups.sequence.part(torch.stack([part.row.latents for part in parts]))
-        hidden = self.strategy.embed_image(self.transformer, latents)
+        adapters = [part.row.adapters for part in parts]
+        with applied(adapters):
+            hidden = self.strategy.embed_image(self.transformer, latents)
         computing = [index for index, part in enumerate(parts) if part.step.compute]
         if len(computing) == len(parts):
             output = self._blocks(parts, hidden)
@@ -291,7 +310,8 @@ class Engine:
                 for index, computed in zip(computing, made, strict=True):
                     output[index].copy_(computed)
         modulation = torch.stack([part.branch.output_modulation[part.row_step.step] for part in parts])
-        velocity: torch.Tensor = self.strategy.project(self.transformer, output, modulation)
+        with applied(adapters):
+            velocity: torch.Tensor = self.strategy.project(self.transformer, output, modulation)
         return self.groups.sequence.gather(velocity, parts[0].row.geometry.tokens)
 
     def _measure(self, part: BatchItem, velocity: torch.Tensor) -> None:
@@ -318,7 +338,7 @@ class Engine:
         tokens = hidden
         if parts[0].row.reference_geometries:
             tokens = torch.cat([hidden, torch.stack([part.row.references for part in parts])], dim=1)
-        with prefer(self.attention):
+        with prefer(self.attention), applied([part.row.adapters for part in parts]):
             output: torch.Tensor = self.strategy.blocks(
                 self.transformer, tokens, context, self._modulation.by_block(modulation), rotary
             )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from app.engine.parallel import TensorParallelGroup, modulation_linears
@@ -66,7 +67,7 @@ class Modulation:
         modulation = temb.new_zeros(len(temb), self.width)
         for column, linear in self._linears:
             here = {name: tensor.to(self._device, non_blocking=True) for name, tensor in linear.named_parameters()}
-            part = F.linear(activated, here["weight"], here.get("bias"))
+            part: torch.Tensor = functional_call(linear, here, activated)
             begin = column + self._group.rank * part.shape[1]
             modulation[:, begin : begin + part.shape[1]] = part
         # Every column is one rank's and zero on the others: the sum puts them together, and rounds nothing.

@@ -10,6 +10,7 @@ import torch
 
 from app.engine.geometry import Geometry
 from app.engine.inpainting import Inpainting
+from app.engine.lora_linears import RowAdapters
 from app.messages import BranchStep, DenoiseJob
 from magcache_core.correct import CORRECTING
 from magcache_core.run_sums import BranchSums, RunMeasurement
@@ -88,6 +89,7 @@ class Row:
         velocities: the last computed guided velocities, newest first, each (image_tokens, channels), of a row that
             predicts and corrects them.
         inpainting: what the row keeps of its source, None where all of it is painted.
+        adapters: low-rank ones of the transformer, None for none.
     """
 
     job: DenoiseJob
@@ -99,6 +101,7 @@ class Row:
     references: torch.Tensor
     reference_geometries: tuple[Geometry, ...]
     inpainting: Inpainting | None = None
+    adapters: RowAdapters | None = None
     velocities: deque[torch.Tensor] = field(default_factory=lambda: deque(maxlen=CORRECTING))
 
     @property

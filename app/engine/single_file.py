@@ -85,7 +85,7 @@ _FLUX2: tuple[Names, Names, Names] = (
     {**_QK_NORM, "linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)},
 )
 _LAYOUTS = {"FluxTransformer2DModel": _FLUX1, "Flux2Transformer2DModel": _FLUX2}
-_SWAPPED = "final_layer.adaLN_modulation.1"
+SWAPPED = "final_layer.adaLN_modulation.1"
 """BFL has the final norm's shift before its scale, diffusers the scale before its shift."""
 _OTHER_KINDS = {
     "a LoRA": (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lokr_w1", ".hada_w1_a"),
@@ -113,7 +113,7 @@ def diffusers_tensors(
     shapes = {name: tuple(parameter.shape) for name, parameter in transformer.named_parameters()}
     found: dict[str, StoredTensor] = {}
     missing: list[str] = []
-    for module, parts in _modules(transformer):
+    for module, parts in bfl_modules(transformer):
         for leaf in ("weight", "bias"):
             wanted = [(name, shapes[name]) for part in parts if (name := f"{part}.{leaf}") in shapes]
             if not wanted:  # no bias, or no guidance embedding
@@ -147,7 +147,7 @@ def _of_the_transformer(path: Path, tensors: Mapping[str, StoredTensor]) -> dict
     return own
 
 
-def _modules(transformer: ModelMixin) -> Iterator[tuple[str, list[str]]]:
+def bfl_modules(transformer: ModelMixin) -> Iterator[tuple[str, list[str]]]:
     """Each module of the file, and diffusers' modules whose rows it joins."""
     outer, double, single = _LAYOUTS[type(transformer).__name__]
     config: Any = transformer.config
@@ -175,7 +175,7 @@ def _split(
     found = {}
     offset = stored.offset
     for parameter, shape in wanted:
-        swapped = name.startswith(_SWAPPED)
+        swapped = name.startswith(SWAPPED)
         found[parameter] = StoredTensor(shape, stored.dtype, offset, halves_swapped=swapped)
         offset += prod(shape) * stored.dtype.itemsize
     return found

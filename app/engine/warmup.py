@@ -13,6 +13,7 @@ import torch
 
 from app.engine.checkpoint_files import CheckpointError
 from app.engine.engine import Engine
+from app.engine.lora import WITHOUT
 from app.messages import (
     COND,
     BranchStep,
@@ -34,18 +35,20 @@ REUSE = BranchStep(COND, compute=False, weights=(1.0,))
 def warm_up(engine: Engine, job: DenoiseJob, text_tokens: int, max_rows: int) -> tuple[StepTime, ...]:
     """Run steps of images like ``job``, without true CFG: one row alone and, with ``max_rows`` above 1, two at once.
 
-    A step of an image of another size is run and not timed, so that all kinds of compiled code are there.
+    A step of an image of another size is run and not timed, and so are steps with adapters where the engine has them,
+    so that all kinds of compiled code are there.
 
     All ranks of a group do this at the same time. The engine is left in its initial state.
 
     Raises:
         CheckpointError: what a step gives is not finite.
     """
-    rows = tuple(replace(job, row_id=f"warmup/{number}") for number in range(min(max_rows, 2)))
-    blank = [_blank(engine, text_tokens)] * (len(rows) + 1)
-    # A row of another size, since the usual one may have compiled code of its own.
-    other = replace(job, row_id="warmup/other", width=job.width + 32)
-    admission, *steps, last = chained([StepPlan(0, "", admit=(*rows, other)), *_steps(rows), _step([other], COMPUTE)])
+    count = min(max_rows, 2)
+    blank = [_blank(engine, text_tokens)] * (count + 1)
+    if engine.loras is not None:
+        for plan in _history(replace(job, loras=(WITHOUT,)), count):
+            engine.execute(plan, blank[: len(plan.admit)])
+    admission, *steps, last = _history(job, count)
     seconds: list[list[float]] = []
     for _ in range(REPEATS):
         engine.restart()
@@ -63,6 +66,14 @@ def warm_up(engine: Engine, job: DenoiseJob, text_tokens: int, max_rows: int) ->
         StepTime(len(plan.rows), plan.rows[0].branches[0].compute, best)
         for plan, best in zip(steps, fastest, strict=True)
     )
+
+
+def _history(job: DenoiseJob, count: int) -> list[StepPlan]:
+    """Admission of ``count`` rows like ``job`` and one of another size, steps of those rows, and one of the other."""
+    rows = tuple(replace(job, row_id=f"warmup/{number}") for number in range(count))
+    # Since the usual size may have compiled code of its own.
+    other = replace(job, row_id="warmup/other", width=job.width + 32)
+    return chained([StepPlan(0, "", admit=(*rows, other)), *_steps(rows), _step([other], COMPUTE)])
 
 
 def _steps(rows: Sequence[DenoiseJob]) -> list[StepPlan]:
