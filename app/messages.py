@@ -239,6 +239,31 @@ class LoraUse:
 
 
 @dataclass(frozen=True)
+class LoraFile:
+    """An adapter of the folder that the setting ``loras`` names.
+
+    Attributes:
+        name: its path in the folder without the suffix.
+        digest: of the file's content.
+        rank: the largest of its matrices' ranks.
+        nbytes: the memory that it takes on a rank at most.
+    """
+
+    name: str
+    digest: str
+    rank: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class LoraListing:
+    """The adapters that a folder offers, by name, and the files in it that are refused, with the reason."""
+
+    offered: Mapping[str, LoraFile] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class DenoiseJob:
     """One image to denoise, number ``index`` of its HTTP request. ``row_id`` is unique in the service.
 

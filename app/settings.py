@@ -103,6 +103,22 @@ class Settings(Section):
         description="Keep the weights of the blocks' modulation in host memory (FLUX.1: 6.6 GB, divided among the "
         "ranks) and stream them to the GPU when an image is admitted, the only time that they are read.",
     )
+    loras: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder of low-rank adapters (LoRA) as safetensors files that requests may name, on a volume that "
+        "all nodes with ranks mount; read at the start and by `POST /v1/loras/reload`. `~` stands for the home "
+        "folder. null takes none.",
+    )
+    loras_bytes: PositiveInt = Field(
+        default=1 << 30,
+        description="Memory that adapters may take on a rank. Those used longest ago leave first; an image whose "
+        "adapters do not fit beside those of other images waits for them.",
+    )
+    max_loras: int = Field(default=4, ge=1, le=16, description="Most adapters that one request may name.")
+    max_lora_scale: float = Field(
+        default=4.0, gt=0.0, description="Largest `scale` of an adapter in a request, and, negative, the smallest."
+    )
     tensor_parallel_size: PositiveInt = Field(
         default=1, description="Ranks that share one transformer; must divide its attention heads (FLUX.1: 24)."
     )

@@ -73,6 +73,12 @@ RULES = (
         allowed=("app.engine", "app.model_hints", "app.settings", "app.errors"),
     ),
     Rule(
+        "app.lora_folder",
+        ("app",),
+        "what a folder offers",
+        allowed=("app.engine", "app.messages", "app.model_files", "app.settings"),
+    ),
+    Rule(
         "app.control",
         (
             "app",

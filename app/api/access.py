@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ipaddress
+
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api.keys import ApiKeys
 from app.api.middleware import path_of
 from app.api.page import is_page
 from app.api.replies import error_response
-from app.errors import InvalidRequestError, ServiceError
+from app.errors import ForbiddenError, InvalidRequestError, ServiceError
 from app.settings import HttpSettings
 
 PROXY_HEADERS = ("x-request-disconnect-disabled", "x-request-timeout-seconds")
@@ -52,3 +55,22 @@ class AccessMiddleware:
                 raise InvalidRequestError(
                     f"the header {name} is the operator's to send; leave it out", param=name, code="header_not_allowed"
                 )
+
+
+def check_operator(request: Request, http: HttpSettings, what: str) -> None:
+    """Let those go on who may ask the service for ``what``: any API key, or without keys this machine.
+
+    Raises:
+        ForbiddenError: the service has no keys, and the request comes from another machine.
+    """
+    if http.api_keys_file is None and not _is_local(request):
+        raise ForbiddenError(
+            f"a service without API keys {what} for its own machine only; ask from there, or set http.api_keys_file"
+        )
+
+
+def _is_local(request: Request) -> bool:
+    try:
+        return request.client is not None and ipaddress.ip_address(request.client.host).is_loopback
+    except ValueError:
+        return False

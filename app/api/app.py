@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
-from app.api import calibrations, edits, page
+from app.api import calibrations, edits, lora_routes, page
 from app.api.access import AccessMiddleware
 from app.api.backend import Backend
 from app.api.drain import DrainMiddleware
@@ -42,6 +42,7 @@ def create_app(
     app.include_router(router)
     app.include_router(edits.router)
     app.include_router(calibrations.router)
+    app.include_router(lora_routes.router)
     app.include_router(page.router)
     keys = None if settings.http.api_keys_file is None else ApiKeys(settings.http.api_keys_file)
     app.add_middleware(DrainMiddleware, drain=service.drain)

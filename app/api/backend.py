@@ -15,6 +15,8 @@ from app.messages import (
     CalibrationJob,
     CalibrationStatus,
     DenoiseReport,
+    LoraListing,
+    LoraUse,
     MagCacheOptions,
     Progress,
     Sharing,
@@ -74,6 +76,7 @@ class ImagesJob:
         key_name: the name of the API key that the request came with; empty where the service has none.
         sharing: how a repetition finds the images; None where none may.
         repeats: it is a repetition, and its images may be there already.
+        loras: adapters of the transformer for all of its images.
         metadata: the file holds its own settings, see `app.api.infotext`.
     """
 
@@ -99,6 +102,7 @@ class ImagesJob:
     metadata: bool = False
     sharing: Sharing | None = None
     repeats: bool = False
+    loras: tuple[LoraUse, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -198,6 +202,12 @@ class Backend(Protocol):
 
     async def family(self) -> Family:
         """What kind of model is served."""
+
+    async def loras(self) -> LoraListing:
+        """The low-rank adapters that requests may name."""
+
+    async def reload_loras(self) -> LoraListing:
+        """Read their folder again, for all new requests."""
 
     async def health(self) -> HealthReport:
         """Whether every part that an image needs is up."""

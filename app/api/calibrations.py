@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import uuid
 from http import HTTPStatus
 from typing import Any, Literal
@@ -10,11 +9,12 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from app.api.access import check_operator
 from app.api.resolve import check_prompt, parse_size
 from app.api.routes import Service
 from app.api.schemas import ErrorReply, integral
 from app.api.validation import parse_plain, read_json
-from app.errors import ForbiddenError, InvalidRequestError
+from app.errors import InvalidRequestError
 from app.messages import CalibrationJob, CalibrationStatus, steps_of_share
 from app.settings import Settings
 from magcache_core.calibrate import packaged_prompts
@@ -154,21 +154,10 @@ def resolve_calibration(request: CalibrationRequest, settings: Settings) -> Cali
 
 
 def _service(request: Request) -> Service:
-    """What the handlers share; only for those who may calibrate: any key, or without keys this machine."""
+    """What the handlers share; only for those who may calibrate."""
     service: Service = request.app.state.service
-    if service.settings.http.api_keys_file is None and not _is_local(request):
-        raise ForbiddenError(
-            "a service without API keys takes calibrations from its own machine only; ask from there, or set "
-            "http.api_keys_file"
-        )
+    check_operator(request, service.settings.http, "calibrates")
     return service
-
-
-def _is_local(request: Request) -> bool:
-    try:
-        return request.client is not None and ipaddress.ip_address(request.client.host).is_loopback
-    except ValueError:
-        return False
 
 
 def _reply(status: CalibrationStatus) -> CalibrationReply:

@@ -62,13 +62,14 @@ async def _resolved(request: Request) -> tuple[ResolvedRequest, str]:
         sent = await read_edit(request, settings.http, arriving.grow)
         family = await backend.family()
         check_uploads(sent, family)
+        loras = await service.loras(sent.fields)
 
         def resolve(
             body: EditsRequest, accept: str = "", sources: list[SourcePixels] | None = None, masked: bool = True
         ) -> ResolvedRequest:
             strength = strength_of(body, family, masked)
             request_id, key_name = request.state.request_id, key_name_of(request)
-            return resolve_request(body, settings, family, request_id, accept, sources, strength, key_name)
+            return resolve_request(body, settings, family, request_id, accept, sources, strength, key_name, loras)
 
         body = parse(sent.fields | model_in_path(request), EditsRequest, resolve)
         accept = request.headers.get("accept", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 
 from app.api.backend import ImagesJob
 from app.messages import DenoiseReport
@@ -23,6 +24,8 @@ def infotext(job: ImagesJob, index: int, report: DenoiseReport, model: str) -> s
         "Size": f"{job.width}x{job.height}",
         "Model": model,
         "Denoising strength": None if job.strength is None else f"{job.strength:g}",
+        "Lora": _each(f"{use.name}: {use.scale:g}" for use in job.loras),
+        "Lora hashes": _each(f"{use.name}: {use.digest[:12]}" for use in job.loras),
         "MagCache schedule": report.schedule,
         "MagCache negative schedule": report.negative_schedule,
         "Version": "flux-magcache-serve",
@@ -32,6 +35,10 @@ def infotext(job: ImagesJob, index: int, report: DenoiseReport, model: str) -> s
         lines.append(f"Negative prompt: {job.negative_prompt[:_LONGEST]}")
     lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items() if value is not None))
     return "\n".join(lines)
+
+
+def _each(entries: Iterable[str]) -> str | None:
+    return ", ".join(entries) or None
 
 
 def _quoted(value: object) -> str:

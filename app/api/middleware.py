@@ -132,8 +132,9 @@ class RequestMiddleware:
                 code = CLIENT_LEFT
             elif status >= 500 and code is None:
                 code = ServiceError.code
+            loras = scope["state"].get("loras", ())
             self.metrics.observe_request(
-                outcome(status), status, seconds, code=code, request_id=request_id, key_name=key_name
+                outcome(status), status, seconds, code=code, request_id=request_id, key_name=key_name, loras=loras
             )
 
 

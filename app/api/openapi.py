@@ -58,6 +58,7 @@ def openapi_of(app: FastAPI, settings: Settings) -> Schema:
             _limit(components[name], components["MagCacheBody"], settings)
         default_size = f"{settings.sampling.default_width}x{settings.sampling.default_height}"
         components["ImagesRequest"]["properties"]["size"]["default"] = default_size
+        _within(components["LoraBody"]["properties"]["scale"], _lora_scales(settings))
         edits = components.pop("EditsRequest")
         components["EditsForm"] = _with_images(_without_null(edits), _FORM_IMAGES, _FILE)
         components["EditsJson"] = _with_images(edits, _JSON_IMAGES, _CARRIED)
@@ -98,11 +99,16 @@ def _limit(body: Schema, magcache: Schema, settings: Settings) -> None:
     _within(fields["size"], {"pattern": _size_pattern(sampling)})
     fields["num_inference_steps"]["default"] = sampling.num_inference_steps
     fields["guidance_scale"]["default"] = sampling.guidance_scale
+    _within(fields["lora"], {"maxItems": settings.max_loras if settings.loras else 0})
     _within(fields["model"], {"enum": [*settings.model_names, ""]})
     _within(fields["output_format"], {"enum": [*_choices(fields["output_format"]), "jpg"]})
     fields["cfg_scale"] = copy.deepcopy(fields["true_cfg_scale"])
     for name in ("computed_steps", "min_computed_steps"):
         _within(magcache["properties"][name], {"maximum": sampling.max_inference_steps})
+
+
+def _lora_scales(settings: Settings) -> Schema:
+    return {"minimum": -settings.max_lora_scale, "maximum": settings.max_lora_scale}
 
 
 def _within(field: Schema, limits: Schema) -> None:

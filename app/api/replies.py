@@ -8,10 +8,12 @@ import math
 import time
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import quote
 
 from starlette.responses import Response
 
 from app.api.backend import GeneratedImage
+from app.api.loras import lora_replies
 from app.api.resolve import ResolvedRequest
 from app.api.schemas import ImageReply, ImagesReply, MagCacheReply, Timings, TokenDetails, Usage
 from app.engine.geometry import Geometry
@@ -106,6 +108,7 @@ def image_reply(resolved: ResolvedRequest, image: GeneratedImage) -> ImageReply:
             profile=report.profile,
             plan_reason=report.plan_reason,
         ),
+        lora=lora_replies(job.loras),
         timings=Timings(**image.phases),
         eta_s=report.eta_seconds,
         queue_position=report.queue_position,
@@ -154,6 +157,8 @@ def _headers(resolved: ResolvedRequest, images: list[GeneratedImage]) -> dict[st
         "X-MagCache-Enabled": str(resolved.job.magcache.enabled).lower(),
         "Server-Timing": ", ".join(f"{name[:-2]};dur={value * 1000:.1f}" for name, value in slowest.items()),
     }
+    if resolved.job.loras:  # names may have any character, and headers not
+        headers["X-Lora"] = ", ".join(f"{quote(use.name)}:{use.scale:g}" for use in resolved.job.loras)
     for name, of_each in values.items():
         if any(value is not None for value in of_each):
             headers[name] = ", ".join("none" if value is None else value for value in of_each)

@@ -13,10 +13,11 @@ from app.api.accept import media_types
 from app.api.backend import ImagesJob, OutputFormat, SourcePixels
 from app.api.cache_options import cache_options
 from app.api.guidance import guidance_scale, true_cfg
+from app.api.loras import resolve_loras
 from app.api.schemas import DRAW_A_SEED, MAX_SEED, ImagesRequest, MagCacheBody, Quality
 from app.engine.families import Family
 from app.errors import InvalidRequestError, ModelNotFoundError
-from app.messages import first_step
+from app.messages import LoraListing, first_step
 from app.settings import SamplingSettings, Settings
 
 # Drawn seeds stay exact in JSON readers whose only number is a double.
@@ -62,6 +63,7 @@ def resolve_request(
     sources: list[SourcePixels] | None = None,
     strength: float | None = None,
     key_name: str = "",
+    loras: LoraListing = LoraListing(),  # noqa: B008 - frozen
 ) -> ResolvedRequest:
     """The job that ``request`` asks for.
 
@@ -70,6 +72,7 @@ def resolve_request(
         accept: the Accept header; an image type in it asks for the bare file.
         sources, strength: what an edit adds, see `ImagesJob`.
         key_name: of the API key that the request came with.
+        loras: the adapters that there are.
 
     Raises:
         ServiceError: the request is beyond the server's limits or contradicts itself; ``param`` names the field.
@@ -130,6 +133,7 @@ def resolve_request(
         strength=strength,
         key_name=key_name,
         metadata=settings.http.metadata if request.metadata is None else request.metadata,
+        loras=resolve_loras(request.lora or [], loras, settings),
     )
     return ResolvedRequest(
         job=job,

@@ -20,6 +20,7 @@ from app.api.drain import Drain
 from app.api.events import STREAM_EVENTS, Kind
 from app.api.idempotency import body_digest, identity_of
 from app.api.image_memory import ImageMemory
+from app.api.loras import may_name_loras
 from app.api.middleware import EDITS_PATH, IMAGES_PATH
 from app.api.page import page_response
 from app.api.replies import AsciiJSONResponse, images_response
@@ -38,6 +39,7 @@ from app.api.streaming import stream_response
 from app.api.validation import parse, read_json
 from app.engine.families import Edits
 from app.errors import ModelNotFoundError, RequestNotFoundError, ServiceError
+from app.messages import LoraListing
 from app.metrics import ApiMetrics, Families, merge_families
 from app.settings import Settings
 from app.telemetry import Attributes, Tracing
@@ -74,6 +76,10 @@ class Service:
             "flux.schedule": report.schedule,
         }
         self.tracing.image(**phases, attributes=attributes)
+
+    async def loras(self, fields: Mapping[str, Any]) -> LoraListing:
+        """The adapters that there are, as far as the request with ``fields`` may name one."""
+        return await self.get_backend().loras() if may_name_loras(fields, self.settings) else LoraListing()
 
     async def cards(self) -> list[ModelCard]:
         """The served model, as OpenAI's clients list it, under each of its names."""
@@ -136,9 +142,9 @@ IMAGES_RESPONSES: Mapping[int | str, dict[str, Any]] = {
     **_errors(
         s400="A field is wrong; `param` names it.",
         s401=_NO_KEY,
-        s404="No such model.",
+        s404="No such model, or no such adapter.",
         s406="`Accept` asks for an image type that does not exist here.",
-        s409="The request was cancelled.",
+        s409="The request was cancelled, or its adapter cannot be loaded.",
         s413="The body is too large.",
         s415="The body is not JSON.",
         s422="`deadline_s` cannot be met; `X-Soonest-Seconds` says what can. Or the `Idempotency-Key` came with "
@@ -174,6 +180,7 @@ async def generate(request: Request) -> Response:
         family=await service.get_backend().family(),
         request_id=request.state.request_id,
         key_name=key_name_of(request),
+        loras=await service.loras(fields),
     )
     body = parse(fields | model_in_path(request), ImagesRequest, resolve)
     resolved = resolve(body, accept=request.headers.get("accept", ""))
@@ -186,10 +193,12 @@ async def answer(request: Request, resolved: ResolvedRequest, body: str, kind: K
     identity = identity_of(request, body, key_name_of(request))
     job = await service.get_backend().reserve(resolved.job, identity)
     resolved = replace(resolved, job=job)
+    request.state.loras = [use.name for use in job.loras]
     logger.info(
-        "request %s: %d image(s) of %dx%d, %d steps, seed %d, true CFG %s, MagCache %s%s%s",
+        "request %s: %d image(s) of %dx%d, %d steps, seed %d, true CFG %s, MagCache %s%s%s%s",
         job.request_id, job.n, job.width, job.height, job.num_inference_steps, job.seed,
         "off" if job.negative_prompt is None else job.true_cfg_scale, "on" if job.magcache.enabled else "off",
+        "".join(f", adapter {use.name!r} x {use.scale:g}" for use in job.loras),
         ", streamed" if resolved.stream else "", ", repeated" if job.repeats else "",
     )  # fmt: skip
     backend = service.get_backend()
@@ -301,6 +310,7 @@ async def index(request: Request) -> Response:
             "DELETE /v1/requests/{id}": "cancel a request by its X-Request-Id",
             "POST /v1/calibrations": "calibrate the served model in its idle time",
             "GET /v1/models": "the served model",
+            "GET /v1/loras": "the adapters that requests may name",
             "GET /health": "200 when images can be made, else 503",
             "GET /metrics": "Prometheus metrics",
             "GET /docs": "every field, to read and to try",

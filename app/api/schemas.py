@@ -55,6 +55,15 @@ class MagCacheBody(BaseModel):
     _integral = field_validator("mag_max_skip_steps", "computed_steps", "min_computed_steps", mode="before")(integral)
 
 
+class LoraBody(BaseModel):
+    """One low-rank adapter of a request."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    name: str = Field(min_length=1, description="One of those that `GET /v1/loras` lists.")
+    scale: float | None = Field(default=None, description="How strongly it acts, 1 by default; may be negative.")
+
+
 class ImagesRequest(BaseModel):
     """The body of `POST /v1/images/generations`."""
 
@@ -95,6 +104,9 @@ class ImagesRequest(BaseModel):
         default=None, ge=DRAW_A_SEED, le=MAX_SEED, description="Drawn and returned when left out or -1."
     )
     magcache: MagCacheBody | None = Field(default=None, description="MagCache settings of this request.")
+    lora: list[LoraBody] | None = Field(
+        default=None, description="Low-rank adapters of the transformer for this request's images; they add up."
+    )
     quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] | None = Field(
         default=None,
         description="Share of the steps that compute: the server's presets `low`, `medium` and `high`, or its default "
@@ -203,6 +215,14 @@ class MagCacheReply(BaseModel):
     plan_reason: str | None = Field(description="Why the default is another one than the profile recommends, if so.")
 
 
+class LoraReply(BaseModel):
+    """An adapter that an image was made with."""
+
+    name: str
+    scale: float
+    digest: str = Field(description="A hash of its file's content.", examples=["4be05c2f1a6d"])
+
+
 class Timings(BaseModel):
     """Seconds by phase of one image."""
 
@@ -222,6 +242,7 @@ class ImageReply(BaseModel):
     )
     seed: int = Field(description="The seed that makes this very image again.")
     magcache: MagCacheReply
+    lora: list[LoraReply] = Field(description="The adapters that it was made with.")
     timings: Timings
     eta_s: float = Field(description="Seconds that denoising was estimated to take at its arrival, queue included.")
     queue_position: int = Field(description="Images before it at its arrival, itself counted; 0: there was room.")
@@ -303,6 +324,31 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
+
+
+class LoraCard(BaseModel):
+    """One adapter that requests may name."""
+
+    id: str = Field(description="What `lora` names it.", examples=["watercolour"])
+    object: Literal["lora"] = "lora"
+    rank: int
+    bytes: int = Field(description="The memory that it takes on a rank at most.")
+    digest: str = Field(description="A hash of its file's content.", examples=["4be05c2f1a6d"])
+
+
+class RefusedLora(BaseModel):
+    """A file of the folder that is not offered."""
+
+    id: str
+    reason: str
+
+
+class LoraList(BaseModel):
+    """The adapters of the folder that the operator named."""
+
+    object: Literal["list"] = "list"
+    data: list[LoraCard]
+    refused: list[RefusedLora] = Field(description="Files of the folder that are not offered.")
 
 
 class HealthReply(BaseModel):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from app.api.schemas import EditsRequest, ImagesRequest, MagCacheBody
+from app.api.schemas import EditsRequest, ImagesRequest, LoraBody, MagCacheBody
 from app.settings import unknown_name
 
 Refusal = Callable[[dict[str, Any]], str | None]
@@ -31,12 +31,20 @@ _OTHER_NAMES: Mapping[str, str] = {
     "strength": "strength denoise denoising_strength image_strength prompt_strength img2img_strength",
     "deadline_s": "deadline timeout timeout_s max_seconds",
     "partial_images": "previews num_previews",
+    "lora": "loras lora_weights lora_adapters adapters",
+}
+_LORA_NAMES: Mapping[str, str] = {
+    "name": "id path model file lora lora_name adapter adapter_name",
+    "scale": "weight strength strength_model lora_scale multiplier",
 }
 _NO_SUCH_THING: Mapping[str, str] = {
     "the sampler is flow-match Euler, as FLUX was trained, and no request changes it": "sampler sampler_name "
     "sampler_index scheduler schedule_type schedule sigmas timesteps eta karras use_karras_sigmas shift",
     "the size is given as WIDTHxHEIGHT in pixels": "aspect_ratio ratio ar",
-    "weights are loaded when the service starts": "lora loras lora_weights adapters controlnet control_image vae",
+    "weights are loaded when the service starts": "controlnet control_image vae",
+    'the adapters of a form are JSON in one field, lora=[{"name": "…"}]': "lora[][name] lora[name] lora[][scale]",
+    "the scale of an adapter stands beside its name in lora": "lora_scale lora_scales lora_strength adapter_weights "
+    "joint_attention_kwargs cross_attention_kwargs",
     "there is no such filter": "safety_checker enable_safety_checker disable_safety_checker safety_tolerance nsfw",
 }
 # Of the edits endpoint: what is said there, and the names.
@@ -72,6 +80,8 @@ def explain_unknown(
     A field that would itself be refused with this value is never offered; the sentence then says why it would be.
     """
     name = ".".join(path)
+    if path[0] == "lora":
+        return _explain_of_lora(int(path[1]), path[2], body["lora"], refusal)
     if len(path) > 1:
         value = body[path[0]][path[1]]
         return unknown_name(
@@ -100,6 +110,26 @@ def explain_unknown(
             return unknown + f"{meant} belongs to POST /v1/images/edits"
         return unknown + (refusal({meant: value}) or f"did you mean {meant!r}?")
     return unknown_name("field", name, own.values(), lambda field: refusal({field: value}) is None)
+
+
+def _explain_of_lora(index: int, name: str, asked: list[dict[str, Any]], refusal: Refusal) -> str:
+    """As `explain_unknown`, of the field ``name`` in the adapter at ``index``."""
+    own = {_plain(other): ours for ours, others in _LORA_NAMES.items() for other in [ours, *others.split()]}
+    rest = {field: value for field, value in asked[index].items() if field in LoraBody.model_fields}
+
+    def fits(field: str) -> bool:
+        corrected = rest | {field: asked[index][name]}
+        return field not in rest and refusal({"lora": [corrected]}) is None
+
+    meant = own.get(_plain(name))
+    if meant is not None and fits(meant):
+        return f"unknown field 'lora.{index}.{name[:80]}'; did you mean 'lora.{index}.{meant}'?"
+    return unknown_name(
+        "field",
+        f"lora.{index}.{name}",
+        [f"lora.{index}.{field}" for field in LoraBody.model_fields],
+        lambda full: fits(full.rpartition(".")[2]),
+    )
 
 
 def _size(body: Mapping[str, Any]) -> str:

@@ -32,12 +32,14 @@ from app.components.vae import ImageDecoder
 from app.control.demand import CalibrationDemand, Measurable
 from app.engine.families import Family
 from app.errors import BusyError, ForbiddenError, ServiceError, UnavailableError
+from app.lora_folder import common_listing
 from app.messages import (
     CalibrationJob,
     CalibrationStatus,
     Conditioning,
     DenoiseJob,
     DenoiseResult,
+    LoraListing,
     PromptEmbeddings,
 )
 from app.metrics import merge_families
@@ -301,6 +303,7 @@ class ServeBackend:
             partial_images=job.partial_images,
             strength=job.strength,
             key_name=job.key_name,
+            loras=job.loras,
             retry_key=f"{_digest(job)}/{index}",
             # With strength the one source turns into the image, and no step reads it beside.
             source_tokens=0 if job.strength else _source_tokens(conditioning),
@@ -323,6 +326,24 @@ class ServeBackend:
                 raise to_service_error(error, 0.0) from error
             self._family = family
         return self._family
+
+    async def loras(self) -> LoraListing:
+        """As the replica that is asked lists them; all read one folder."""
+        try:
+            listing: LoraListing = await result_of(self._replica.loras.remote())
+        except Exception as error:
+            raise to_service_error(error, 0.0) from error
+        return listing
+
+    async def reload_loras(self) -> LoraListing:
+        """Have every replica read it again; what one of them does not find is not there."""
+        try:
+            listings: list[LoraListing] = await self._replica.broadcast("reload_loras").results_async()
+        except Exception as error:
+            raise to_service_error(error, 0.0) from error
+        if not listings:
+            raise UnavailableError
+        return common_listing(listings)
 
     async def health(self) -> HealthReport:
         """Ready when the encoder, the decoder and at least one whole group are; looked at once a second at most."""

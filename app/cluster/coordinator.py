@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 
 import ray
 from prometheus_client import CollectorRegistry
@@ -12,6 +12,7 @@ from prometheus_client.metrics_core import Metric
 from ray.actor import ActorHandle
 
 from app.cluster.client_errors import public_reason
+from app.cluster.lora_loader import LoraLoader
 from app.cluster.rank_watch import RankWatch
 from app.control.admission import AdmissionController, SentPlan, default_job
 from app.control.counters import CoordinatorCounters
@@ -116,6 +117,7 @@ class Coordinator:
         self._metrics.group_rebuilt(rebuilds)
         self._metrics.digest_mismatch(mismatches)
         self._metrics.waiting_limit(settings.max_waiting_pictures)
+        self._loras = LoraLoader(self._ranks, settings.loras_bytes, settings.hang_timeout_s, self._metrics)
         self._images: dict[str, _Image] = {}
         self._failure: GroupFailedError | None = None
         self._work = asyncio.Event()
@@ -137,23 +139,31 @@ class Coordinator:
             DeadlineImpossibleError: at once, when no schedule that client and server allow meets the deadline.
             DeadlinePassedError: the deadline passed on the way.
             RequestCancelledError: `cancel_request` ended it.
-            InvalidRequestError: one step of it does not fit into a batch.
+            InvalidRequestError: one step of it does not fit into a batch, or an adapter cannot be loaded.
             magcache_core.ConfigError: ``computed_steps`` cannot be met with the other settings.
             GroupFailedError: this coordinator or one of its ranks broke; a new group can make the image.
         """
-        with self._admit(job, tensors) as image:
-            return await image.done
+        async with self._with_loras(job) as ready:
+            with self._admit(ready, tensors) as image:
+                return await image.done
 
     async def stream(
         self, job: DenoiseJob, tensors: ByReference, progress: bool
     ) -> AsyncGenerator[list[Progress] | DenoiseResult, None]:
         """`denoise` with events on the way: the place in the queue, previews and, with ``progress``, steps."""
         buffer = ProgressBuffer(progress)
-        with self._admit(job, tensors, buffer) as image:
-            self._emit(image, buffer)
-            while events := await self._next_events(image, buffer):
-                yield events
-            yield await image.done
+        async with self._with_loras(job) as ready:
+            with self._admit(ready, tensors, buffer) as image:
+                self._emit(image, buffer)
+                while events := await self._next_events(image, buffer):
+                    yield events
+                yield await image.done
+
+    def _with_loras(self, job: DenoiseJob) -> AbstractAsyncContextManager[DenoiseJob]:
+        """All ranks hold the adapters of ``job`` within the block; see `LoraLoader.ready`."""
+        if job.loras and job.calibration is None:
+            self._raise_if_refused(job)  # before anything is loaded for it
+        return self._loras.ready(job)
 
     @contextmanager
     def _admit(self, job: DenoiseJob, tensors: ByReference, progress: ProgressBuffer | None = None) -> Iterator[_Image]:
@@ -182,6 +192,7 @@ class Coordinator:
             async with asyncio.TaskGroup() as loops:
                 loops.create_task(self._send_plans())
                 loops.create_task(self._collect_results())
+                loops.create_task(self._loras.run())
         except* Exception as errors:
             self._fail(errors.exceptions[0])
 
@@ -240,6 +251,7 @@ class Coordinator:
 
     async def cancel(self, row_id: str) -> None:
         """End an image at the next step boundary on every rank; harmless when it is over already."""
+        self._loras.end(row_id)
         image = self._images.get(row_id)
         if image is not None:
             image.done.cancel()  # which ends its `denoise`, and with it the row
@@ -250,11 +262,14 @@ class Coordinator:
         Returns:
             How many images that are, and how many with the same id stay, since another API key asked for them.
         """
-        images = [image for image in self._images.values() if image.entry.job.request_id == request_id]
-        under_way = [image for image in images if not image.done.done()]
-        ended = [image for image in under_way if image.entry.job.key_name == key_name]
-        for image in ended:
-            image.fail(RequestCancelledError(f"request {request_id} was cancelled"))
+        here = [image.entry.job for image in self._images.values() if not image.done.done()]
+        under_way = [job for job in (*here, *self._loras.waiting) if job.request_id == request_id]
+        ended = [job for job in under_way if job.key_name == key_name]
+        for job in ended:
+            error = RequestCancelledError(f"request {request_id} was cancelled")
+            self._loras.end(job.row_id, error)
+            if job.row_id in self._images:
+                self._images[job.row_id].fail(error)
         return len(ended), len(under_way) - len(ended)
 
     async def read_profiles(self) -> None:
@@ -274,6 +289,9 @@ class Coordinator:
 
     async def check(self, job: DenoiseJob) -> None:
         """Raise what `denoise` would raise at once for ``job``, which is not taken."""
+        self._raise_if_refused(job)
+
+    def _raise_if_refused(self, job: DenoiseJob) -> None:
         if self._failure is not None:
             raise self._failure
         self._admission.check(job)
@@ -327,6 +345,7 @@ class Coordinator:
         self._failure = (HistoryMismatchError if mismatch else GroupFailedError)(public_reason(error))
         for image in self._images.values():
             image.fail(self._failure)
+        self._loras.fail(self._failure)
 
     async def _next_events(self, image: _Image, buffer: ProgressBuffer) -> list[Progress]:
         while True:

@@ -14,8 +14,10 @@ import torch
 
 from app.cluster.by_reference import by_reference
 from app.cluster.network import use_interface_of
+from app.cluster.rank_loras import RankLoras
 from app.cluster.rendezvous import Rendezvous, rendezvous_store
 from app.logs import configure_logging
+from app.lora_folder import lora_folder
 from app.messages import Conditioning, DenoiseJob, StepPlan, StepResult, StepTime
 from app.model_files import compile_cache, model_folder, transformer_file
 from app.settings import Settings
@@ -46,6 +48,7 @@ class Rank:
         self._rank = rank
         self._rendezvous: Rendezvous | None = None
         self._engine: Engine | None = None
+        self._loras: RankLoras | None = None
         self._finished_s = 0.0
 
     def open_rendezvous(self) -> tuple[str, int]:
@@ -102,7 +105,10 @@ class Rank:
             getattr(torch, settings.dtype),
             tuning,
             single_file=transformer_file(settings),
+            loras=lora_folder(settings),
         )
+        if self._engine.loras is not None:
+            self._loras = RankLoras(self._engine.loras)
         logger.info("rank %d of %d holds its shard of %s", self._rank, settings.ranks, model)
 
     def warm_up(self, job: DenoiseJob) -> tuple[StepTime, ...]:
@@ -129,6 +135,20 @@ class Rank:
             idle_seconds = 0.0
         self._finished_s = time.perf_counter()
         return results
+
+    def load_lora(self, name: str, digest: str) -> bool:
+        """Begin to load an adapter beside the plans, unless that has begun; whether it is loaded.
+
+        Raises:
+            LoraError: it cannot be.
+        """
+        assert self._loras is not None, "jobs name adapters only where the setting loras names a folder"
+        return self._loras.load(name, digest)
+
+    def drop_lora(self, name: str, digest: str) -> None:
+        """Free an adapter that no row uses."""
+        assert self._loras is not None
+        self._loras.drop(name, digest)
 
     def ping(self) -> int:
         """Answer when everything sent before is done; returns this rank's number."""

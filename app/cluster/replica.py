@@ -21,7 +21,8 @@ from app.control.reservations import Reservations
 from app.engine.families import Family
 from app.errors import DeadlinePassedError, GroupFailedError, HistoryMismatchError, UnavailableError
 from app.logs import configure_logging
-from app.messages import Conditioning, DenoiseJob, DenoiseResult, Progress, Reservation
+from app.lora_folder import read_listing
+from app.messages import Conditioning, DenoiseJob, DenoiseResult, LoraListing, Progress, Reservation
 from app.model_files import fetch_and_check
 from app.settings import Settings
 from app.telemetry import REQUEST_ID
@@ -52,12 +53,30 @@ class FluxReplica:
         self._bundles = ray.util.get_current_placement_group()
         self._spare: RankGroup | None = self._start()  # its processes import while the checkpoint is checked
         self._family = await asyncio.to_thread(fetch_and_check, settings)
+        listing = asyncio.create_task(asyncio.to_thread(read_listing, settings))
         self._group = await self._build()
+        self._loras = await listing
         self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._look())]
 
     async def family(self) -> Family:
         """What kind of model is served, as the checkpoint says."""
         return self._family
+
+    async def loras(self) -> LoraListing:
+        """The adapters that requests may name."""
+        return self._loras
+
+    async def reload_loras(self) -> LoraListing:
+        """Read the folder of adapters again; images under way keep theirs.
+
+        Raises:
+            UnavailableError: the folder is gone; the listing stays as it is.
+        """
+        try:
+            self._loras = await asyncio.to_thread(read_listing, self._settings)
+        except FileNotFoundError as error:
+            raise UnavailableError(str(error)) from error
+        return self._loras
 
     async def check(self, job: DenoiseJob) -> None:
         """Raise what `denoise` would raise at once for want of room or time; while the group is rebuilt, nothing."""

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry
 
-from app.metrics.catalogue import MAX_KEYS, OTHER_KEYS, OUTCOMES, PHASES
+from app.metrics.catalogue import MAX_KEYS, MAX_LORAS, OTHER, OUTCOMES, PHASES
 from app.metrics.instruments import Instruments, exemplar
+
+
+class _FirstNames:
+    """The labels of the first ``limit`` names; all later ones share one, so that series stay bounded."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._names: set[str] = set()
+
+    def label(self, name: str) -> str:
+        """The label of ``name``."""
+        if len(self._names) < self._limit:
+            self._names.add(name)
+        return name if name in self._names else OTHER
 
 
 class ApiMetrics:
@@ -15,7 +30,8 @@ class ApiMetrics:
 
     def __init__(self, registry: CollectorRegistry, model: str, process: str) -> None:
         self._made = Instruments(registry, "api", {"model": model, "process": process})
-        self._keys: set[str] = set()
+        self._keys = _FirstNames(MAX_KEYS)
+        self._loras = _FirstNames(MAX_LORAS)
         for outcome, status_class in zip(OUTCOMES, ("2xx", "4xx", "4xx", "5xx", "5xx", "4xx"), strict=True):
             self._made.counter("flux_requests", outcome, status_class)
         releases = (version(name) for name in ("flux-magcache-serve", "torch", "diffusers", "ray"))
@@ -30,23 +46,22 @@ class ApiMetrics:
         code: str | None = None,
         request_id: str | None = None,
         key_name: str = "",
+        loras: Sequence[str] = (),
     ) -> None:
         """Count one image request that ended with the HTTP status ``status``, and the error ``code`` if any.
 
         Args:
             key_name: of the API key that it came with; empty for none.
+            loras: names of its adapters.
         """
         if key_name:
-            self._made.counter("flux_key_requests", self._key_label(key_name), outcome).inc()
+            self._made.counter("flux_key_requests", self._keys.label(key_name), outcome).inc()
+        for name in loras:
+            self._made.counter("flux_lora_requests", self._loras.label(name), outcome).inc()
         if code is not None:
             self._made.counter("flux_request_errors", code).inc()
         self._made.counter("flux_requests", outcome, f"{status // 100}xx").inc()
         self._made.histogram("flux_request_duration_seconds", outcome).observe(seconds, exemplar(request_id))
-
-    def _key_label(self, name: str) -> str:
-        if len(self._keys) < MAX_KEYS:
-            self._keys.add(name)
-        return name if name in self._keys else OTHER_KEYS
 
     def joined(self) -> None:
         """Count one image that a repeated request got from the one before."""

@@ -29,7 +29,9 @@ ERROR_CODES = (
 )  # fmt: skip
 """Codes whose series exist from the start; the other codes of invalid requests appear when they first occur."""
 MAX_KEYS = 100
-OTHER_KEYS = "other"
+MAX_LORAS = 100
+OTHER = "other"
+"""The label of the names beyond such a number."""
 PHASES = ("queue", "encode", "denoise", "decode", "total")
 DECISIONS = ("computed", "reused")
 BRANCHES = ("cond", "uncond")
@@ -114,12 +116,18 @@ CATALOGUE: tuple[Spec, ...] = (
     _counter(
         "api", "flux_key_requests", "requests",
         f"Image requests by the name of their API key and outcome, where there are keys; after {MAX_KEYS} names, which "
-        f"a file that changes may exceed, new ones count as {OTHER_KEYS!r}.",
+        f"a file that changes may exceed, new ones count as {OTHER!r}.",
         key=(), outcome=OUTCOMES,
     ),
     _counter(
         "api", "flux_pictures_joined", "images",
         "Images that a request which came again got from the one before, without being made again.",
+    ),
+    _counter(
+        "api", "flux_lora_requests", "requests",
+        "Image requests by the adapter that they name, once for each of several, and outcome; only names that the "
+        f"folder offers are counted, and after {MAX_LORAS} of them new ones count as {OTHER!r}.",
+        lora=(), outcome=OUTCOMES,
     ),
     _histogram(
         "api", "flux_request_duration_seconds", "seconds", LATENCY,
@@ -266,6 +274,16 @@ CATALOGUE: tuple[Spec, ...] = (
         "coordinator", "flux_downgrades", "images",
         "Admitted images with fewer computed steps than they asked for, taken by their deadline or by the load.",
         reason=("deadline", "load"),
+    ),
+    # Adapters.
+    _gauge(
+        "coordinator", "flux_lora_bytes", "bytes",
+        "Memory set aside on each rank for the adapters that it keeps, `loras_bytes` at most.",
+    ),
+    _counter(
+        "coordinator", "flux_lora_loads", "loads",
+        "Adapters that the ranks were told to load, by result; of the failed ones the log has the reason.",
+        result=("loaded", "failed"),
     ),
     # The group.
     _gauge("coordinator", "flux_group_up", "1", "1 while the tensor-parallel group works, 0 once it has failed."),

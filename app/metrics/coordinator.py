@@ -123,6 +123,14 @@ class CoordinatorMetrics:
         """Set the residuals' memory on the rank that keeps most."""
         self._made.gauge("flux_residual_bytes").set(count)
 
+    def lora_bytes(self, count: int) -> None:
+        """Set the memory set aside for adapters on each rank."""
+        self._made.gauge("flux_lora_bytes").set(count)
+
+    def lora_load(self, result: str) -> None:
+        """Count one load of an adapter, ``loaded`` or ``failed``."""
+        self._made.counter("flux_lora_loads", result).inc()
+
     def group_up(self, up: bool) -> None:
         """Set whether the group works."""
         self._made.gauge("flux_group_up").set(up)

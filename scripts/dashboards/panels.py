@@ -38,7 +38,7 @@ class Panel:
         unit: Grafana's name of a unit.
         width: of the 24 columns.
         needs: what must be there for the panel to have data beside the service and some traffic: ``gpu``, API
-            ``keys``, or ``event`` for something that does not happen by itself.
+            ``keys``, a folder of ``loras``, or ``event`` for something that does not happen by itself.
         stacked: time series add up to a whole.
     """
 
@@ -48,7 +48,7 @@ class Panel:
     unit: str
     queries: tuple[Query, ...]
     width: int = 12
-    needs: Literal["gpu", "keys", "event"] | None = None
+    needs: Literal["gpu", "keys", "loras", "event"] | None = None
     stacked: bool = False
 
 

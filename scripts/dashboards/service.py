@@ -146,6 +146,25 @@ QUEUE = Row(
     ),
 )  # fmt: skip
 
+ADAPTERS = Row(
+    "Adapters (LoRA)",
+    (
+        Panel(
+            "Requests by adapter", "Image requests per second by the low-rank adapters that they name.",
+            "timeseries", "reqps", (Query(rate("flux_lora_requests_total", "lora", FLUX), "{{lora}}"),), stacked=True,
+            width=8, needs="loras",
+        ),
+        Panel(
+            "Loads", "Adapters that the ranks loaded per second, or failed to; many loads mean that memory is short.",
+            "timeseries", "ops", (Query(rate("flux_lora_loads_total", "result", GROUP), "{{result}}"),), width=8,
+        ),
+        Panel(
+            "Memory", "Memory set aside on each rank for the adapters that it keeps, by group.",
+            "timeseries", "bytes", (Query(f"max by (replica) (flux_lora_bytes{{{GROUP}}})", "{{replica}}"),), width=8,
+        ),
+    ),
+)  # fmt: skip
+
 SLO = Row(
     "Objective: 99 % within 25 s",
     (
@@ -209,5 +228,5 @@ SERVICE = Dashboard(
     uid="flux-service",
     title="FLUX / Service",
     description="Traffic, latency by phase, queue, errors, the latency objective, Ray Serve and GPUs.",
-    rows=(OVERVIEW, TRAFFIC, LATENCY, QUEUE, SLO, RAY_SERVE, GPU),
+    rows=(OVERVIEW, TRAFFIC, LATENCY, QUEUE, ADAPTERS, SLO, RAY_SERVE, GPU),
 )

@@ -16,7 +16,7 @@ from app.api.backend import GeneratedImage, HealthReport, ImagesJob, Preview, Re
 from app.control.counters import CoordinatorCounters
 from app.engine.families import FLUX_DEV, Family
 from app.errors import ForbiddenError, InvalidRequestError, RequestCancelledError
-from app.messages import CalibrationJob, CalibrationStatus, DenoiseReport, Progress, TokenCount
+from app.messages import CalibrationJob, CalibrationStatus, DenoiseReport, LoraListing, Progress, TokenCount
 from app.metrics import CoordinatorMetrics
 
 SCHEDULE = "CCC..C.."
@@ -52,6 +52,8 @@ class FakeBackend:
         self.uncached_reason: str | None = None
         self.held: dict[str, asyncio.Event] = {}
         self.kind = FLUX_DEV
+        self.listing = LoraListing()
+        self.folder = LoraListing()  # what a reload finds
         self.count = TokenCount(32, 32, 20, 20)
         self.registry = CollectorRegistry()
         self.coordinator = CoordinatorMetrics(self.registry, "flux-tiny", "r0", CoordinatorCounters())
@@ -167,6 +169,13 @@ class FakeBackend:
 
     async def family(self) -> Family:
         return self.kind
+
+    async def loras(self) -> LoraListing:
+        return self.listing
+
+    async def reload_loras(self) -> LoraListing:
+        self.listing = self.folder
+        return self.listing
 
     async def health(self) -> HealthReport:
         return HealthReport(self.ready, {"replicas": int(self.ready)})

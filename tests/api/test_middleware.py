@@ -17,7 +17,7 @@ from tests.api.scrape import requests_with, samples_of
 
 URL = "/v1/images/generations"
 PROMPT = {"prompt": "a red circle"}
-GET_ROUTES = ("/", "/health", "/metrics", "/v1/models", "/v1/models/flux-tiny", "/openapi.json", "/docs")
+GET_ROUTES = ("/", "/health", "/metrics", "/v1/models", "/v1/models/flux-tiny", "/v1/loras", "/openapi.json", "/docs")
 
 
 @pytest.mark.parametrize("given", ["abc-123", "a.b:c_d", "x" * 128])

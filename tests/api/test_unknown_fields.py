@@ -76,7 +76,7 @@ async def test_two_sides_are_one_size(client: httpx.AsyncClient) -> None:
         ("image", "data:,", "POST /v1/images/edits"),
         ("strength", 0.5, "POST /v1/images/edits"),
         ("aspect_ratio", "16:9", "WIDTHxHEIGHT"),
-        ("loras", [], "when the service starts"),
+        ("loras", [{"name": "star"}], "this service has no adapters"),
         ("style_preset", "anime", "valid names: "),
     ],
 )

@@ -19,7 +19,9 @@ from app.main import build
 from app.serve import PROXY_GUARD
 from app.settings import Settings
 from tests.local_group import load_pipeline
+from tests.lora_files import write_lora
 
+ADAPTER = "queries"
 DEPLOYMENTS = Path(__file__).resolve().parents[2] / "deployments"
 
 
@@ -43,7 +45,15 @@ def profile_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def service(cluster: None, profile_dir: Path) -> Iterator[str]:
+def lora_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The service's folder of adapters, with `ADAPTER` in it."""
+    folder = tmp_path_factory.mktemp("loras")
+    write_lora(folder / f"{ADAPTER}.safetensors", fill=0.3)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def service(cluster: None, profile_dir: Path, lora_dir: Path) -> Iterator[str]:
     """The service's URL."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -52,7 +62,7 @@ def service(cluster: None, profile_dir: Path) -> Iterator[str]:
     settings = settings_of("flux-tiny.yaml")
     magcache = settings.magcache.model_copy(update={"profile_dir": str(profile_dir)})
     # Two API processes, so that each test also shows that it does not matter which one answers.
-    update = {"magcache": magcache, "api_replicas": 2}
+    update = {"magcache": magcache, "api_replicas": 2, "loras": str(lora_dir)}
     serve.run(build(settings.model_copy(update=update)), name="flux", route_prefix="/")
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()

@@ -20,7 +20,7 @@ from app.cluster import image_call
 from app.cluster.backend import ServeBackend
 from app.engine.families import FLUX2_KLEIN, Family
 from app.errors import BusyError
-from app.messages import DenoiseJob, MagCacheOptions, PromptEmbeddings, SourceImage
+from app.messages import DenoiseJob, LoraUse, MagCacheOptions, PromptEmbeddings, SourceImage
 from app.settings import Settings
 
 
@@ -224,3 +224,21 @@ async def test_pixels_are_dropped_once_they_are_encoded(monkeypatch: pytest.Monk
 
 def edit_job() -> ImagesJob:
     return ImagesJob("a", "a circle", None, 1, 32, 16, 1, 3.5, 1.0, 7, MagCacheOptions(), "png", 100)
+
+
+async def test_an_image_with_an_adapter_is_another_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "result_of", lambda response: response)
+    part, replica = Sources(), Replica()
+    sent: list[DenoiseJob] = []
+
+    async def check(job: DenoiseJob) -> None:
+        sent.append(job)
+
+    replica.check = replica
+    monkeypatch.setattr(replica, "remote", check)
+    backend = ServeBackend(Settings(), part, replica, part)
+    uses = [(), (LoraUse("a", 1.0, "x"),), (LoraUse("a", 0.5, "x"),), (LoraUse("a", 1.0, "y"),)]
+    for loras in uses:
+        await backend.check(replace(edit_job(), loras=loras))
+    assert [job.loras for job in sent] == uses
+    assert len({job.retry_key for job in sent}) == len(uses)

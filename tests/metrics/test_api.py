@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry
 
 from app.metrics import ApiMetrics
-from app.metrics.catalogue import MAX_KEYS
+from app.metrics.catalogue import MAX_KEYS, MAX_LORAS
 
 LABELS = {"model": "m", "process": "p"}
 
@@ -36,3 +36,19 @@ def test_requests_by_key_are_bounded() -> None:
 
     assert (counted("key-0"), counted("key-0", "busy"), counted(f"key-{MAX_KEYS - 1}")) == (3, 1, 1)
     assert (counted("other"), counted(f"key-{MAX_KEYS}"), counted("")) == (5, None, None)
+
+
+def test_requests_by_adapter_are_bounded() -> None:
+    registry = CollectorRegistry()
+    metrics = ApiMetrics(registry, "m", "api-0")
+    metrics.observe_request("ok", 200, 0.5, loras=["a", "b"])
+    metrics.observe_request("failed", 500, 0.5, loras=["b"])
+    for number in range(MAX_LORAS):
+        metrics.observe_request("ok", 200, 0.5, loras=[f"lora-{number}"])
+
+    def counted(lora: str, outcome: str = "ok") -> float | None:
+        labels = {"model": "m", "process": "api-0", "lora": lora, "outcome": outcome}
+        return registry.get_sample_value("flux_lora_requests_total", labels)
+
+    assert (counted("a"), counted("b"), counted("b", "failed")) == (1, 1, 1)
+    assert (counted("other"), counted(f"lora-{MAX_LORAS - 1}")) == (2, None)

@@ -7,12 +7,12 @@ from app.metrics import CATALOGUE
 from app.metrics.catalogue import COMMON
 from tests.metrics.owners import Everything, plan_of
 
-BOUNDED = {"model", "replica", "rank", "key", "profile", "steps", "computed"}
+BOUNDED = {"model", "replica", "rank", "key", "profile", "steps", "computed", "lora"}
 
 
 def test_the_catalogue_is_what_is_exposed(everything: Everything) -> None:
     everything.coordinator.observe_step(plan_of((True,)), [0.01])
-    everything.api.observe_request("ok", 200, 1.0, key_name="alice")
+    everything.api.observe_request("ok", 200, 1.0, key_name="alice", loras=["star"])
     everything.guard.compared(ImageKind("p", 28, guided=False), 10, 40.0, 0.98)
     everything.guard.holds(ImageKind("p", 28, guided=False), 10, 38.5)
     exposed = {family.name: family for family in everything.registry.collect()}
