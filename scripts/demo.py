@@ -1,4 +1,6 @@
-"""Start the service, ask it for one image over HTTP, show what was computed and what was skipped, and keep serving.
+"""Start the service, ask it for an image over HTTP, show what was computed and what was skipped, and keep serving.
+
+Where the service has the adapter (LoRA) that ``--lora`` names, it is asked for the same image with it as well.
 
 ``make demo`` runs it. With ``--once`` it stops when the image is there; with ``--url`` it asks a running service.
 """
@@ -27,6 +29,15 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 class StopRequested(BaseException):
     """Ctrl-C, SIGTERM or SIGHUP."""
+
+
+def listed_loras(url: str, timeout_s: float) -> list[str]:
+    """The adapters that the service at ``url`` offers, by name."""
+    try:
+        with open_url(urllib.request.Request(f"{url}/v1/loras"), timeout_s) as response:
+            return [one["id"] for one in json.load(response).get("data", [])]
+    except (OSError, ValueError):
+        return []  # a service that asks for keys, or an older one
 
 
 def ask(url: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
@@ -119,12 +130,22 @@ def image(url: str, options: argparse.Namespace) -> None:
     print(f'Prompt    "{options.prompt}"', flush=True)
     fields = {"size": options.size, "num_inference_steps": options.steps, "seed": options.seed}
     body = {"prompt": options.prompt, "response_format": "b64_json"}
-    reply = ask(url, body | {name: value for name, value in fields.items() if value is not None}, options.timeout)
+    given = {name: value for name, value in fields.items() if value is not None}
+    reply = ask(url, body | given, options.timeout)
     image = reply["data"][0]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_bytes(base64.b64decode(image["b64_json"]))
+    _write(options.out, image)
     print(f"Image     {_short(options.out)} ({reply['size']}, seed {image['seed']})")
     print("\n".join(describe(image)), flush=True)
+    if options.lora in listed_loras(url, options.timeout):
+        same = {**body, **given, "lora": [{"name": options.lora}]}
+        path = options.out.with_stem(f"{options.out.stem}-lora")
+        _write(path, ask(url, same, options.timeout)["data"][0])
+        print(f"Adapter   {_short(path)} (the same with the adapter {options.lora})", flush=True)
+
+
+def _write(path: Path, image: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(base64.b64decode(image["b64_json"]))
 
 
 def _short(path: Path) -> str:
@@ -191,6 +212,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", metavar="WxH", help="pixels, for example 160x96 (the server's default)")
     parser.add_argument("--steps", type=int, help="denoising steps (the server's default)")
     parser.add_argument("--seed", type=int, default=7, help="the same seed gives the same image (%(default)s)")
+    parser.add_argument("--lora", default="outline", help="adapter of a second image, if it is there (%(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "out/demo.png", help="where the image goes (out/demo.png)")
     parser.add_argument("--config", type=Path, default=ROOT / "deployments/flux-tiny.yaml", help="Serve config to run")
     parser.add_argument("--port", type=int, help="listen here instead of on the config's port")

@@ -34,14 +34,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
     def do_GET(self):
-        self.reply(503 if mode == "never" else 200, {})
+        self.reply(503 if mode == "never" else 200, {"data": [{"id": "outline"}]})
     def do_POST(self):
         wish = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if wish.get("size") == "1x1":
             return self.reply(400, {"error": {"message": "size is 1x1; at least 64x64", "param": "size"}})
         magcache = {"enabled": True, "schedule": "CC.C..", "computed": 3, "skipped": 3, "predicted_error": 0.125}
         timings = {"queue_s": 0.1, "encode_s": 0.2, "denoise_s": 1.5, "decode_s": 0.3, "total_s": 2.125}
-        image = {"b64_json": base64.b64encode(wish["prompt"].encode()).decode(), "seed": wish["seed"]}
+        shown = wish["prompt"] + "".join(" with " + one["name"] for one in wish.get("lora", []))
+        image = {"b64_json": base64.b64encode(shown.encode()).decode(), "seed": wish["seed"]}
         self.reply(200, {"size": "128x128", "data": [image | {"magcache": magcache, "timings": timings}]})
     def log_message(self, *_):
         pass
@@ -119,6 +120,7 @@ def test_once_writes_the_image_reports_and_leaves_nothing(
     monkeypatch.setenv("STAND_IN_MODE", "serve")
     assert demo.main(_options(folder, "--once", "--prompt", "a red circle")) == 0
     assert (folder / "out/demo.png").read_bytes() == b"a red circle"
+    assert (folder / "out/demo-lora.png").read_bytes() == b"a red circle with outline"
     output = capsys.readouterr().out
     for expected in ("██·█··", "3 of 6 computed, 3 skipped (50%), predicted error 0.125", "denoise 1.50 s", "seed 7"):
         assert expected in output
