@@ -34,7 +34,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
     def do_GET(self):
-        self.reply(503 if mode == "never" else 200, {"data": [{"id": "outline"}]})
+        self.reply(503 if mode == "never" else 200, {})
     def do_POST(self):
         wish = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if wish.get("size") == "1x1":
@@ -118,7 +118,7 @@ def test_once_writes_the_image_reports_and_leaves_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("STAND_IN_MODE", "serve")
-    assert demo.main(_options(folder, "--once", "--prompt", "a red circle")) == 0
+    assert demo.main(_options(folder, "--once", "--prompt", "a red circle", "--lora", "outline")) == 0
     assert (folder / "out/demo.png").read_bytes() == b"a red circle"
     assert (folder / "out/demo-lora.png").read_bytes() == b"a red circle with outline"
     output = capsys.readouterr().out
