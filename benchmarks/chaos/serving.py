@@ -32,7 +32,7 @@ Placement = Literal["api", "cpu"]
 @contextmanager
 def files() -> Iterator[Path]:
     """A folder with a copy of the model, and as root with two small file systems."""
-    with tempfile.TemporaryDirectory(prefix="chaos") as name:
+    with tempfile.TemporaryDirectory(prefix="chaos", dir="/tmp") as name:  # short, since Ray's sockets are below it
         folder = Path(name)
         shutil.copytree(ROOT / "models" / "flux-tiny", folder / "model", ignore=shutil.ignore_patterns("*.png", "*.md"))
         for disk in ("ray", "profiles"):
