@@ -1,6 +1,6 @@
 """Start the service, ask it for an image over HTTP, show what was computed and what was skipped, and keep serving.
 
-With ``--lora NAME`` it is asked for the same image with that adapter as well.
+Where the service has low-rank adapters, it is asked for the same image with one of them as well.
 
 ``make demo`` runs it. With ``--once`` it stops when the image is there; with ``--url`` it asks a running service.
 """
@@ -127,11 +127,21 @@ def image(url: str, options: argparse.Namespace) -> None:
     _write(options.out, image)
     print(f"Image     {_short(options.out)} ({reply['size']}, seed {image['seed']})")
     print("\n".join(describe(image)), flush=True)
-    if options.lora is not None:
-        same = {**body, **given, "lora": [{"name": options.lora}]}
+    name = options.lora or next(iter(adapters(url)), None)
+    if name is not None:
+        same = {**body, **given, "lora": [{"name": name}]}
         path = options.out.with_stem(f"{options.out.stem}-lora")
         _write(path, ask(url, same, options.timeout)["data"][0])
-        print(f"Adapter   {_short(path)} (the same with the adapter {options.lora})", flush=True)
+        print(f"Adapter   {_short(path)} (the same with the adapter {name})", flush=True)
+
+
+def adapters(url: str) -> list[str]:
+    """The names of the service's low-rank adapters; none where it has no folder of them."""
+    try:
+        with open_url(f"{url}/v1/loras", 10) as response:
+            return [each["id"] for each in json.load(response)["data"]]
+    except (OSError, ValueError, KeyError):
+        return []
 
 
 def _write(path: Path, image: dict[str, Any]) -> None:
@@ -203,7 +213,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", metavar="WxH", help="pixels, for example 160x96 (the server's default)")
     parser.add_argument("--steps", type=int, help="denoising steps (the server's default)")
     parser.add_argument("--seed", type=int, default=7, help="the same seed gives the same image (%(default)s)")
-    parser.add_argument("--lora", metavar="NAME", help="ask for the same image with this adapter as well")
+    parser.add_argument(
+        "--lora", metavar="NAME", help="the adapter of the second image (the first that the service has)"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "out/demo.png", help="where the image goes (out/demo.png)")
     parser.add_argument("--config", type=Path, default=ROOT / "deployments/flux-tiny.yaml", help="Serve config to run")
     parser.add_argument("--port", type=int, help="listen here instead of on the config's port")

@@ -34,7 +34,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
     def do_GET(self):
-        self.reply(503 if mode == "never" else 200, {})
+        loras = [{"id": "heart"}, {"id": "night"}] if self.path == "/v1/loras" else []
+        self.reply(503 if mode == "never" else 200, {"data": loras})
     def do_POST(self):
         wish = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if wish.get("size") == "1x1":
@@ -118,9 +119,9 @@ def test_once_writes_the_image_reports_and_leaves_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("STAND_IN_MODE", "serve")
-    assert demo.main(_options(folder, "--once", "--prompt", "a red circle", "--lora", "outline")) == 0
+    assert demo.main(_options(folder, "--once", "--prompt", "a red circle")) == 0
     assert (folder / "out/demo.png").read_bytes() == b"a red circle"
-    assert (folder / "out/demo-lora.png").read_bytes() == b"a red circle with outline"
+    assert (folder / "out/demo-lora.png").read_bytes() == b"a red circle with heart"
     output = capsys.readouterr().out
     for expected in ("██·█··", "3 of 6 computed, 3 skipped (50%), predicted error 0.125", "denoise 1.50 s", "seed 7"):
         assert expected in output

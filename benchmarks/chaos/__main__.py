@@ -1,9 +1,9 @@
 """Kill and stop the processes of a service under load, and count what clients see of it: ``make chaos``.
 
-Serves flux-tiny on this machine (its own Ray, on a port of its own) with `spare_group`, once with the text encoders
-and the VAE in the API's process, and once with processes of their own. Clients are OpenAI's, with its default retries,
-and a plain one that never asks twice; each image is compared with the one made before any fault, within one level of
-255. As root it fills file systems as well.
+Serves flux-tiny on this machine (its own Ray, on a port of its own) with `spare_group` and two API processes, once with
+the text encoders and the VAE in them, and once with processes of their own. Clients are OpenAI's, with its default
+retries, and a plain one that never asks twice; each image is compared with the one made before any fault, within one
+level of 255. As root it fills file systems as well.
 """
 
 from __future__ import annotations

@@ -68,8 +68,9 @@ def serving(folder: Path, placement: Placement, port: int) -> Iterator[Served]:
     config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
     config["http_options"]["port"] = port
     settings: dict[str, Any] = config["applications"][0]["args"]
-    settings |= {"model": str(folder / "model"), "spare_group": True}
+    settings |= {"model": str(folder / "model"), "spare_group": True, "api_replicas": 2}
     settings["text_encoder"]["placement"] = settings["vae"]["placement"] = placement
+    settings["magcache"]["profile"] = "flux-tiny"  # the copy's folder has another name
     settings["magcache"]["profile_dir"] = str(folder / "profiles")
     check_port("127.0.0.1", port)
     path = folder / "config.yaml"

@@ -112,6 +112,14 @@ def outline(shape: str) -> Image.Image:
     elif shape == "star":
         points = [(r if i % 2 == 0 else 0.43 * r, -math.pi / 2 + math.pi * i / 5) for i in range(10)]
         pen.polygon([(c + d * math.cos(t), c + d * math.sin(t)) for d, t in points], fill=255)
+    elif shape == "heart":
+        side, tip = 2 * r / 1.21, c + r
+        for x in (c - side / 4, c + side / 4):
+            y, lobe = tip - 0.75 * side, 0.354 * side
+            pen.ellipse((x - lobe, y - lobe, x + lobe, y + lobe), fill=255)
+        pen.polygon(
+            [(c, tip), (c + side / 2, tip - side / 2), (c, tip - side), (c - side / 2, tip - side / 2)], fill=255
+        )
     else:
         raise ValueError(f"no outline for {shape!r}")
     return canvas
@@ -125,13 +133,11 @@ def normalise(mask: np.ndarray) -> np.ndarray:
     return np.asarray(cut.resize((SIDE, SIDE), Image.Resampling.BOX), np.float32) / 255
 
 
-SILHOUETTES = {
-    name: normalise(np.asarray(outline(name)) > 127)
-    for name in ("circle", "square", "triangle", "star", "cross", "ring")
-}
+DRAWN = ("circle", "square", "triangle", "star", "cross", "ring")  # By flux-tiny without adapters.
+SILHOUETTES = {name: normalise(np.asarray(outline(name)) > 127) for name in (*DRAWN, "heart")}
 
 
-def silhouette(mask: np.ndarray) -> str:
+def silhouette(mask: np.ndarray, among: tuple[str, ...] = DRAWN) -> str:
     """The shape whose silhouette the mask's largest patch overlaps best (intersection over union), or "nothing"."""
     patch = largest_patch(mask)
     ys, xs = np.where(patch)
@@ -142,8 +148,18 @@ def silhouette(mask: np.ndarray) -> str:
         return "nothing"
     seen = normalise(patch)
     overlap = {
-        name: float(np.minimum(seen, ideal).sum() / np.maximum(seen, ideal).sum())
-        for name, ideal in SILHOUETTES.items()
+        name: float(np.minimum(seen, SILHOUETTES[name]).sum() / np.maximum(seen, SILHOUETTES[name]).sum())
+        for name in among
     }
     best = max(overlap, key=lambda name: overlap[name])
     return best if overlap[best] > 0.6 else "nothing"
+
+
+def mask_of(image: Image.Image, colour: str) -> np.ndarray:
+    """(h, w) bool: the pixels that are nearest to ``colour``."""
+    return nearest(np.asarray(image.convert("RGB"))) == NAMES.index(colour)
+
+
+def share_of(image: Image.Image, colour: str) -> float:
+    """The share of the pixels that are nearest to ``colour``."""
+    return float(mask_of(image, colour).mean())

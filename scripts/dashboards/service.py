@@ -85,7 +85,11 @@ TRAFFIC = Row(
         ),
         Panel(
             "Pictures finished", "Pictures per second that took their last step, by group.",
-            "timeseries", "ops", (Query(rate("flux_pictures_finished_total", "replica", GROUP), "{{replica}}"),),
+            "timeseries", "ops",
+            (
+                Query(rate("flux_pictures_finished_total", "replica", GROUP), "{{replica}}"),
+                Query(rate("flux_pictures_joined_total", "", FLUX), "given again to a retry"),
+            ),
         ),
         Panel(
             "Prompt cache", "Prompts per second by whether their embeddings were kept, being computed, or new.",

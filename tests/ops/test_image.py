@@ -137,7 +137,7 @@ for name in ("flux-tiny", "flux"):
     (application,) = yaml.safe_load(open(f"deployments/{name}.yaml"))["applications"]
     settings = Settings(**application["args"])
     build(settings)
-    load_profile(settings.magcache.profile)
+    load_profile(settings.magcache.profile or name)
 print(app.__file__, model_folder(Settings()))
 """
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
