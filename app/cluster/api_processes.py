@@ -5,7 +5,7 @@ from typing import Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from app.cluster.handles import answers_of_all
+from app.cluster.handles import answer_of_one, answers_of_all
 
 
 class ApiProcesses:
@@ -27,3 +27,7 @@ class ApiProcesses:
     async def ask(self, method: str, *args: object) -> list[Any]:
         """What they all, this one among them, answer to a call of `ImagesApi`; nothing while one of them hangs."""
         return [] if self._handle is None else await answers_of_all(self._handle, method, *args)
+
+    async def ask_the_one(self, method: str, *args: object) -> Any:
+        """What that process answers which has what is asked for, however long it takes; None when none has it."""
+        return None if self._handle is None else await answer_of_one(self._handle, method, *args)

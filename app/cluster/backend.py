@@ -31,7 +31,7 @@ from app.components.prompt_encoder import PromptEncoder
 from app.components.vae import ImageDecoder
 from app.control.demand import CalibrationDemand, Measurable
 from app.engine.families import Family
-from app.errors import BusyError, ForbiddenError, ServiceError, UnavailableError
+from app.errors import BusyError, ForbiddenError, UnavailableError
 from app.lora_folder import common_listing
 from app.messages import (
     CalibrationJob,
@@ -170,28 +170,24 @@ class ServeBackend:
         self, method: Literal["start", "status", "cancel"], argument: CalibrationJob | str
     ) -> CalibrationStatus:
         """What the calibrator of the first API process says: the others have none under way."""
-        if self._apis.is_first:
-            answers = [await self.ask_calibrator(method, argument)]
-        else:
-            answers = await self._apis.ask("ask_calibrator", method, argument)
-        answer = next((one for one in answers if one is not None), None)
+        answer = await self.ask_calibrator(method, argument)
+        if answer is None:
+            try:
+                answer = await self._apis.ask_the_one("ask_calibrator", method, argument)
+            except ray.exceptions.RayTaskError as error:  # its refusal
+                raise unwrap_ray_error(error) from error
         if answer is None:
             raise UnavailableError("the API process that calibrates is restarting; ask again")
-        if isinstance(answer, ServiceError):
-            raise answer
         return answer
 
     async def ask_calibrator(
         self, method: Literal["start", "status", "cancel"], argument: CalibrationJob | str
-    ) -> CalibrationStatus | ServiceError | None:
-        """What this process's calibrator says, or its refusal; None where another process calibrates."""
+    ) -> CalibrationStatus | None:
+        """What this process's calibrator says; None where another process calibrates."""
         if not self._apis.is_first:
             return None
-        try:
-            answer: CalibrationStatus | Awaitable[CalibrationStatus] = getattr(self._calibrator, method)(argument)
-            return await answer if isinstance(answer, Awaitable) else answer
-        except ServiceError as error:
-            return error
+        answer: CalibrationStatus | Awaitable[CalibrationStatus] = getattr(self._calibrator, method)(argument)
+        return await answer if isinstance(answer, Awaitable) else answer
 
     def _start(self, job: ImagesJob, emit: OnEvent | None, progress: bool) -> RequestTask:
         if job.magcache.enabled and job.negative_prompt is None and not job.sources:

@@ -17,7 +17,6 @@ from app.cluster.backend import ServeBackend
 from app.cluster.handles import remote
 from app.components.prompt_encoder import PromptEncoder
 from app.components.vae import ImageDecoder
-from app.errors import ServiceError
 from app.logs import configure_logging
 from app.messages import CalibrationJob, CalibrationStatus
 from app.metrics import merge_families
@@ -103,7 +102,7 @@ class ImagesApi:
 
     async def ask_calibrator(
         self, method: Literal["start", "status", "cancel"], argument: CalibrationJob | str
-    ) -> CalibrationStatus | ServiceError | None:
+    ) -> CalibrationStatus | None:
         """See `ServeBackend.ask_calibrator`."""
         return await _parts()[0].ask_calibrator(method, argument)
 

@@ -40,8 +40,8 @@ def image(http: httpx.Client, **fields: Any) -> dict[str, Any]:
 
 
 def test_it_calibrates_itself_and_plans_with_the_profile(http: httpx.Client, profile_dir: Path) -> None:
-    before = image(http)["magcache"]
-    assert before["profile"].startswith("flux-tiny@")
+    name = "flux-tiny-6-64x64-g3.5"
+    assert not image(http)["magcache"]["profile"].startswith(name)
     started = http.post("/v1/calibrations", json=SMALL | {"computed_steps": 3})
     assert started.status_code == 202
     status = started.json()
@@ -51,16 +51,16 @@ def test_it_calibrates_itself_and_plans_with_the_profile(http: httpx.Client, pro
     image(http)  # a client's image in between
     status = ended(http, status["id"])
     assert status["status"] == "done", status["message"]
-    (profile,) = stored_profiles(profile_dir)
+    (profile,) = [one for one in stored_profiles(profile_dir) if one.name == name]
     assert status["profile"] == f"{profile.name}@{profile.version}"
-    assert (profile.name, profile.model) == ("flux-tiny-6-64x64-g3.5", "models/flux-tiny")
+    assert profile.model == "models/flux-tiny"
     assert profile.provenance["runs"] == len(PROMPTS)
     assert {trial.computed for trial in profile.trials} >= {3}
     after = image(http)["magcache"]
     assert after["profile"] == status["profile"]
     assert after["schedule"] == next(trial.schedule for trial in profile.trials if trial.computed == 3)
-    assert image(http, size="128x128")["magcache"]["profile"] == before["profile"]
-    assert [path.name for path in profile_dir.iterdir()] == [f"{profile.name}.json"]
+    assert image(http, size="128x128", num_inference_steps=28)["magcache"]["profile"].startswith("flux-tiny@")
+    assert {path.suffix for path in profile_dir.iterdir()} == {".json"}
 
 
 def test_an_ended_one_goes_on_where_it_was(http: httpx.Client, profile_dir: Path) -> None:
