@@ -73,16 +73,18 @@ async def test_images_below_the_target_raise_the_budget_of_those_to_come(
     metrics = await compared(backend, 2)
     before = first[0].report.computed
     assert metrics["flux_guard_budget_steps"] == before + 1
+    guided = {"negative_prompt": "blue", "true_cfg_scale": 2.0}
+    with_guidance = (await make(5, **guided)).report.computed
     assert 20.0 < metrics["flux_guard_psnr_db_sum"] / 2 < 99.0
     assert 0.5 < metrics["flux_guard_ssim_sum"] / 2 < 1.0
     # The budget comes with each job, so a group that is built anew knows it.
     kill_process("Coordinator")
     assert (await make(2)).report.computed == before + 1
-    assert (await make(3, negative_prompt="blue", true_cfg_scale=2.0)).report.computed == before
+    assert (await make(3, **guided)).report.computed == with_guidance, "a kind of its own"
     own = replace(default_job(settings).magcache, computed_steps=before - 1, client_chose=True)
     assert (await make(4, magcache=own)).report.computed == before - 1
-    metrics = await compared(backend, 4)
-    assert (metrics["flux_guard_samples_total:compared"], metrics["flux_guard_samples_total:failed"]) == (4, 0)
+    metrics = await compared(backend, 5)
+    assert (metrics["flux_guard_samples_total:compared"], metrics["flux_guard_samples_total:failed"]) == (5, 0)
 
 
 REPORT = DenoiseReport("C.C.", 2, 2, 0.5, None, 0.0, 1.0, profile="flux-tiny@0123456789ab")
