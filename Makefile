@@ -29,10 +29,10 @@ serve: setup ## Serve deployments/flux-tiny.yaml (another: CONFIG=deployments/fl
 	@RAY_USAGE_STATS_ENABLED=0 exec $(BIN)/python -m app.serve $(or $(CONFIG),deployments/flux-tiny.yaml)
 
 test: setup ## Run the tests on two cores, about six minutes (some of them: ARGS="tests/engine -k parallel")
-	$(BIN)/python -m pytest $(or $(ARGS),-n 2 --durations 10 -m "not nodes and not bench")
+	$(BIN)/python -m pytest $(or $(ARGS),-n 2 --durations 10 -m "not faults and not nodes and not bench")
 
-test-rest: setup ## What make test leaves out: several Ray nodes on this machine (as root), benchmarks, the recipe
-	$(BIN)/python -m pytest $(or $(ARGS),-n 2 --durations 10 -m "nodes or bench")
+test-rest: setup ## What make test leaves out: services that break, several Ray nodes (as root), benchmarks, the recipe
+	$(BIN)/python -m pytest $(or $(ARGS),-n 2 --durations 10 -m "faults or nodes or bench")
 
 bench: setup ## Measure serving against diffusers' own into docs/performance.md, 12 minutes (ARGS=--quick: does it run?)
 	$(BIN)/python -m benchmarks.serving $(or $(ARGS),--page docs/performance.md)

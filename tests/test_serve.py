@@ -7,10 +7,13 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from app.serve import PROXY_CHECK
 from tests.service_process import service_process, wait_until
+
+pytestmark = pytest.mark.faults
 
 IMAGES = "/v1/images/generations"
 LONG = {"prompt": "a red circle", "num_inference_steps": 60, "magcache": {"enabled": False}, "response_format": "file"}

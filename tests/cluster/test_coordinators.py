@@ -55,6 +55,7 @@ async def test_those_that_answer_in_time_are_heard_and_no_others(named: None) ->
     assert answers == ["hello from one"]
 
 
+@pytest.mark.faults
 def test_they_are_asked_without_the_gcs_that_looks_them_up(tmp_path: Path) -> None:
     with service_process(tmp_path) as service:
         assert service.metric("flux_running_pictures") == 0

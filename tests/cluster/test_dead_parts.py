@@ -19,6 +19,8 @@ from tests.cluster.asking import ask, metrics, pixels, wait_for
 from tests.cluster.conftest import settings_of
 from tests.local_group import psnr
 
+pytestmark = pytest.mark.faults
+
 LONG = {"num_inference_steps": 100, "magcache": {"enabled": False}}
 
 

@@ -14,6 +14,8 @@ import app.main
 from app.settings import Settings
 from tests.local_group import MODEL
 
+pytestmark = pytest.mark.faults
+
 SECONDS_WATCHED = 4.0
 """Longer than the controller's loop and a replica's backoff: what would be started anew had the time for it."""
 

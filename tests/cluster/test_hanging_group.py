@@ -21,6 +21,8 @@ from app.settings import Settings
 from tests.cluster.test_service import PROMPT, metrics, pixels, wait_for
 from tests.local_group import MODEL, psnr
 
+pytestmark = pytest.mark.faults
+
 IMAGES = "v1/images/generations"
 LONG = {"prompt": PROMPT, "seed": 7, "num_inference_steps": 100, "magcache": {"enabled": False}, "n": 2}
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
