@@ -11,15 +11,20 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from app.control.schedule import BranchSchedule
+from app.control.scheduler import StepScheduler
 from app.engine.engine import Engine
 from app.engine.lora import sites
 from app.engine.lora_files import lora_digest, read_lora
 from app.engine.lora_names import LoraError, targets
 from app.engine.parallel import TensorParallelGroup
 from app.engine.process_groups import RankGroups
+from app.engine.sampling import FlowMatchSampler
 from app.engine.tuning import Tuning
 from app.engine.warmup import warm_up
-from app.messages import Conditioning, DenoiseJob, LoraUse, MagCacheOptions
+from app.messages import Conditioning, DenoiseJob, LoraUse, MagCacheOptions, StepPlan
+from app.settings import Settings
+from magcache_core import Plan, apply_mag_cache, decisions, remove_mag_cache
 from tests.engine.lora_cases import adapted_pipeline, flux_tiny, random_adapter, save_peft, use
 from tests.local_group import MODEL, decode, embed, execute, job, plans, psnr, random_conditioning, reference
 from tests.ranks import on_ranks
@@ -64,15 +69,29 @@ def jobs(**options: Any) -> list[DenoiseJob]:
     ]
 
 
+def by_schedule(asked: Sequence[DenoiseJob], plan: Plan) -> list[StepPlan]:
+    """Plans for ``asked`` in one batch, all by one schedule."""
+    decided = decisions(plan, FlowMatchSampler(MODEL).sigmas(STEPS, 64).tolist())
+    scheduler = StepScheduler(Settings())
+    for one in asked:
+        scheduler.submit(one, {"cond": BranchSchedule(decided, max(len(each.weights) for each in decided), 0.0)})
+    return list(iter(scheduler.next_plan, None))
+
+
 def made(
-    groups: RankGroups, folder: Path, asked: Sequence[DenoiseJob], conditioning: Conditioning, **options: Any
+    groups: RankGroups,
+    folder: Path,
+    asked: Sequence[DenoiseJob],
+    conditioning: Conditioning,
+    formed: Sequence[StepPlan] = (),
+    **options: Any,
 ) -> Mapping[str, torch.Tensor]:
-    """Latents of ``asked``, all in one batch."""
+    """Latents of ``asked``, all in one batch, by the plans ``formed`` if given."""
     engine = Engine(MODEL, groups, loras=folder, **options)
     assert engine.loras is not None
     for name in ("everywhere", "some"):
         engine.loras.load(name)
-    return execute(engine, plans(asked), {one.row_id: conditioning for one in asked})
+    return execute(engine, formed or plans(asked), {one.row_id: conditioning for one in asked})
 
 
 def alone(folder: Path, asked: DenoiseJob, conditioning: Conditioning, **options: Any) -> torch.Tensor:
@@ -99,6 +118,28 @@ def test_rows_of_all_kinds_in_one_batch_equal_the_pipeline(
         if one.loras:
             without = decode(oracle, reference(oracle, PROMPT, one), one)
             assert psnr(images[one.row_id], without) < 40, "the adapter must change the image"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_with_the_cache_they_equal_the_hooks_on_the_pipeline(
+    size: int, folder: Path, oracle: Any, conditioning: Conditioning, tmp_path: Path
+) -> None:
+    asked, plan = jobs(), Plan("CC.C..C.", "linear")
+    formed = by_schedule(asked, plan)
+    if size == 1:
+        ours = made(RankGroups(), folder, asked, conditioning, formed)
+    else:
+        ours = on_ranks((size, 1, 1), tmp_path, made, folder, asked, conditioning, formed)
+    for one in asked:
+        use(oracle, one.loras)
+        uncached = reference(oracle, PROMPT, one)
+        apply_mag_cache(oracle.transformer, plan)
+        try:
+            expected = reference(oracle, PROMPT, one)
+        finally:
+            remove_mag_cache(oracle.transformer)
+        assert psnr(decode(oracle, ours[one.row_id], one), decode(oracle, expected, one)) >= 60, one.row_id
+        assert (expected - uncached).abs().max() > 1e-2, "the cache must matter"
 
 
 @pytest.mark.parametrize(
