@@ -36,6 +36,7 @@ new MutationObserver(() => {
 @pytest.fixture
 def page(browser: Browser, service: str) -> Browser:
     browser.open(service)
+    browser.wait(lambda: browser["negative"].is_displayed(), "what the service offers")
     return browser
 
 
@@ -101,6 +102,18 @@ def test_the_cached_image_is_compared_with_every_step_computed(page: Browser) ->
     )
     difference = round(np.abs(cached - full).max() * 255)
     assert page.script(brightest, page["difference"]) == min(32 * difference, 255)
+
+
+def test_an_adapter_of_the_service_is_chosen(page: Browser, http: httpx.Client) -> None:
+    name = http.get("/v1/loras").json()["data"][0]["id"]
+    first, *_ = page.all("#lora-list input[type=checkbox]")
+    first.click()
+    page.fill("prompt", PROMPT)
+    page.fill("seed", "7")
+    page.generate()
+    with_it, without = (pixels(ask(http, **body)["data"][0]) for body in ({"lora": [{"name": name}]}, {}))
+    assert np.abs(shown(page) - with_it).max() <= 2 / 255
+    assert np.abs(shown(page) - without).max() > 0.1
 
 
 def test_cancel_ends_the_request(page: Browser, http: httpx.Client) -> None:

@@ -119,10 +119,11 @@ def library_schedule(asked: DenoiseJob, branch: str) -> str:
         PROFILE,
         asked.num_inference_steps,
         branch=branch,
-        reuse=PROFILE.reuse if len(asked.branches) > 1 else None,
         threshold=options.mag_threshold,
         max_skip_steps=options.mag_max_skip_steps,
         retention_ratio=options.mag_retention_ratio,
+        guidance_scale=asked.guidance_scale,
+        true_cfg_scale=asked.true_cfg_scale,
     ).schedule
 
 
