@@ -67,8 +67,8 @@ def trials(folder: Path, planned: Sequence[tuple[Placement, list[Faults]]], port
     for placement, wanted in planned:
         possible = [faults for faults in wanted if has_small_disks(folder) or not isinstance(faults[0], FullDisk)]
         with serving(folder, placement, port) as served:
-            ask = plain(served.service.url)
-            expected = [pixels(ask(body)) for body in BODIES]
+            with plain(served.service.url) as ask:
+                expected = [pixels(ask(body)) for body in BODIES]
             for faults in possible:
                 trial = run(served, faults, BODIES, expected, GCS_S if kind_of(faults) == "gcs" else 0.0)
                 yield trial

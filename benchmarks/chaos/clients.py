@@ -6,7 +6,8 @@ import base64
 import io
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -54,32 +55,34 @@ Ask = Callable[[Mapping[str, Any]], str]
 """Sends a request's body and returns the image in base64; raises when there is none."""
 
 
-def plain(url: str) -> Ask:
+@contextmanager
+def plain(url: str) -> Iterator[Ask]:
     """A client that never asks twice."""
-    http = httpx.Client(base_url=url, timeout=TIMEOUT_S)
+    with httpx.Client(base_url=url, timeout=TIMEOUT_S) as http:
 
-    def ask(body: Mapping[str, Any]) -> str:
-        reply = http.post("/v1/images/generations", json=dict(body))
-        if reply.status_code != 200:
-            raise RuntimeError(f"{reply.status_code}: {reply.text[:200]}")
-        return str(reply.json()["data"][0]["b64_json"])
+        def ask(body: Mapping[str, Any]) -> str:
+            reply = http.post("/v1/images/generations", json=dict(body))
+            if reply.status_code != 200:
+                raise RuntimeError(f"{reply.status_code}: {reply.text[:200]}")
+            return str(reply.json()["data"][0]["b64_json"])
 
-    return ask
+        yield ask
 
 
-def official(url: str) -> Ask:
+@contextmanager
+def official(url: str) -> Iterator[Ask]:
     """OpenAI's client with the retries that it has by default."""
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="unused", timeout=TIMEOUT_S)
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="unused", timeout=TIMEOUT_S) as client:
 
-    def ask(body: Mapping[str, Any]) -> str:
-        fields = dict(body)
-        reply = client.images.generate(prompt=fields.pop("prompt"), extra_body=fields)
-        return str((reply.data or [])[0].b64_json)
+        def ask(body: Mapping[str, Any]) -> str:
+            fields = dict(body)
+            reply = client.images.generate(prompt=fields.pop("prompt"), extra_body=fields)
+            return str((reply.data or [])[0].b64_json)
 
-    return ask
+        yield ask
 
 
-KINDS: Mapping[str, Callable[[str], Ask]] = {"official": official, "plain": plain}
+KINDS: Mapping[str, Callable[[str], AbstractContextManager[Ask]]] = {"official": official, "plain": plain}
 
 
 @dataclass
@@ -98,9 +101,9 @@ class Crowd:
 
     def start(self) -> None:
         """Begin to ask."""
-        for kind, made in KINDS.items():
+        for kind in KINDS:
             for number in range(self.each):
-                thread = threading.Thread(target=self._run, args=(kind, made(self.url), number), daemon=True)
+                thread = threading.Thread(target=self._run, args=(kind, number), daemon=True)
                 thread.start()
                 self._threads.append(thread)
 
@@ -115,16 +118,16 @@ class Crowd:
         right = [one for one in list(self.outcomes) if one.result is Result.RIGHT and one.ended_s > moment_s]
         return {kind: sum(one.client == kind for one in right) for kind in KINDS}
 
-    def _run(self, kind: str, ask: Ask, number: int) -> None:
+    def _run(self, kind: str, number: int) -> None:
         turn = number
-        while not self._stop.is_set():
-            choice = turn % len(self.bodies)
-            sent = time.monotonic()
-            outcome = self._ask(kind, ask, choice, sent)
-            self.outcomes.append(outcome)
-            turn += len(KINDS)
-            if outcome.result in (Result.LOST, Result.REFUSED):
-                time.sleep(PAUSE_S)
+        with KINDS[kind](self.url) as ask:
+            while not self._stop.is_set():
+                choice = turn % len(self.bodies)
+                outcome = self._ask(kind, ask, choice, time.monotonic())
+                self.outcomes.append(outcome)
+                turn += len(KINDS)
+                if outcome.result in (Result.LOST, Result.REFUSED):
+                    time.sleep(PAUSE_S)
 
     def _ask(self, kind: str, ask: Ask, choice: int, sent: float) -> Outcome:
         try:

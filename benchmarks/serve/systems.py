@@ -45,6 +45,7 @@ def ours(tensor_parallel_size: int, groups: int, dtype: str, model: Path = MODEL
     args = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["applications"][0]["args"]
     profile = load_profile(PROFILE)
     rule = {
+        "profile": PROFILE,  # also for a model in another folder
         "mag_threshold": profile.threshold,
         "mag_max_skip_steps": profile.max_skip_steps,
         "mag_retention_ratio": profile.retention_ratio,

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,14 @@ def test_a_paused_victim_goes_on(
     sleeper: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     states = []
-    monkeypatch.setattr(faults.time, "sleep", lambda seconds: states.append((seconds, _state(sleeper.pid))))
+
+    def asleep(seconds: float) -> None:
+        until = time.monotonic() + 10  # the kernel may take a moment
+        while _state(sleeper.pid) != psutil.STATUS_STOPPED and time.monotonic() < until:
+            pass
+        states.append((seconds, _state(sleeper.pid)))
+
+    monkeypatch.setattr(faults.time, "sleep", asleep)
     Pause("rank", 60.0).commit(served(tmp_path, sleeper.pid))
     assert states == [(60.0, psutil.STATUS_STOPPED)]
     assert _state(sleeper.pid) != psutil.STATUS_STOPPED
@@ -168,7 +176,7 @@ def test_clients_compare_pixels_within_one_level(monkeypatch: pytest.MonkeyPatch
         Image.new("RGB", (4, 4), (level, 100, 100)).save(file, "PNG")
         return base64.b64encode(file.getvalue()).decode()
 
-    monkeypatch.setattr(clients, "KINDS", {OFFICIAL: lambda url: ask})
+    monkeypatch.setattr(clients, "KINDS", {OFFICIAL: lambda url: nullcontext(ask)})
     monkeypatch.setattr(clients, "PAUSE_S", 0.0)
     crowd = Crowd("http://nowhere", [{"prompt": "a"}], [expected], each=1, fault_s=0.0)
     crowd.start()
