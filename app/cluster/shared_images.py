@@ -103,31 +103,26 @@ class SharedImages:
 
     def tokens(self) -> set[str]:
         """Of the requests whose images are here."""
-        return {sharing.token for sharing in self._sharings()}
+        return {image.sharing.token for image in self._images.values() if image.sharing is not None}
 
     def orphans(self, body: str, living: set[str]) -> list[Reservation]:
         """The requests with this body whose API process is not among the ``living``."""
         self._forget()
-        lost = [
-            image.sharing
-            for image in self._images.values()
-            if image.sharing is not None and image.sharing.body == body and image.process not in living
-        ]
+        lost = [one for _, one in self._without_process(living) if one.body == body]
         return [*dict.fromkeys(Reservation(one.token, one.body, one.seed, one.made_s) for one in lost)]
 
     def claim(self, token: str, living: set[str], process: str) -> bool:
         """Have ``process`` serve a request of `orphans`; False when another one does by now."""
-        claimed = [
-            image
-            for image in self._images.values()
-            if image.sharing is not None and image.sharing.token == token and image.process not in living
-        ]
+        claimed = [image for image, one in self._without_process(living) if one.token == token]
         for image in claimed:
             image.process = process
         return bool(claimed)
 
-    def _sharings(self) -> Iterator[Sharing]:
-        return (image.sharing for image in self._images.values() if image.sharing is not None)
+    def _without_process(self, living: set[str]) -> Iterator[tuple[SharedImage, Sharing]]:
+        """The images whose API process is not among the ``living``."""
+        for image in self._images.values():
+            if image.sharing is not None and image.process not in living:
+                yield image, image.sharing
 
     def _ended(self, name: str, image: SharedImage, done: asyncio.Task[DenoiseResult]) -> None:
         del self._images[name]
