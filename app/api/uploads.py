@@ -29,6 +29,8 @@ MIN_SIDE = 64
 """Pixels; FLUX.2's pipeline takes no smaller reference, and less says nothing to the other models."""
 MAX_ASPECT = 8
 """Longer side by shorter, likewise."""
+MAX_SCANS = 100
+"""Of a JPEG. Encoders write a dozen; each more costs a few bytes of the file, and a pass over all of the image."""
 _REDUCTIONS = (1, 2, 4, 8)
 """What libjpeg can divide the sides by while it decodes."""
 _ORIENTATION = 0x0112
@@ -45,8 +47,9 @@ _UPRIGHT = {
 _ON_ITS_SIDE = (5, 6, 7, 8)
 _BYTES_PER_PIXEL = 16
 """At most, while an image is decoded and converted: Pillow keeps four for each layer; measured as 14."""
-_BYTES_PER_PIXEL_WHOLE = 24
-"""Likewise for files whose decoder keeps all of it in a form of its own; measured as 22 with WebP."""
+_BYTES_PER_PIXEL_WHOLE = 8
+"""Beside these, of the file at its full size, where the decoder keeps all of it in a form of its own: two of each
+coefficient in libjpeg; measured as 8 with WebP."""
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, zlib.error)
 
 # `_check` holds every file to the service's own limit; Pillow's would refuse photos that can be read at reduced scale.
@@ -81,7 +84,7 @@ def read_head(data: bytes, param: str, max_pixels: int) -> UploadHead:
         _check(image, data, param, max_pixels)
         whole = image.format == "WEBP" or (image.format in _JPEG and is_held_whole(data))
         decoded = image.width * image.height  # fewer than in the file where that is read at reduced scale
-        work_bytes = decoded * (_BYTES_PER_PIXEL_WHOLE if whole else _BYTES_PER_PIXEL)
+        work_bytes = decoded * _BYTES_PER_PIXEL + (width * height * _BYTES_PER_PIXEL_WHOLE if whole else 0)
         return UploadHead(width, height, work_bytes, image.has_transparency_data)
 
 
@@ -160,7 +163,7 @@ def _opened(data: bytes, param: str) -> Iterator[Image.Image]:
 
 def _check(image: Image.Image, data: bytes, param: str, max_pixels: int) -> None:
     width, height = image.size
-    reduction = _reduction(image, data, max_pixels)
+    reduction = _reduction(image, max_pixels)
     if reduction is None:
         raise InvalidRequestError(
             f"{param} is {width}x{height}; at most {max_pixels} pixels are allowed: scale it down", param=param
@@ -174,17 +177,20 @@ def _check(image: Image.Image, data: bytes, param: str, max_pixels: int) -> None
     # A phone's JPEG may hold further images (MPO), of which the first is the one that is meant.
     if image.format != "MPO" and getattr(image, "is_animated", False):
         raise InvalidRequestError(f"{param} is animated; send a single image", param=param)
+    if image.format in _JPEG and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
+        raise InvalidRequestError(
+            f"{param} is a JPEG of {scans} scans; at most {MAX_SCANS} are read: save it again", param=param
+        )
     if reduction > 1:
         image.draft(None, (width // reduction, height // reduction))
 
 
-def _reduction(image: Image.Image, data: bytes, max_pixels: int) -> int | None:
+def _reduction(image: Image.Image, max_pixels: int) -> int | None:
     """What to divide the sides by so that at most ``max_pixels`` are decoded; None if that is not possible."""
     width, height = image.size
     for reduction in _REDUCTIONS:
         if math.ceil(width / reduction) * math.ceil(height / reduction) <= max_pixels:
-            # A file that libjpeg holds whole takes its full size at any scale.
-            return reduction if reduction == 1 or not is_held_whole(data) else None
+            return reduction
         if image.format not in _JPEG:
             return None
     return None

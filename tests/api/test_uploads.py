@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from app.api.uploads import read_upload, size_like
+from app.api.uploads import read_head, read_upload, size_like
 from app.errors import InvalidRequestError
 from app.settings import SamplingSettings
 from tests.api.edit_forms import encoded, plain
@@ -102,18 +102,34 @@ def test_the_size_of_an_edit_is_within_the_limits(side: int, aspect: int, uprigh
 @pytest.mark.parametrize(
     ("limit", "size"), [(600 * 400, (600, 400)), (239999, (300, 200)), (20000, (150, 100)), (4000, (75, 50))]
 )
-def test_a_large_photo_is_read_at_reduced_scale(limit: int, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_large_photo_is_read_at_reduced_scale(limit: int, size: tuple[int, int], progressive: bool) -> None:
     image = plain(600, 400)
     image.paste("blue", (0, 0, 300, 400))
-    pixels = read_upload(encoded(image, "JPEG"), "image", limit).pixels
+    pixels = read_upload(encoded(image, "JPEG", progressive=progressive), "image", limit).pixels
     assert pixels.shape == (size[1], size[0], 3)
     assert pixels[5, 5, 2] > 200
     assert pixels[5, -5, 0] > 200
     with pytest.raises(InvalidRequestError, match="is 600x400; at most 3000 pixels"):
         read_upload(encoded(image, "JPEG"), "image", 3000)
-    for other in (encoded(image), encoded(image, "WEBP"), encoded(image, "JPEG", progressive=True)):
+    for other in (encoded(image), encoded(image, "WEBP")):
         with pytest.raises(InvalidRequestError, match="is 600x400; at most 239999 pixels"):
             read_upload(other, "image", 239999)
+
+
+def test_what_libjpeg_holds_of_a_progressive_photo_counts_at_its_full_size() -> None:
+    image = plain(600, 400)
+    assert read_head(encoded(image, "JPEG"), "image", 20000).work_bytes == 150 * 100 * 16
+    held = read_head(encoded(image, "JPEG", progressive=True), "image", 20000)
+    assert held.work_bytes == 150 * 100 * 16 + 600 * 400 * 8
+
+
+def test_a_jpeg_of_very_many_scans_is_refused() -> None:
+    photo = encoded(plain(600, 400), "JPEG", progressive=True)
+    last = photo.rindex(b"\xff\xda")
+    assert read_upload(photo[:-2] + photo[last:-2] * 50 + photo[-2:], "image", LIMIT).pixels.shape == (400, 600, 3)
+    with pytest.raises(InvalidRequestError, match="image is a JPEG of 110 scans; at most 100 are read: save it again"):
+        read_upload(photo[:-2] + photo[last:-2] * 100 + photo[-2:], "image", LIMIT)
 
 
 def test_odd_sides_are_reduced_as_well() -> None:
