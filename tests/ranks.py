@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable
 from math import prod
@@ -14,6 +15,10 @@ from torch.distributed import FileStore
 
 from app.engine.process_groups import join
 
+# Ranks are forks of one process that has imported what they need, which takes longer than most of their work.
+START_METHOD = "forkserver"
+multiprocessing.set_forkserver_preload(["tests.ranks", "tests.engine.models"])
+
 
 def on_ranks(sizes: tuple[int, int, int], folder: Path, work: Callable[..., Any], *arguments: Any) -> Any:
     """What ``work(groups, *arguments)`` returns on rank 0.
@@ -23,7 +28,7 @@ def on_ranks(sizes: tuple[int, int, int], folder: Path, work: Callable[..., Any]
         folder: an empty one; the ranks meet there.
         work: a function of a module, since it is sent to other processes.
     """
-    mp.spawn(_rank, args=(sizes, str(folder), work, arguments), nprocs=prod(sizes))
+    mp.start_processes(_rank, args=(sizes, str(folder), work, arguments), nprocs=prod(sizes), start_method=START_METHOD)
     return torch.load(folder / "result.pt", weights_only=False)
 
 

@@ -11,6 +11,7 @@ import torch.multiprocessing as multiprocessing
 
 from app.cluster.rendezvous import Rendezvous, rendezvous_store
 from app.engine.process_groups import join
+from tests.ranks import START_METHOD
 
 
 def _listeners() -> set[tuple[str, int]]:
@@ -41,7 +42,7 @@ def _sum_after_the_rendezvous(rank: int, address: tuple[str, int], met: multipro
 
 
 def test_collectives_go_on_without_it() -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(START_METHOD)
     met = context.Barrier(3)
     rendezvous = Rendezvous("127.0.0.1")
     ranks = [context.Process(target=_sum_after_the_rendezvous, args=(rank, rendezvous.address, met)) for rank in (0, 1)]
