@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,20 +17,29 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # several workers share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+ROOT = Path(__file__).parent.parent
 CLUSTER = "tests/cluster/"
+SERVICE = re.compile(r"\b(?:service: str|http: httpx\.Client|client: openai\.OpenAI)\b")
+"""How a test or fixture asks for the running service of tests/cluster/conftest.py."""
 PACKAGE = re.compile(r"(\S+) is not installed \(Debian's package (\S+)\)")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """One worker has all tests that share a running service; of the others each file stays together."""
+    """One worker has all files that share the running service; of the others each file stays together."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByService(LoadScopeScheduling):  # "loadgroup" of xdist 3.8 does not group with pytest 9.2
         def _split_scope(self, nodeid: str) -> str:
-            return CLUSTER if nodeid.startswith(CLUSTER) else nodeid.partition("::")[0]
+            file = nodeid.partition("::")[0]
+            return CLUSTER if file.startswith(CLUSTER) and _asks_for_the_service(file) else file
 
     return ByService(config, log)
+
+
+@cache
+def _asks_for_the_service(file: str) -> bool:
+    return SERVICE.search((ROOT / file).read_text(encoding="utf-8")) is not None
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:

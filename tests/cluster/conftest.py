@@ -1,4 +1,4 @@
-"""A real Ray cluster of two logical CPUs with the application of deployments/flux-tiny.yaml, on a free port."""
+"""A real Ray cluster of two logical CPUs, and in it the application of deployments/flux-tiny.yaml, on a free port."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def settings_of(name: str) -> Settings:
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
     os.environ |= PROXY_GUARD  # as app.serve does
-    ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    # Its own in each of pytest's workers, whatever else runs on this machine.
+    ray.init("local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

@@ -14,20 +14,17 @@ import ray
 import torch
 from PIL import Image
 from ray import serve
-from ray.util.placement_group import placement_group, remove_placement_group
 
 from app.api.backend import ImagesJob
 from app.cluster.backend import ServeBackend
 from app.cluster.by_reference import INLINE_BYTES, by_reference
-from app.cluster.group import RankGroup
 from app.cluster.handles import remote
 from app.cluster.rank import Rank
 from app.components.vae import ImageDecoder
-from app.engine.engine import Engine
 from app.errors import UnavailableError
 from app.messages import Conditioning, DenoiseJob, DenoiseReport, DenoiseResult, MagCacheOptions, PromptEmbeddings
 from app.settings import Settings
-from tests.local_group import MODEL, execute, job, plans
+from tests.local_group import job, plans
 
 REPORT = DenoiseReport("C", 1, 0, 0.0, None, 0.0, 0.0)
 
@@ -57,24 +54,6 @@ def test_a_rank_answers_with_references(cluster: None, monkeypatch: pytest.Monke
         assert len(values) == 1
         assert all(isinstance(reference, ray.ObjectRef) for reference in references)
         assert all(map(torch.equal, values, ray.get(references)))
-
-
-async def test_a_group_hands_a_reference_out(cluster: None) -> None:
-    """From a rank's process through the coordinator's; 384x384 is the least square whose latents are large."""
-    bundles = placement_group([{"CPU": 0.1}])
-    settings = Settings(cpus_per_rank=0.1, threads_per_rank=1)
-    group = RankGroup.start(settings, bundles, "test")
-    try:
-        await group.load(settings, "test", rebuilds=0)
-        asked = job("a/0", size=(384, 384), steps=2)
-        tensors = Conditioning(PromptEmbeddings(torch.zeros(32, 128), torch.zeros(128)))
-        result = await group.coordinator.denoise.remote(asked, [tensors])
-        assert isinstance(result.latents, ray.ObjectRef)
-        expected = execute(Engine(MODEL), plans([asked]), {"a/0": tensors})["a/0"]
-        assert (await result.latents - expected).norm() / expected.norm() <= 1e-5
-    finally:
-        group.kill()
-        remove_placement_group(bundles)
 
 
 class Encoder:
