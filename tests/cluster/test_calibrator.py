@@ -13,8 +13,7 @@ from app.cluster.backend import ServeBackend
 from app.messages import CalibrationJob
 from app.settings import MagCacheSettings, Settings
 from magcache_core import stored_profiles
-from magcache_core.measure import probes
-from tests.cluster.asking import kill_process, wait_for
+from tests.cluster.asking import wait_for
 
 PROMPTS = ["a red circle on a blue background", "a green square"]
 SMALL = {"size": "64x64", "num_inference_steps": 6, "prompts": PROMPTS, "trial_runs": 1, "moves": 0}
@@ -75,16 +74,6 @@ def test_an_ended_one_goes_on_where_it_was(http: httpx.Client, profile_dir: Path
     status = ended(http, second)
     assert status["status"] == "done", status["message"]
     assert status["runs"] <= 2 + 9 + 1 + 1, "two recorded, nine probes, the reference again, one lost"
-
-
-def test_a_killed_rank_costs_the_run_under_way(http: httpx.Client) -> None:
-    asked = SMALL | {"guidance_scale": 8.0, "num_inference_steps": 20, "trial_runs": 0, "size": "64x80"}
-    started = http.post("/v1/calibrations", json=asked).json()["id"]
-    wait_for(lambda: http.get(f"/v1/calibrations/{started}").json()["runs"] >= 2, "two runs are recorded")
-    kill_process("Rank")
-    status = ended(http, started)
-    assert status["status"] == "done", status["message"]
-    assert status["runs"] == len(PROMPTS) + len(probes(20)), "each of its runs once"
 
 
 async def test_a_service_that_stops_ends_it_and_begins_none(tmp_path: Path) -> None:

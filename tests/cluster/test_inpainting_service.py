@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
-from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
@@ -17,7 +15,7 @@ from app.components.source_encoder import SourceEncoder
 from app.engine.families import FLUX_DEV
 from app.engine.geometry import Geometry
 from app.engine.layouts import unpack
-from tests.cluster.asking import kill_process, metrics, pixels, wait_for
+from tests.cluster.asking import pixels
 from tests.local_group import TEXT_TOKENS, psnr
 
 PROMPT = "a green circle on a blue background"
@@ -119,25 +117,3 @@ def test_the_images_own_hole_is_painted(http: httpx.Client) -> None:
     made, before = pixels(reply.json()["data"][0]), np.asarray(source()) / 255
     assert psnr(made[OUTSIDE], before[OUTSIDE]) >= 30
     assert made[64, 64][1] > 0.5 > made[64, 64][0]
-
-
-def test_a_killed_rank_costs_time_and_not_the_image(http: httpx.Client) -> None:
-    """With the cache, and beside an image from a prompt in one batch."""
-    cached = {"num_inference_steps": 100, "magcache": {"computed_steps": 60}}
-    form = {"prompt": PROMPT, "seed": "7", "size": "128x128", **{name: json.dumps(one) for name, one in cached.items()}}
-
-    def inpaint() -> np.ndarray:
-        files = {"image": encoded(source()), "mask": encoded(white())}
-        reply = http.post("/v1/images/edits", data=form, files=files)
-        assert reply.status_code == 200, reply.text
-        return pixels(reply.json()["data"][0])
-
-    undisturbed = inpaint()
-    with ThreadPoolExecutor(2) as pool:
-        neighbour = pool.submit(http.post, "/v1/images/generations", json={"prompt": PROMPT, **cached})
-        disturbed = pool.submit(inpaint)
-        wait_for(lambda: metrics(http)["flux_running_pictures"] == 2, "both images run")
-        kill_process("Rank")
-        assert not disturbed.done()
-        assert psnr(disturbed.result(), undisturbed) >= 55
-        assert neighbour.result().status_code == 200

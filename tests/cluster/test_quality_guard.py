@@ -19,7 +19,6 @@ from app.components.vae import ImageDecoder
 from app.control.admission import default_job
 from app.messages import CalibrationRun, DenoiseReport, DenoiseResult, MagCacheOptions
 from app.settings import QualityGuardSettings, Settings
-from tests.cluster.asking import kill_process
 from tests.cluster.conftest import settings_of
 from tests.local_group import random_conditioning
 
@@ -77,8 +76,6 @@ async def test_images_below_the_target_raise_the_budget_of_those_to_come(
     with_guidance = (await make(5, **guided)).report.computed
     assert 20.0 < metrics["flux_guard_psnr_db_sum"] / 2 < 99.0
     assert 0.5 < metrics["flux_guard_ssim_sum"] / 2 < 1.0
-    # The budget comes with each job, so a group that is built anew knows it.
-    kill_process("Coordinator")
     assert (await make(2)).report.computed == before + 1
     assert (await make(3, **guided)).report.computed == with_guidance, "a kind of its own"
     own = replace(default_job(settings).magcache, computed_steps=before - 1, client_chose=True)
