@@ -24,6 +24,7 @@ from app.components.vae import ImageDecoder
 from app.errors import UnavailableError
 from app.messages import Conditioning, DenoiseJob, DenoiseReport, DenoiseResult, MagCacheOptions, PromptEmbeddings
 from app.settings import Settings
+from tests.cluster.actors import Owner
 from tests.local_group import job, plans
 
 REPORT = DenoiseReport("C", 1, 0, 0.0, None, 0.0, 0.0)
@@ -61,17 +62,6 @@ class Encoder:
 
     async def encode(self, prompt: str) -> PromptEmbeddings:
         return PromptEmbeddings(torch.zeros(1, 1))
-
-
-@ray.remote(num_cpus=0)
-class Owner:
-    """Stands for a rank: owns latents, and can be killed."""
-
-    def make(self) -> list[ray.ObjectRef]:
-        return [ray.put(torch.full((64, 64), 0.5))]
-
-    def pid(self) -> int:
-        return os.getpid()
 
 
 async def until_lost(reference: ray.ObjectRef) -> None:

@@ -14,23 +14,11 @@ import ray
 
 from app.cluster.coordinators import call_all_coordinators
 from app.cluster.group import COORDINATOR_NAME, NAMESPACE
+from tests.cluster.actors import Named
 from tests.service_process import service_process, wait_until
 
 ANSWER_S = 5.0
 """More than an API process takes (2 s), and far less than Ray's own minute; for a busy machine."""
-
-
-@ray.remote(num_cpus=0)
-class Named:
-    """Stands for a coordinator; a running service's own has no method ``greet``."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    async def greet(self, greeting: str) -> str:
-        if self._name == "hanging":
-            await asyncio.Event().wait()
-        return f"{greeting} from {self._name}"
 
 
 @pytest.fixture
