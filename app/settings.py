@@ -87,6 +87,12 @@ class Settings(Section):
         description="Compile the blocks: steps are faster, and a group's start waits for it, minutes the first "
         "time. One row of the default size has kernels of its own, all others share theirs.",
     )
+    cuda_graphs: bool = Field(
+        default=False,
+        description="Record the steps of one and of two images of the default size as CUDA graphs in the warm-up, and "
+        "replay them: for steps whose launches take longer than their work (small images, many ranks, reused steps). "
+        "Takes the memory of such a step of two images once more; images with adapters or references run without.",
+    )
     compile_cache_dir: str | None = Field(
         default=None,
         min_length=1,
@@ -322,6 +328,8 @@ class Settings(Section):
                 f"attention_backend is {self.attention_backend!r}, which has no float32 kernels on CUDA; "
                 "set dtype to 'bfloat16'"
             )
+        if self.cuda_graphs and self.device != "cuda":
+            raise ValueError(f"cuda_graphs is true, and device is {self.device!r}, which has none; set it to false")
         if self.quantization == "fp8" and self.device == "cuda" and self.dtype != "bfloat16":
             raise ValueError(f"quantization is 'fp8' and dtype {self.dtype!r}; set dtype to 'bfloat16'")
         if self.quantization == "fp8" and self.device == "cuda" and not self.compile:

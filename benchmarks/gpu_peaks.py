@@ -8,12 +8,16 @@ from typing import Any
 import torch
 
 from app.engine.attention_backends import AttentionBackend, AttentionError, AttentionShape, attend, choose_attention
+from app.engine.engine import Engine
 from app.engine.fp8 import to_float8
+from app.engine.graphs import CudaRecorder, Graphs, Tensors
 from app.engine.process_groups import RankGroups
 from benchmarks.roofline import best_seconds, matmul_flops_per_second, synchronize
 
 REPEATS = 20
 MOST_KERNELS = 25
+TOLERANCE = 1e-2
+"""Of a replayed step in bfloat16; on the CPU it is the same."""
 
 
 class Unavailable(Exception):  # noqa: N818 - nothing went wrong
@@ -76,15 +80,34 @@ def attention(
     return {"tokens": shape.tokens, "heads": shape.heads, "seconds": seconds, "tflops_per_s": flops / seconds / 1e12}
 
 
-def replayed(work: Callable[[], object], device: torch.device) -> dict[str, Any]:
-    """The time of ``work`` as it is, and as a CUDA graph, which needs no launches; a CPU has none: it runs it again."""
-    launched_s = best_seconds(work, device, REPEATS)
-    if device.type != "cuda":
-        return {"launched_s": launched_s, "replayed_s": best_seconds(work, device, REPEATS), "graph": False}
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return {"launched_s": launched_s, "replayed_s": best_seconds(graph.replay, device, REPEATS), "graph": True}
+def again(call: Callable[[], Tensors]) -> tuple[Callable[[], object], Tensors]:
+    """A recorder for devices without graphs: what it records is called again."""
+    results = call()
+
+    def replay() -> None:
+        for result, made in zip(results, call(), strict=True):
+            result.copy_(made)
+
+    return replay, results
+
+
+def replayed(engine: Engine, work: Callable[[], torch.Tensor], device: torch.device) -> dict[str, Any]:
+    """The time of ``work``, a step of ``engine``, launched operator by operator, and with its pass replayed.
+
+    Raises:
+        ArithmeticError: their latents differ by more than rounding explains.
+    """
+    on_gpu = device.type == "cuda"
+    launched, launched_s = work(), best_seconds(work, device, REPEATS)
+    engine.graphs = Graphs(CudaRecorder(device) if on_gpu else again)
+    with engine.graphs.recording():
+        replayed = work()
+    replayed_s = best_seconds(work, device, REPEATS)
+    engine.graphs = Graphs()
+    error = float((replayed - launched).float().norm() / launched.float().norm())
+    if not error < TOLERANCE:
+        raise ArithmeticError(f"replayed, a step differs by {error:.3g} of the norm")
+    return {"launched_s": launched_s, "replayed_s": replayed_s, "relative_difference": error, "graph": on_gpu}
 
 
 def kernels(work: Callable[[], object], device: torch.device) -> list[dict[str, Any]]:

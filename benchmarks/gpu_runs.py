@@ -70,7 +70,7 @@ class Ours:
     """This repository's engine: one rank, plans formed ahead as the coordinator does."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        self.engine = engine
         self._device = engine.device
 
     def run(self, request: Request, plan: Plan, *, rows: int = 1, each_step: bool = False) -> dict[str, Any]:
@@ -89,13 +89,13 @@ class Ours:
         steps = [[RowStep(job.row_id, step, (branch,)) for job in jobs] for step, branch in enumerate(branches)]
         steps[-1] = [replace(row, last=True) for row in steps[-1]]
         plans = chained(StepPlan(0, "", jobs if step == 0 else (), tuple(of)) for step, of in enumerate(steps))
-        self._engine.restart()
+        self.engine.restart()
         result, step_seconds = None, []
         synchronize(self._device)
         started = time.perf_counter()
         for one in plans:
             at = time.perf_counter()
-            result = self._engine.execute(one, [Conditioning(request.prompt) for _ in one.admit])
+            result = self.engine.execute(one, [Conditioning(request.prompt) for _ in one.admit])
             if each_step:
                 synchronize(self._device)
                 step_seconds.append(time.perf_counter() - at)
@@ -108,9 +108,9 @@ class Ours:
             "latents": None if latents is None else latents.float(),
         }
 
-    def one_step(self, request: Request, *, computed: bool) -> Callable[[], None]:
-        """One step of one row, as often as it is called: what it starts from stays as it is."""
-        engine, job = self._engine, request.job("benchmark/0")
+    def one_step(self, request: Request, *, computed: bool) -> Callable[[], torch.Tensor]:
+        """One step of one row to its new latents, as often as it is called: what it starts from stays as it is."""
+        engine, job = self.engine, request.job("benchmark/0")
         first = RowStep(job.row_id, 0, (BranchStep(COND, True, (), residuals_kept=1),))
         (plan,) = chained([StepPlan(0, "", (job,), (first,))])
         engine.restart()
@@ -120,11 +120,12 @@ class Ours:
         step = RowStep(job.row_id, 1, (BranchStep(COND, computed, () if computed else (1.0,), residuals_kept=1),))
 
         @torch.inference_mode()
-        def again() -> None:
+        def again() -> torch.Tensor:
             engine._step([step])
-            row.latents = latents
+            moved, row.latents = row.latents, latents
             row.branches[COND].residuals.clear()
             row.branches[COND].residuals.extend(residuals)
+            return moved
 
         return again
 

@@ -228,10 +228,11 @@ class Bench:
         }
 
     def graph(self, *, computed: bool, size: int = 0) -> dict[str, Any]:
-        """A step launched operator by operator, and replayed as one CUDA graph."""
+        """A step launched operator by operator, and with its pass replayed as one CUDA graph."""
         kernel = self.use_kernel()
-        ours, request = self.ours("compiled"), self.request(size or self.settings.size)
-        return {"attention": kernel} | gpu_peaks.replayed(ours.one_step(request, computed=computed), self.device)
+        ours = self.ours("compiled")
+        work = ours.one_step(self.request(size or self.settings.size), computed=computed)
+        return {"attention": kernel} | gpu_peaks.replayed(ours.engine, work, self.device)
 
     def kernels(self) -> dict[str, Any]:
         """Where the time of a computed step goes, kernel by kernel."""

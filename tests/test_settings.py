@@ -63,6 +63,7 @@ def test_helpers_run_where_the_ranks_run_unless_told() -> None:
         ({"attention_backend": "xformers"}, (), "'xformers', which needs CUDA, and device is 'cpu'"),
         ({"attention_backend": "cudnn"}, (), "'cudnn', which needs CUDA, and device is 'cpu'; choose 'auto'"),
         ({"attention_backend": "flash", "device": "cuda"}, (), "'flash', which has no float32 kernels on CUDA"),
+        ({"cuda_graphs": True}, (), "cuda_graphs is true, and device is 'cpu', which has none; set it to false"),
         ({"quantization": "fp8", "device": "cuda"}, (), "quantization is 'fp8' and dtype 'float32'; set dtype to 'bf"),
         (
             {"quantization": "fp8", "device": "cuda", "dtype": "bfloat16"},

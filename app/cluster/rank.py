@@ -95,6 +95,7 @@ class Rank:
             compile=settings.compile,
             quantization=settings.quantization,
             modulation_on_host=settings.modulation_on_host,
+            cuda_graphs=settings.cuda_graphs,
             usual=UsualRow(settings.default_image_tokens, settings.sampling.max_sequence_length),
             compile_cache=compile_cache(settings),
         )

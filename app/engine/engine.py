@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -14,7 +14,9 @@ from diffusers import ModelMixin
 from app.engine.attention import positions
 from app.engine.attention_backends import AttentionShape, check_attention, choose_attention, prefer, set_attention
 from app.engine.families import Edits
+from app.engine.forward import Forward
 from app.engine.geometry import Geometry
+from app.engine.graphs import CudaRecorder, Graphs, Pass, Tensors
 from app.engine.inpainting import Inpainting
 from app.engine.loading import load_transformer
 from app.engine.lora import Loras
@@ -57,7 +59,11 @@ class BatchItem:
 
 
 class Engine:
-    """One rank: its shard of the transformer and the rows under way."""
+    """One rank: its shard of the transformer and the rows under way.
+
+    Attributes:
+        graphs: of the passes that recur; empty until the warm-up records some.
+    """
 
     def __init__(
         self,
@@ -100,6 +106,8 @@ class Engine:
         self.loras = None if loras is None else Loras(loras, model, transformer, groups.tensor, self.device, dtype)
         self._modulation = Modulation(transformer, groups.tensor, self.device)
         self.strategy = get_strategy(self.transformer)
+        self._forward = Forward(transformer, self.strategy, self._modulation, groups.sequence)
+        self.graphs = Graphs(CudaRecorder(self.device) if tuning.cuda_graphs else None)
         self.sampler = FlowMatchSampler(model)
         self.family = self.sampler.family
         self.rows: dict[str, Row] = {}
@@ -241,7 +249,8 @@ class Engine:
         )
         computing = list(range(steps)) if job.computing is None else list(job.computing)
         ahead = self._modulation.ahead(torch.stack([temb[step] for step in computing]))
-        modulation = dict(zip(computing, ahead, strict=True))
+        # Each in memory of its own: code is compiled for where in its memory an argument begins.
+        modulation = {step: own.clone() for step, own in zip(computing, ahead, strict=True)}
         return Branch(len(prompt.tokens), context, modulation, self.strategy.output_modulation(self.transformer, temb))
 
     def _step(self, row_steps: Sequence[RowStep]) -> dict[str, torch.Tensor]:
@@ -291,28 +300,51 @@ class Engine:
 
     def _velocity(self, parts: Sequence[BatchItem]) -> torch.Tensor:
         """Predicted velocities, (parts, image_tokens, channels), each computed or with a reused residual."""
-        latents = self.groups.sequence.part(torch.stack([part.row.latents for part in parts]))
+        computing = [part for part in parts if part.step.compute]
+        reusing = [part for part in parts if not part.step.compute]
+        if not reusing:
+            return self._computed(parts)
+        if not computing:
+            return self._reused(parts)
+        made = {True: iter(self._computed(computing)), False: iter(self._reused(reusing))}
+        return torch.stack([next(made[part.step.compute]) for part in parts])
+
+    def _computed(self, parts: Sequence[BatchItem]) -> torch.Tensor:
+        """Run the block stack, and keep the residuals that will be reused; velocities as of `_velocity`."""
+        velocities, residuals = self._run(
+            partial(self._forward.computed, self._rotary(*parts[0].row.batch_key)),
+            parts,
+            [part.row.latents for part in parts],
+            [part.branch.context for part in parts],
+            [part.row.references for part in parts],
+            [part.branch.modulation_at(part.row_step.step) for part in parts],
+            [part.branch.output_modulation[part.row_step.step] for part in parts],
+        )
+        for part, residual in zip(parts, residuals, strict=True):
+            if part.step.residuals_kept > 0:
+                # A copy, so that a kept row does not hold the whole batch's memory.
+                part.branch.store(residual.clone(), part.step.residuals_kept)
+        return velocities
+
+    def _reused(self, parts: Sequence[BatchItem]) -> torch.Tensor:
+        """Add stored residuals instead; velocities as of `_velocity`."""
+        (velocities,) = self._run(
+            self._forward.reused,
+            parts,
+            [part.row.latents for part in parts],
+            [part.branch.reuse(part.row.job.row_id, part.step) for part in parts],
+            [part.branch.output_modulation[part.row_step.step] for part in parts],
+        )
+        return velocities
+
+    def _run(self, wanted: Pass, parts: Sequence[BatchItem], *rows: Sequence[torch.Tensor]) -> Tensors:
+        """A pass of `Forward`, replayed where one of these sizes was recorded."""
         adapters = [part.row.adapters for part in parts]
-        with applied(adapters):
-            hidden = self.strategy.embed_image(self.transformer, latents)
-        computing = [index for index, part in enumerate(parts) if part.step.compute]
-        if len(computing) == len(parts):
-            output = self._blocks(parts, hidden)
-        else:
-            output = torch.empty_like(hidden)
-            for index, part in enumerate(parts):
-                if not part.step.compute:
-                    torch.add(hidden[index], part.branch.reuse(part.row.job.row_id, part.step), out=output[index])
-            if computing:
-                # Row by row: a list of indices would be a copy to the device, which waits for it.
-                subset = torch.stack([hidden[index] for index in computing])
-                made = self._blocks([parts[index] for index in computing], subset)
-                for index, computed in zip(computing, made, strict=True):
-                    output[index].copy_(computed)
-        modulation = torch.stack([part.branch.output_modulation[part.row_step.step] for part in parts])
-        with applied(adapters):
-            velocity: torch.Tensor = self.strategy.project(self.transformer, output, modulation)
-        return self.groups.sequence.gather(velocity, parts[0].row.geometry.tokens)
+        # A pass with adapters adds those of its rows, whichever they are: a recorded one would add the first ones.
+        adapted = any(one is not None for one in adapters)
+        key = None if adapted else (parts[0].step.compute, parts[0].row.batch_key, len(parts))
+        with prefer(self.attention), applied(adapters):
+            return self.graphs.run(key, wanted, rows)
 
     def _measure(self, part: BatchItem, velocity: torch.Tensor) -> None:
         """Measure the step that ``part`` computed, if its row is recorded: on rank 0, with all ranks' tokens."""
@@ -329,28 +361,6 @@ class Engine:
             return projected
 
         part.branch.measurement.add(residual, velocity[None], replay)
-
-    def _blocks(self, parts: Sequence[BatchItem], hidden: torch.Tensor) -> torch.Tensor:
-        """Run the block stack on rows that compute and keep their residuals; (parts, image_tokens, inner_dim)."""
-        context = torch.stack([part.branch.context for part in parts])
-        modulation = torch.stack([part.branch.modulation_at(part.row_step.step) for part in parts])
-        rotary = self._rotary(*parts[0].row.batch_key)
-        tokens = hidden
-        if parts[0].row.reference_geometries:
-            tokens = torch.cat([hidden, torch.stack([part.row.references for part in parts])], dim=1)
-        with prefer(self.attention), applied([part.row.adapters for part in parts]):
-            output: torch.Tensor = self.strategy.blocks(
-                self.transformer, tokens, context, self._modulation.by_block(modulation), rotary
-            )
-        # References are read by the image and produce nothing themselves: their part of the output is dropped.
-        output = output[:, : hidden.shape[1]]
-        keepers = [index for index, part in enumerate(parts) if part.step.residuals_kept > 0]
-        if keepers:
-            residuals = output - hidden
-            for index in keepers:
-                # A copy, so that a kept row does not hold the whole batch's memory.
-                parts[index].branch.store(residuals[index].clone(), parts[index].step.residuals_kept)
-        return output
 
     def _rotary_embedding(self, geometry: Geometry, text_tokens: int, references: tuple[Geometry, ...]) -> Rotary:
         """Positions of this rank's tokens: its parts of the text, of the image and of the references."""

@@ -1,4 +1,4 @@
-"""How the transformer runs: attention kernels, compiled blocks, 8-bit weights."""
+"""How the transformer runs: attention kernels, compiled blocks, CUDA graphs, 8-bit weights."""
 
 from __future__ import annotations
 
@@ -54,6 +54,7 @@ class Tuning:
         compile: compile the blocks of the stack; their first run waits for it.
         quantization: ``fp8`` for the weights that tensor parallelism splits.
         modulation_on_host: keep the weights that only a row's admission needs in host memory.
+        cuda_graphs: record the passes of the warm-up, and replay those of the same sizes.
         usual: what blocks are compiled for apart from all other numbers of rows and tokens.
         compile_cache: folder that keeps compiled kernels between starts; None leaves torch's.
         compiler: torch.compile's backend.
@@ -63,6 +64,7 @@ class Tuning:
     compile: bool = False
     quantization: Quantization | None = None
     modulation_on_host: bool = False
+    cuda_graphs: bool = False
     usual: UsualRow = UsualRow(4096, 512)
     compile_cache: Path | None = None
     compiler: str = "inductor"

@@ -7,6 +7,7 @@ by the first request, and a step that does not fit into memory fails here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -36,7 +37,7 @@ def warm_up(engine: Engine, job: DenoiseJob, text_tokens: int, max_rows: int) ->
     """Run steps of images like ``job``, without true CFG: one row alone and, with ``max_rows`` above 1, two at once.
 
     A step of an image of another size is run and not timed, and so are steps with adapters where the engine has them,
-    so that all kinds of compiled code are there.
+    so that all kinds of compiled code are there. The steps that are timed are recorded, where graphs are in use.
 
     All ranks of a group do this at the same time. The engine is left in its initial state.
 
@@ -50,10 +51,12 @@ def warm_up(engine: Engine, job: DenoiseJob, text_tokens: int, max_rows: int) ->
             engine.execute(plan, blank[: len(plan.admit)])
     admission, *steps, last = _history(job, count)
     seconds: list[list[float]] = []
-    for _ in range(REPEATS):
+    for repeat in range(REPEATS):
         engine.restart()
         engine.execute(admission, blank)
-        seconds.append([engine.execute(plan).seconds for plan in steps])
+        # The first compiles what the second may record, and the last replays that.
+        with engine.graphs.recording() if repeat == 1 else nullcontext():
+            seconds.append([engine.execute(plan).seconds for plan in steps])
     engine.execute(last)
     if not all(torch.isfinite(row.latents).all() for row in engine.rows.values()):
         raise CheckpointError(

@@ -67,6 +67,8 @@ def test_it_runs_at_tiny_scale_on_the_cpu(tmp_path: Path) -> None:
         assert results[name]["finite"]
     assert results["bf16/4 rows"]["times_one_row"] > 0
     assert len(results["bf16/kernels of a computed step"]["kernels"]) > 3
+    graphs = [one for name, one in results.items() if name.startswith("graphs/")]
+    assert [one["relative_difference"] for one in graphs] == [0.0] * 3
 
 
 def test_what_was_measured_is_there_when_the_run_is_stopped(tmp_path: Path) -> None:
