@@ -167,6 +167,11 @@ class CalibrationStatus:
     profile: str | None = None
     message: str | None = None
 
+    @property
+    def progress(self) -> float:
+        """Share of its runs that are done; 1 once it is done, and not before."""
+        return 1.0 if self.state == "done" else min(self.runs / self.expected_runs, 0.999)
+
 
 def first_step(steps: int, strength: float | None) -> int:
     """The first step of image-to-image in a schedule of ``steps``; diffusers skips the same ones."""

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import uuid
+from functools import partial
 from http import HTTPStatus
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+from starlette.responses import Response
 
+from app.api.accept import media_types
 from app.api.access import check_operator
+from app.api.calibration_status import CalibrationReply, event_of, follow, reply_of
+from app.api.replies import AsciiJSONResponse
 from app.api.resolve import check_prompt, parse_size
 from app.api.routes import Service
 from app.api.schemas import ErrorReply, integral
+from app.api.streaming import stream_response
 from app.api.validation import parse_plain, read_json
 from app.errors import InvalidRequestError
-from app.messages import CalibrationJob, CalibrationStatus, steps_of_share
+from app.messages import CalibrationJob, steps_of_share
 from app.settings import Settings
 from magcache_core.calibrate import packaged_prompts
 
@@ -72,20 +78,6 @@ class CalibrationRequest(BaseModel):
     _integral = field_validator("num_inference_steps", "computed_steps", "trial_runs", "moves", mode="before")(integral)
 
 
-class CalibrationReply(BaseModel):
-    """How far a calibration is."""
-
-    id: str
-    object: Literal["calibration"] = "calibration"
-    status: Literal["running", "done", "cancelled", "failed"]
-    phase: Literal["record", "probe", "try"] = Field(description="What it runs now, or ran last.")
-    runs: int = Field(description="Images that it has run, those before an interruption included.")
-    expected_runs: int = Field(description="About how many it will have run at its end.")
-    seconds: float = Field(description="Time of these runs, waits for clients' images included.")
-    profile: str | None = Field(description="`NAME@VERSION` once it is done.")
-    message: str | None = Field(description="What made it fail.")
-
-
 @router.post(
     _PATH,
     summary="Calibrate the served model",
@@ -99,19 +91,47 @@ async def start(request: Request) -> CalibrationReply:
     service = _service(request)
     fields = await read_json(request, service.settings.http.max_body_bytes)
     job = resolve_calibration(parse_plain(fields, CalibrationRequest), service.settings)
-    return _reply(await service.get_backend().calibrate(job))
+    return reply_of(await service.get_backend().calibrate(job))
 
 
-@router.get(f"{_PATH}/{{calibration_id}}", summary="How far is it?", tags=["calibrations"], responses=_RESPONSES)
-async def status(calibration_id: str, request: Request) -> CalibrationReply:
+@router.get(
+    f"{_PATH}/{{calibration_id}}",
+    summary="How far is it?",
+    tags=["calibrations"],
+    response_model=CalibrationReply,
+    responses={
+        200: {
+            "description": "How far it is; with `stream`, or where `Accept` wants events, one event a change until its "
+            "end.",
+            "content": {"text/event-stream": {"schema": {"$ref": "#/components/schemas/CalibrationEvent"}}},
+        },
+        **_RESPONSES,
+    },
+    openapi_extra={
+        "parameters": [
+            {
+                "name": "stream",
+                "in": "query",
+                "description": "Answer with server-sent events until it has ended.",
+                "schema": {"type": "boolean", "default": False},
+            }
+        ]
+    },
+)
+async def status(calibration_id: str, request: Request) -> Response:
     """A calibration under way, or one that ended lately."""
-    return _reply(await _service(request).get_backend().calibration(calibration_id))
+    service = _service(request)
+    backend = service.get_backend()
+    if not _wants_events(request):
+        return AsciiJSONResponse(reply_of(await backend.calibration(calibration_id)).model_dump())
+    changes = follow(partial(backend.calibration, calibration_id))
+    return await stream_response(request, changes, service.settings.http.heartbeat_s, event_of)
 
 
 @router.delete(f"{_PATH}/{{calibration_id}}", summary="End it", tags=["calibrations"], responses=_RESPONSES)
 async def cancel(calibration_id: str, request: Request) -> CalibrationReply:
     """End a calibration; what it found is kept, and the next one for the same goes on there."""
-    return _reply(await _service(request).get_backend().cancel_calibration(calibration_id))
+    return reply_of(await _service(request).get_backend().cancel_calibration(calibration_id))
 
 
 def resolve_calibration(request: CalibrationRequest, settings: Settings) -> CalibrationJob:
@@ -153,12 +173,21 @@ def resolve_calibration(request: CalibrationRequest, settings: Settings) -> Cali
     )
 
 
+def _wants_events(request: Request) -> bool:
+    """Whether the query, or without it the header, asks for server-sent events."""
+    asked = request.query_params.get("stream")
+    if asked is None:
+        accepted = media_types(request.headers.get("accept", ""))
+        return next((one for one in accepted if one in ("text/event-stream", "application/json", "*/*")), "") == (
+            "text/event-stream"
+        )
+    if asked not in ("true", "false"):
+        raise InvalidRequestError(f"stream is {asked[:32]!r}; it is true or false", param="stream")
+    return asked == "true"
+
+
 def _service(request: Request) -> Service:
     """What the handlers share; only for those who may calibrate."""
     service: Service = request.app.state.service
     check_operator(request, service.settings.http, "calibrates")
     return service
-
-
-def _reply(status: CalibrationStatus) -> CalibrationReply:
-    return CalibrationReply.model_validate({**vars(status), "status": status.state})

@@ -80,7 +80,7 @@ STREAM_EVENTS = (PartialImageEvent, CompletedEvent, ProgressEvent, ErrorEvent)
 def event_of(resolved: ResolvedRequest, item: StreamItem, kind: Kind = "image_generation") -> bytes | None:
     """``item`` as a server-sent event; None when the client did not ask for its kind."""
     if isinstance(item, Progress):
-        return _sse(ProgressEvent.model_validate(item, from_attributes=True)) if resolved.progress else None
+        return sse_event(ProgressEvent.model_validate(item, from_attributes=True)) if resolved.progress else None
     job = resolved.job
     common = {
         "created_at": int(time.time()),
@@ -89,7 +89,7 @@ def event_of(resolved: ResolvedRequest, item: StreamItem, kind: Kind = "image_ge
         "output_format": job.output_format,
     }
     if isinstance(item, Preview):
-        return _sse(
+        return sse_event(
             PartialImageEvent.model_validate(
                 {
                     "type": f"{kind}.partial_image",
@@ -100,7 +100,7 @@ def event_of(resolved: ResolvedRequest, item: StreamItem, kind: Kind = "image_ge
                 }
             )
         )
-    return _sse(
+    return sse_event(
         CompletedEvent.model_validate(
             {
                 "type": f"{kind}.completed",
@@ -114,11 +114,26 @@ def event_of(resolved: ResolvedRequest, item: StreamItem, kind: Kind = "image_ge
     )
 
 
+def stream_headers(resolved: ResolvedRequest, first: StreamItem | None) -> dict[str, str]:
+    """What is known of a request when the reply to it begins; ``first`` is its first item, if it came in time."""
+    headers = {
+        "X-Size": resolved.size,
+        "X-Seed": ", ".join(str(resolved.job.seed + index) for index in range(resolved.job.n)),
+        "X-MagCache-Enabled": str(resolved.job.magcache.enabled).lower(),
+    }
+    if isinstance(first, Progress):
+        headers |= {"X-Eta-Seconds": f"{first.eta_s:.3f}", "X-Queue-Position": str(first.queue_position)}
+    if resolved.warnings:
+        headers["X-Warnings"] = "; ".join(resolved.warnings)
+    return headers
+
+
 def error_event(error: ServiceError) -> bytes:
     """``error`` as the last event of a stream, in the envelope that it would have as a reply."""
-    return _sse(ErrorEvent(error=ErrorBody.model_validate(error.envelope["error"])))
+    return sse_event(ErrorEvent(error=ErrorBody.model_validate(error.envelope["error"])))
 
 
-def _sse(event: BaseModel) -> bytes:
+def sse_event(event: BaseModel) -> bytes:
+    """``event``, which has a field ``type``, as a server-sent event."""
     content = event.model_dump()
     return b"event: %s\ndata: %s\n\n" % (content["type"].encode("ascii"), ascii_json(content))

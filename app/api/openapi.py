@@ -10,6 +10,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from app.api.calibration_status import CalibrationEvent
 from app.api.calibrations import CalibrationRequest
 from app.api.events import STREAM_EVENTS
 from app.api.schemas import EditsRequest, ImagesRequest
@@ -82,7 +83,7 @@ def _definitions() -> Schema:
         (EditsRequest, "validation"),
         (CalibrationRequest, "validation"),
     ]
-    by_hand += [(event, "serialization") for event in STREAM_EVENTS]
+    by_hand += [(event, "serialization") for event in (*STREAM_EVENTS, CalibrationEvent)]
     _, definitions = models_json_schema(by_hand, ref_template="#/components/schemas/{model}", by_alias=False)
     found: Schema = definitions["$defs"]
     return found

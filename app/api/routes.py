@@ -15,9 +15,9 @@ from prometheus_client.exposition import choose_encoder
 from starlette.responses import Response
 
 from app.api.accept import prefers_html
-from app.api.backend import Backend, GeneratedImage
+from app.api.backend import Backend, GeneratedImage, StreamItem
 from app.api.drain import Drain
-from app.api.events import STREAM_EVENTS, Kind
+from app.api.events import STREAM_EVENTS, Kind, event_of, stream_headers
 from app.api.idempotency import body_digest, identity_of
 from app.api.image_memory import ImageMemory
 from app.api.loras import may_name_loras
@@ -204,8 +204,15 @@ async def answer(request: Request, resolved: ResolvedRequest, body: str, kind: K
     backend = service.get_backend()
     observe = partial(service.observe, request_id=job.request_id)
     if resolved.stream:
+
+        def event(item: StreamItem) -> bytes | None:
+            if isinstance(item, GeneratedImage):
+                observe(item)
+            return event_of(resolved, item, kind)
+
         items = backend.stream(job, progress=resolved.progress)
-        return await stream_response(request, resolved, items, service.settings.http.heartbeat_s, observe, kind)
+        headers_of = partial(stream_headers, resolved)
+        return await stream_response(request, items, service.settings.http.heartbeat_s, event, headers_of)
     images = await backend.generate(job)
     for image in images:
         observe(image)

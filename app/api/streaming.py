@@ -9,30 +9,33 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
+from typing import Generic, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from app.api.backend import GeneratedImage, StreamItem
-from app.api.events import HEARTBEAT, Kind, error_event, event_of
-from app.api.resolve import ResolvedRequest
+from app.api.events import HEARTBEAT, error_event
 from app.errors import ServiceError
-from app.messages import Progress
 
 logger = logging.getLogger(__name__)
 
+Item = TypeVar("Item")
 
-class HeartbeatIterator:
+_PASSED_ON_AT_ONCE: Mapping[str, str] = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+"""Headers that have proxies pass the events on as they come."""
+
+
+class HeartbeatIterator(Generic[Item]):
     """The items of a generator, with a word when none comes for a while. A wait cut short loses no item."""
 
-    def __init__(self, items: AsyncGenerator[StreamItem, None], patience_s: float) -> None:
+    def __init__(self, items: AsyncGenerator[Item, None], patience_s: float) -> None:
         self._items = items
         self._patience_s = patience_s
-        self._next: asyncio.Task[StreamItem] | None = None
+        self._next: asyncio.Task[Item] | None = None
 
-    async def next(self) -> StreamItem | None:
+    async def next(self) -> Item | None:
         """The next item, or None when it takes longer than the patience lasts.
 
         Raises:
@@ -56,17 +59,17 @@ class HeartbeatIterator:
 
 async def stream_response(
     request: Request,
-    resolved: ResolvedRequest,
-    items: AsyncGenerator[StreamItem, None],
+    items: AsyncGenerator[Item, None],
     heartbeat_s: float,
-    observe: Callable[[GeneratedImage], None],
-    kind: Kind = "image_generation",
+    event_of: Callable[[Item], bytes | None],
+    headers_of: Callable[[Item | None], Mapping[str, str]] = lambda _: {},
 ) -> Response:
     """Answer with ``items`` as events, once the first of them has shown that the request is taken.
 
     Args:
         heartbeat_s: silence after which a comment is sent; the reply begins after it at the latest.
-        observe: called with each finished image.
+        event_of: called with each item, in order: its event, or None for an item that is not sent.
+        headers_of: the reply's own headers, by its first item, or None where that takes longer.
 
     Raises:
         ServiceError: the request failed before anything was sent; it gets a status like any other.
@@ -77,7 +80,7 @@ async def stream_response(
     except BaseException:
         await paced.aclose()
         raise
-    return EventStream(_events(request, resolved, paced, first, observe, kind), paced, _headers(resolved, first))
+    return EventStream(_events(request, paced, first, event_of), paced, {**_PASSED_ON_AT_ONCE, **headers_of(first)})
 
 
 class EventStream(StreamingResponse):
@@ -85,7 +88,9 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], source: HeartbeatIterator, headers: dict[str, str]) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], source: HeartbeatIterator[Item], headers: dict[str, str]
+    ) -> None:
         super().__init__(self._counted(events), headers=headers)
         self._source = source
         self._complete = False
@@ -108,17 +113,13 @@ class EventStream(StreamingResponse):
 
 async def _events(
     request: Request,
-    resolved: ResolvedRequest,
-    paced: HeartbeatIterator,
-    item: StreamItem | None,
-    observe: Callable[[GeneratedImage], None],
-    kind: Kind,
+    paced: HeartbeatIterator[Item],
+    item: Item | None,
+    event_of: Callable[[Item], bytes | None],
 ) -> AsyncGenerator[bytes, None]:
     try:
         while True:
-            if isinstance(item, GeneratedImage):
-                observe(item)
-            event = HEARTBEAT if item is None else event_of(resolved, item, kind)
+            event = HEARTBEAT if item is None else event_of(item)
             if event is not None:
                 yield event
             item = await paced.next()
@@ -136,19 +137,3 @@ def _record_failure(request: Request, error: ServiceError) -> bytes:
     # The reply's status went out as 200; logs and metrics get the one that fits.
     request.state.failed_with, request.state.error_code = error.status, error.code
     return error_event(error)
-
-
-def _headers(resolved: ResolvedRequest, first: StreamItem | None) -> dict[str, str]:
-    """What is known when the reply begins; it has proxies pass the events on at once."""
-    headers = {
-        "Cache-Control": "no-cache",
-        "X-Accel-Buffering": "no",
-        "X-Size": resolved.size,
-        "X-Seed": ", ".join(str(resolved.job.seed + index) for index in range(resolved.job.n)),
-        "X-MagCache-Enabled": str(resolved.job.magcache.enabled).lower(),
-    }
-    if isinstance(first, Progress):
-        headers |= {"X-Eta-Seconds": f"{first.eta_s:.3f}", "X-Queue-Position": str(first.queue_position)}
-    if resolved.warnings:
-        headers["X-Warnings"] = "; ".join(resolved.warnings)
-    return headers

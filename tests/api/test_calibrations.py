@@ -25,6 +25,7 @@ async def test_an_empty_body_takes_the_servers_defaults(client: httpx.AsyncClien
         "object": "calibration",
         "status": "running",
         "phase": "probe",
+        "progress": 0.0667,
         "runs": 20,
         "expected_runs": 300,
         "seconds": 12.5,

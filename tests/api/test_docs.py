@@ -7,7 +7,8 @@ from typing import get_args
 
 import httpx
 
-from app.api.calibrations import CalibrationReply, CalibrationRequest
+from app.api.calibration_status import CalibrationEvent, CalibrationReply
+from app.api.calibrations import CalibrationRequest
 from app.api.events import STREAM_EVENTS
 from app.api.schemas import (
     CancelReply,
@@ -42,6 +43,8 @@ def test_events() -> None:
         kinds = get_args(event.model_fields["type"].annotation)
         for name in [*(kind for kind in kinds if not kind.startswith("image_edit")), *event.model_fields]:
             assert name == "type" or f"`{name}`" in TEXT, name
+    for kind in get_args(CalibrationEvent.model_fields["type"].annotation):
+        assert f"`{kind}`" in TEXT, kind
 
 
 def test_codes() -> None:
