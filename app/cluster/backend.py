@@ -87,7 +87,7 @@ class ServeBackend:
         self._replica = replica
         self._decoder = decoder
         self._repeats = Repeats(replica, self._apis)
-        self._calibrator = Calibrator(settings, encoder, replica, decoder)
+        self._calibrator = Calibrator(settings, encoder, replica, decoder, self._apis.this)
         self._demand = CalibrationDemand(settings)
         self._idle: asyncio.Task[None] | None = None
         if settings.magcache.calibrate == "idle":
@@ -373,11 +373,12 @@ class ServeBackend:
             call_all_coordinators("metric_families"), self._apis.ask("metric_families"), self.encoder_families()
         )
         others = (each for name, each in apis if name != self._apis.this)
-        return merge_families(*coordinators, *others, encoder, self.guard_families())
+        return merge_families(*coordinators, *others, encoder, self.background_families())
 
-    def guard_families(self) -> list[Metric]:
-        """Of this process's quality guard, where it is on."""
-        return [] if self._guard is None else self._guard.metric_families()
+    def background_families(self) -> list[Metric]:
+        """Of what this process runs in idle time: calibrations, and the quality guard where it is on."""
+        guard = [] if self._guard is None else self._guard.metric_families()
+        return merge_families(self._calibrator.metric_families(), guard)
 
     async def encoder_families(self) -> list[Metric]:
         """Of the prompt encoder; none when it does not answer in time."""

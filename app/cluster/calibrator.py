@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 
 import ray
+from prometheus_client import CollectorRegistry
+from prometheus_client.metrics_core import Metric
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
@@ -35,6 +37,7 @@ from app.messages import (
     DenoiseResult,
     MagCacheOptions,
 )
+from app.metrics import CalibrationMetrics
 from app.model_files import model_folder
 from app.settings import Settings
 from magcache_core import Profile, save_profile
@@ -54,8 +57,14 @@ class Calibrator:
     """One calibration at a time; its findings are in the profile folder after each run, where the next one goes on."""
 
     def __init__(
-        self, settings: Settings, encoder: PromptEncoder, replica: DeploymentHandle, decoder: ImageDecoder
+        self,
+        settings: Settings,
+        encoder: PromptEncoder,
+        replica: DeploymentHandle,
+        decoder: ImageDecoder,
+        process: str = "api",
     ) -> None:
+        """``process`` is the API process that it is in."""
         self._settings = settings
         self._encoder = encoder
         self._replica = replica
@@ -63,6 +72,8 @@ class Calibrator:
         self._known: dict[str, CalibrationStatus] = {}  # the last ones, by id
         self._task: asyncio.Task[None] | None = None
         self._running: str | None = None
+        self._registry = CollectorRegistry()
+        self._metrics = CalibrationMetrics(self._registry, settings.model_name, process)
 
     @property
     def busy(self) -> bool:
@@ -128,6 +139,10 @@ class Calibrator:
             self._task.cancel()
             await self.join()
 
+    def metric_families(self) -> list[Metric]:
+        """The metrics of the calibrations that it ran."""
+        return list(self._registry.collect())
+
     def _note(self, status: CalibrationStatus) -> None:
         self._known[status.id] = status
         while len(self._known) > _KEPT:
@@ -144,11 +159,14 @@ class Calibrator:
             self._end(replace(self._known[job.id], state="failed", message=message))
         else:
             label, runs = f"{profile.name}@{profile.version}", self._known[job.id].runs
-            self._end(replace(self._known[job.id], state="done", profile=label, expected_runs=runs))
+            done = replace(self._known[job.id], state="done", profile=label, expected_runs=runs)
+            self._metrics.at(profile.name, done)
+            self._end(done)
 
     def _end(self, status: CalibrationStatus) -> None:
         self._running = None
         self._note(status)
+        self._metrics.ended(status)
         logger.info("calibration %s: %s after %d runs, %.0f s", status.id, status.state, status.runs, status.seconds)
 
     async def _calibrate(self, job: CalibrationJob, folder: Path) -> Profile:
@@ -166,7 +184,10 @@ class Calibrator:
             step = await asyncio.to_thread(_advance, runs, outcome)
             await asyncio.to_thread(_write, file, findings, job)
             expected = max(expected_runs(job), findings.runs)
-            self._note(CalibrationStatus(job.id, "running", findings.phase, findings.runs, expected, findings.seconds))
+            status = CalibrationStatus(job.id, "running", findings.phase, findings.runs, expected, findings.seconds)
+            self._note(status)
+            self._metrics.at(subject.name, status)
+            self._metrics.ran(subject.name, findings.phase, outcome.seconds)
             if findings.runs % LOG_EVERY == 0:
                 logger.info("calibration %s: %s, run %d of about %d", job.id, findings.phase, findings.runs, expected)
         path = await asyncio.to_thread(save_profile, step, folder)

@@ -111,7 +111,7 @@ class ImagesApi:
         backend, service = _parts()
         encoder = await backend.encoder_families() if backend.settings.encoder_is_in_api else []
         return serve.get_replica_context().replica_tag, merge_families(
-            service.registry.collect(), encoder, backend.guard_families()
+            service.registry.collect(), encoder, backend.background_families()
         )
 
 

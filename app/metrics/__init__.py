@@ -4,6 +4,7 @@ Each owner has its own registry; nothing is registered globally, so a test or a 
 """
 
 from app.metrics.api import ApiMetrics
+from app.metrics.calibration import CalibrationMetrics
 from app.metrics.catalogue import CATALOGUE, PHASES, Spec
 from app.metrics.coordinator import CoordinatorMetrics
 from app.metrics.encoder import EncoderMetrics
@@ -14,6 +15,7 @@ __all__ = [
     "CATALOGUE",
     "PHASES",
     "ApiMetrics",
+    "CalibrationMetrics",
     "CoordinatorMetrics",
     "EncoderMetrics",
     "Families",

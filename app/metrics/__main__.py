@@ -8,6 +8,7 @@ _OWNERS: dict[Owner, str] = {
     "api": "The API",
     "encoder": "The prompt encoder",
     "guard": "The quality guard",
+    "calibration": "Calibrations",
     "coordinator": "Each coordinator",
 }
 
@@ -16,10 +17,10 @@ _HEAD = """\
 
 Made from `app/metrics/catalogue.py` by `make metrics`: edit it there.
 
-`GET /metrics` has the metrics of all API processes, the prompt encoder's, the quality guard's where it is on, and those
-of all coordinators, which are found by name and asked directly. The format is Prometheus' text, or OpenMetrics when
-`Accept` asks for it; there, the buckets marked with *id* carry the `request_id` of a request that fell into them, which
-is the `X-Request-Id` of its reply. Ray's and Ray Serve's own metrics are exported by Ray.
+`GET /metrics` has the metrics of all API processes, the prompt encoder's, the quality guard's where it is on, those of
+calibrations, and those of all coordinators, which are found by name and asked directly. The format is Prometheus' text,
+or OpenMetrics when `Accept` asks for it; there, the buckets marked with *id* carry the `request_id` of a request that
+fell into them, which is the `X-Request-Id` of its reply. Ray's and Ray Serve's own metrics are exported by Ray.
 
 A counter begins at 0 when its owner starts: a coordinator when its group is built, the others with their Serve replica.
 All labels are bounded: `rank` by `tensor_parallel_size` times `sequence_parallel_size`, `replica` and `process` by the

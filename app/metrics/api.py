@@ -7,22 +7,8 @@ from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry
 
-from app.metrics.catalogue import MAX_KEYS, MAX_LORAS, OTHER, OUTCOMES, PHASES
-from app.metrics.instruments import Instruments, exemplar
-
-
-class _FirstNames:
-    """The labels of the first ``limit`` names; all later ones share one, so that series stay bounded."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._names: set[str] = set()
-
-    def label(self, name: str) -> str:
-        """The label of ``name``."""
-        if len(self._names) < self._limit:
-            self._names.add(name)
-        return name if name in self._names else OTHER
+from app.metrics.catalogue import MAX_KEYS, MAX_LORAS, OUTCOMES, PHASES
+from app.metrics.instruments import FirstNames, Instruments, exemplar
 
 
 class ApiMetrics:
@@ -30,8 +16,8 @@ class ApiMetrics:
 
     def __init__(self, registry: CollectorRegistry, model: str, process: str) -> None:
         self._made = Instruments(registry, "api", {"model": model, "process": process})
-        self._keys = _FirstNames(MAX_KEYS)
-        self._loras = _FirstNames(MAX_LORAS)
+        self._keys = FirstNames(MAX_KEYS)
+        self._loras = FirstNames(MAX_LORAS)
         for outcome, status_class in zip(OUTCOMES, ("2xx", "4xx", "4xx", "5xx", "5xx", "4xx"), strict=True):
             self._made.counter("flux_requests", outcome, status_class)
         releases = (version(name) for name in ("flux-magcache-serve", "torch", "diffusers", "ray"))

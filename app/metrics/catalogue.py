@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Literal
 
 Kind = Literal["counter", "gauge", "histogram"]
-Owner = Literal["api", "encoder", "guard", "coordinator"]
+Owner = Literal["api", "encoder", "guard", "calibration", "coordinator"]
 
 # From the small model's tenths of a second on a CPU to a queue of FLUX.1-dev images.
 LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 150.0, 300.0, 600.0)
@@ -30,9 +30,11 @@ ERROR_CODES = (
 """Codes whose series exist from the start; the other codes of invalid requests appear when they first occur."""
 MAX_KEYS = 100
 MAX_LORAS = 100
+MAX_PROFILES = 100
 OTHER = "other"
 """The label of the names beyond such a number."""
 PHASES = ("queue", "encode", "denoise", "decode", "total")
+CALIBRATION_PHASES = ("record", "probe", "try")
 DECISIONS = ("computed", "reused")
 BRANCHES = ("cond", "uncond")
 DECILES = tuple(str(decile) for decile in range(10))
@@ -42,6 +44,7 @@ COMMON: Mapping[Owner, tuple[str, ...]] = MappingProxyType(
         "api": ("model", "process"),
         "encoder": ("model", "process"),
         "guard": ("model", "process"),
+        "calibration": ("model", "process"),
         "coordinator": ("model", "replica"),
     }
 )
@@ -181,6 +184,27 @@ CATALOGUE: tuple[Spec, ...] = (
         "guard", "flux_guard_samples", "images",
         "Sampled images by what became of them: compared, dropped since newer ones waited, or failed to run again.",
         result=("compared", "dropped", "failed"),
+    ),
+    # What the API process counts that calibrates.
+    _gauge(
+        "calibration", "flux_calibration_progress", "share",
+        "Share of a calibration's runs that are done, those before an interruption included, by the profile that it "
+        f"makes: about, and 1 once it is done. After {MAX_PROFILES} profiles new ones count as {OTHER!r}.",
+        profile=(),
+    ),
+    _counter(
+        "calibration", "flux_calibration_profile_runs", "runs",
+        "Runs of a calibration by the profile that it makes and by phase: recorded ones, those that show how a "
+        "displacement grows, and schedules that are tried.",
+        profile=(), phase=CALIBRATION_PHASES,
+    ),
+    _counter(
+        "calibration", "flux_calibration_profile_seconds", "seconds",
+        "Time of these runs, waits for clients' images included.", profile=(),
+    ),
+    _counter(
+        "calibration", "flux_calibrations", "calibrations", "Calibrations that have ended, by how.",
+        result=("done", "cancelled", "failed"),
     ),
     # What each coordinator counts: decisions.
     _counter(

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from app.metrics.catalogue import BY_NAME, CATALOGUE, COMMON, Owner, Spec
+from app.metrics.catalogue import BY_NAME, CATALOGUE, COMMON, OTHER, Owner, Spec
 
 _Instrument = TypeVar("_Instrument", Counter, Gauge, Histogram)
 
@@ -53,6 +53,20 @@ class Instruments:
     def histogram(self, name: str, *labels: str) -> Histogram:
         """The histogram of that name with its own labels' values."""
         return _of(Histogram, self._made[name].labels(*self._common, *labels))
+
+
+class FirstNames:
+    """The labels of the first ``limit`` names; all later ones share one, so that series stay bounded."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._names: set[str] = set()
+
+    def label(self, name: str) -> str:
+        """The label of ``name``."""
+        if len(self._names) < self._limit:
+            self._names.add(name)
+        return name if name in self._names else OTHER
 
 
 def exemplar(request_id: str | None) -> dict[str, str] | None:

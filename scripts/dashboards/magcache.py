@@ -77,16 +77,7 @@ TIME = Row(
         Panel(
             "Residuals kept", "Memory that kept residuals take on the rank with the most of them, by group.",
             "timeseries", "bytes", (Query(f"max by (replica) (flux_residual_bytes{{{GROUP}}})", "{{replica}}"),),
-            width=9,
-        ),
-        Panel(
-            "Calibration", "Time of the ranks and runs per second of calibrations, in their idle time.",
-            "timeseries", "short",
-            (
-                Query(rate("flux_calibration_seconds_total", "", GROUP), "seconds per second"),
-                Query(rate("flux_calibration_runs_total", "", GROUP), "runs per second"),
-            ),
-            width=9,
+            width=18,
         ),
         *(
             panel
@@ -161,6 +152,46 @@ GUARD = Row(
     ),
 )  # fmt: skip
 
+CALIBRATION = Row(
+    "Calibration",
+    (
+        Panel(
+            "Progress", "Share of the runs of a calibration that are done, by the profile that it makes.",
+            "timeseries", "percentunit",
+            (Query(f"max by (profile) (flux_calibration_progress{{{FLUX}}})", "{{profile}}"),),
+            width=9, needs="event",
+        ),
+        Panel(
+            "Runs by phase", "Runs per second that record, that show how a displacement grows, and that try schedules.",
+            "timeseries", "short",
+            (Query(rate("flux_calibration_profile_runs_total", "profile, phase", FLUX), "{{profile}}, {{phase}}"),),
+            width=9, needs="event",
+        ),
+        Panel(
+            "Calibrations that ended", "Within the dashboard's range, by how.", "stat", "short",
+            (Query(f"sum by (result) (increase(flux_calibrations_total{{{FLUX}}}[$__range]))", "{{result}}"),),
+            width=6,
+        ),
+        Panel(
+            "Time of the ranks", "Seconds per second that the ranks spent on images of calibrations and of the guard.",
+            "timeseries", "percentunit",
+            (Query(rate("flux_calibration_seconds_total", "replica", GROUP), "{{replica}}"),),
+        ),
+        Panel(
+            "Time of the runs",
+            "Seconds per second of calibrations' runs, waits for clients' images included; what it exceeds the ranks' "
+            "time by is waiting.",
+            "timeseries", "percentunit",
+            (Query(rate("flux_calibration_profile_seconds_total", "profile", FLUX), "{{profile}}"),),
+            needs="event",
+        ),
+        Panel(
+            "Runs in the background", "Images per second that calibrations and the guard ran to their last step.",
+            "timeseries", "ops", (Query(rate("flux_calibration_runs_total", "replica", GROUP), "{{replica}}"),),
+        ),
+    ),
+)  # fmt: skip
+
 BATCH = Row(
     "Batch",
     (
@@ -219,5 +250,5 @@ MAGCACHE = Dashboard(
     uid="flux-magcache",
     title="FLUX / MagCache",
     description="Skip ratio, schedules, time computed, reused and saved, predicted error, batch packing and ranks.",
-    rows=(REUSE, TIME, ERROR, GUARD, BATCH, RANKS),
+    rows=(REUSE, TIME, ERROR, GUARD, CALIBRATION, BATCH, RANKS),
 )

@@ -6,7 +6,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from app.control.counters import CoordinatorCounters
-from app.metrics import ApiMetrics, CoordinatorMetrics, EncoderMetrics, GuardMetrics
+from app.metrics import ApiMetrics, CalibrationMetrics, CoordinatorMetrics, EncoderMetrics, GuardMetrics
 from tests.metrics.owners import Everything
 
 
@@ -19,4 +19,5 @@ def everything() -> Everything:
         CoordinatorMetrics(registry, "m", "r", CoordinatorCounters()),
         EncoderMetrics(registry, "m", "p"),
         GuardMetrics(registry, "m", "p", 38.0),
+        CalibrationMetrics(registry, "m", "p"),
     )

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry
 
 from app.control.counters import CoordinatorCounters
 from app.messages import COND, UNCOND, BranchStep, RowStep, StepPlan
-from app.metrics import ApiMetrics, CoordinatorMetrics, EncoderMetrics, GuardMetrics
+from app.metrics import ApiMetrics, CalibrationMetrics, CoordinatorMetrics, EncoderMetrics, GuardMetrics
 
 
 def coordinator_metrics(
@@ -40,3 +40,4 @@ class Everything:
     coordinator: CoordinatorMetrics
     encoder: EncoderMetrics
     guard: GuardMetrics
+    calibration: CalibrationMetrics

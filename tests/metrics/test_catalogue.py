@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from app.messages import ImageKind
+from app.messages import CalibrationStatus, ImageKind
 from app.metrics import CATALOGUE
 from app.metrics.catalogue import COMMON
 from tests.metrics.owners import Everything, plan_of
@@ -15,6 +15,8 @@ def test_the_catalogue_is_what_is_exposed(everything: Everything) -> None:
     everything.api.observe_request("ok", 200, 1.0, key_name="alice", loras=["star"])
     everything.guard.compared(ImageKind("p", 28, guided=False), 10, 40.0, 0.98)
     everything.guard.holds(ImageKind("p", 28, guided=False), 10, 38.5)
+    everything.calibration.ran("p", "probe", 1.0)
+    everything.calibration.at("p", CalibrationStatus("c", "running", "probe", 1, 2, 1.0))
     exposed = {family.name: family for family in everything.registry.collect()}
     assert set(exposed) == {spec.name for spec in CATALOGUE}
     for spec in CATALOGUE:
