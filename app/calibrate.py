@@ -84,6 +84,8 @@ def _body(args: argparse.Namespace) -> dict[str, Any]:
         "num_inference_steps": args.steps,
         "size": args.size,
         "guidance_scale": args.guidance,
+        "negative_prompt": args.negative_prompt,
+        "true_cfg_scale": args.true_cfg_scale,
         "computed_steps": args.computed_steps,
         "trial_runs": args.trials,
         "moves": args.moves,
@@ -102,6 +104,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="denoising steps; the service's default by default")
     parser.add_argument("--size", metavar="WxH", help="pixels; the service's default size by default")
     parser.add_argument("--guidance", type=float, help="distilled guidance; the service's default by default")
+    parser.add_argument("--negative-prompt", help="run true CFG with it and measure its branch; may be empty")
+    parser.add_argument("--true-cfg-scale", type=float, help="scale of true CFG; as in requests for images by default")
     parser.add_argument("--computed-steps", type=int, help="computed steps to recommend; 10 of 28 in proportion")
     parser.add_argument("--trials", type=int, metavar="RUNS", help="prompts to try schedules on, 4; 0 only predicts")
     parser.add_argument("--moves", type=int, help="schedules to try beside the candidates, 6")

@@ -123,12 +123,14 @@ class CalibrationJob:
 
     Attributes:
         prompts: one recorded run each, all from noise of seed 0.
-        guidance_scale: distilled guidance; one image without true CFG is measured.
+        guidance_scale: distilled guidance.
         computed_steps: what the profile recommends.
         budgets: numbers of computed steps to try schedules for, the most important first.
         trial_runs: how many of the prompts each schedule is tried on.
         moves: schedules to try beside the candidates of each number of computed steps.
         budget_s: seconds of its runs, waits for clients' images included, after which it ends with what it has.
+        negative_prompt: of all runs, where true CFG runs; else None.
+        true_cfg_scale: 1 where it does not run.
     """
 
     id: str
@@ -142,6 +144,8 @@ class CalibrationJob:
     trial_runs: int = 4
     moves: int = 6
     budget_s: float = 1800.0
+    negative_prompt: str | None = None
+    true_cfg_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -337,7 +341,7 @@ class Conditioning:
 
     ``sources`` are the images that an edit refers to (Kontext, klein), or the one that ``strength`` starts from.
     ``grams`` are, for a row that is recorded, the inner products of the residuals of the runs before, by branch; see
-    `magcache_core.run_sums.RunMeasurement`.
+    `magcache_core.row_sums.RowMeasurement`.
     """
 
     prompt: PromptEmbeddings

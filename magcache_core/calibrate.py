@@ -10,7 +10,7 @@ import argparse
 import hashlib
 import inspect
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata, resources
 from pathlib import Path
@@ -22,7 +22,8 @@ from magcache_core.measure import BranchTrace, measure_sensitivity, recording
 from magcache_core.profile_data import Profile, write_profile
 from magcache_core.profile_store import load_profile
 from magcache_core.reuse import REUSE_MODES
-from magcache_core.run_sums import BranchSums, RunMeasurement
+from magcache_core.row_sums import MeasuredStep, RowMeasurement
+from magcache_core.run_sums import BranchSums
 from magcache_core.trials import try_schedules
 
 COND, UNCOND = "cond", "uncond"
@@ -97,16 +98,14 @@ def calibrate(pipe: Any, job: CalibrationJob, name: str, model: str, progress: b
         with recording(pipe.transformer) as traces:
             pipe(**_call_arguments(pipe, job, batch))
         sigmas = pipe.scheduler.sigmas.tolist()
-        for branch, trace in traces.items():
-            before = sums.get(branch)
-            run = RunMeasurement(sigmas, gram=None if before is None else before.gram)
-            for step in zip(trace.residuals, trace.velocities, trace.replays, strict=True):
-                run.add(*step)
-                bar.update(len(batch) / len(traces))
-            measured = run.sums
-            if len(traces) > 1:
-                measured = replace(measured, velocities=_guided_products(traces, job.true_cfg_scale))
-            sums[branch] = measured if before is None else before + measured
+        grams = {branch: before.gram for branch, before in sums.items()}
+        # Another pipeline may name its one branch as it likes.
+        names = sorted(traces, key=(COND, UNCOND).index) if len(traces) > 1 else list(traces)
+        run = RowMeasurement(sigmas, names, job.true_cfg_scale, grams)
+        for steps in zip(*(_steps(traces[name]) for name in names), strict=True):
+            run.add(steps)
+            bar.update(len(batch))
+        sums = {branch: sums[branch] + measured if sums else measured for branch, measured in run.sums.items()}
     sensitivity = _sensitivity(pipe, job, runs[: job.batch], progress)
     bar.close()
     return Profile(
@@ -148,14 +147,8 @@ def try_out(
     return replace(profile, trials=trials)
 
 
-def _guided_products(traces: Mapping[str, BranchTrace], scale: float) -> torch.Tensor:
-    """Inner products per image, summed over the rows, of the velocities that true CFG makes of both branches'.
-
-    They move the latents, so they are what is predicted and corrected; (steps, steps), float64.
-    """
-    cond, uncond = (torch.stack(traces[name].velocities).double() for name in (COND, UNCOND))
-    guided = (uncond + scale * (cond - uncond)).flatten(1)  # (steps, rows x image_tokens x channels)
-    return (guided @ guided.T).cpu()
+def _steps(trace: BranchTrace) -> list[MeasuredStep]:
+    return [MeasuredStep(*step) for step in zip(trace.residuals, trace.velocities, trace.replays, strict=True)]
 
 
 def _sensitivity(pipe: Any, job: CalibrationJob, batch: Sequence[tuple[str, int]], progress: bool) -> list[float]:

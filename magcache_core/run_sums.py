@@ -8,7 +8,7 @@ the cheap parts of the transformer.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -30,7 +30,10 @@ class BranchSums:
         rows: images that were measured.
         statistics: (3, steps), float64: norm ratios, their deviations, cosine distances.
         gram: (steps, steps), float64, inner products per token of the residuals of two steps.
-        velocities: (steps, steps), float64, inner products per image of the velocities of two steps.
+        velocities: (steps, steps), float64, inner products per image of the velocities of two steps, those that move
+            the latents.
+        moved: (steps,), float64, by step, how far reuse of the step before's residuals, and nothing else, would have
+            moved the latents there; squared.
         pairwise, segments: by mode, squared costs, float32; see `CostTable`.
     """
 
@@ -38,6 +41,7 @@ class BranchSums:
     statistics: torch.Tensor
     gram: torch.Tensor
     velocities: torch.Tensor
+    moved: torch.Tensor
     pairwise: Mapping[str, torch.Tensor]
     segments: Mapping[str, torch.Tensor]
 
@@ -47,6 +51,7 @@ class BranchSums:
             self.statistics + other.statistics,
             self.gram + other.gram,
             self.velocities + other.velocities,
+            self.moved + other.moved,
             {mode: table + other.pairwise[mode] for mode, table in self.pairwise.items()},
             {mode: table + other.segments[mode] for mode, table in self.segments.items()},
         )
@@ -99,6 +104,7 @@ class RunMeasurement:
             torch.zeros(3, steps, dtype=torch.float64),
             torch.zeros(steps, steps, dtype=torch.float64),
             torch.zeros(steps, steps, dtype=torch.float64),
+            torch.zeros(steps, dtype=torch.float64),
             {mode: empty_table(steps, self.max_skip) for mode in COST_MODES},
             {mode: empty_table(steps, self.max_skip) for mode in COST_MODES},
         )
@@ -118,11 +124,23 @@ class RunMeasurement:
         found = self._statistics
         statistics = rows * torch.tensor([found.norm_ratios, found.norm_stds, found.cos_dises], dtype=torch.float64)
         sums = self._sums
-        return BranchSums(rows, statistics, sums.gram, sums.velocities, sums.pairwise, sums.segments)
+        return replace(sums, rows=rows, statistics=statistics)
+
+    @property
+    def displacement(self) -> torch.Tensor | None:
+        """How reuse of the residual before moves the latents at the newest step, (rows, image_tokens, channels).
+
+        None at the first step, which has none before it.
+        """
+        return self._drifts.get(("residual", len(self._residuals) - 2, 0))
 
     @torch.no_grad()
     def add(
-        self, residual: torch.Tensor, velocity: torch.Tensor, replay: Callable[[torch.Tensor], torch.Tensor]
+        self,
+        residual: torch.Tensor,
+        velocity: torch.Tensor,
+        replay: Callable[[torch.Tensor], torch.Tensor],
+        moving: torch.Tensor | None = None,
     ) -> None:
         """Measure the next step.
 
@@ -130,11 +148,12 @@ class RunMeasurement:
             residual: (rows, image_tokens, dim), what the block stack added.
             velocity: (rows, image_tokens, channels), what the step computed.
             replay: the velocity of this step with a given residual in the stack's place.
+            moving: the velocity that moves the latents, where it is not ``velocity`` alone.
         """
         step = len(self._residuals)
         self._statistics.add(residual, self._residuals[-1] if step else None)
         self._residuals.append(residual)
-        self._velocities.append(velocity)
+        self._velocities.append(velocity if moving is None else moving)
         _fill(self._sums.gram, step, self._residuals, torch.float32, scale=1 / residual.shape[1])
         # Velocities are alike, and their differences are what counts, so single precision would not do.
         _fill(self._sums.velocities, step, self._velocities, torch.float64)
@@ -145,6 +164,8 @@ class RunMeasurement:
                 gaps = range(1, min(a, self.max_skip + 1) + 1) if mode != "residual" and a else range(1)
                 for gap in gaps:
                     self._add_segment(mode, a, gap, velocity, replay)
+        if self.displacement is not None:
+            self._sums.moved[step] = self.displacement.square().sum().item()
 
     def _add_segment(
         self,

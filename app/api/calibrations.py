@@ -14,12 +14,14 @@ from starlette.responses import Response
 from app.api.accept import media_types
 from app.api.access import check_operator
 from app.api.calibration_status import CalibrationReply, event_of, follow, reply_of
+from app.api.guidance import true_cfg
 from app.api.replies import AsciiJSONResponse
 from app.api.resolve import check_prompt, parse_size
 from app.api.routes import Service
 from app.api.schemas import ErrorReply, integral
 from app.api.streaming import stream_response
 from app.api.validation import parse_plain, read_json
+from app.engine.families import Family
 from app.errors import InvalidRequestError
 from app.messages import CalibrationJob, steps_of_share
 from app.settings import Settings
@@ -59,6 +61,12 @@ class CalibrationRequest(BaseModel):
     size: str | None = Field(default=None, description="`WIDTHxHEIGHT`; the server's default size by default.")
     num_inference_steps: int | None = Field(default=None, ge=FEWEST_STEPS, description="The server's by default.")
     guidance_scale: float | None = Field(default=None, ge=0, le=100, description="The server's by default.")
+    negative_prompt: str | None = Field(
+        default=None, description="With it true CFG runs, and its branch is measured; an empty one counts."
+    )
+    true_cfg_scale: float | None = Field(
+        default=None, ge=0, le=100, description="Scale of true CFG; as in requests for images by default."
+    )
     computed_steps: int | None = Field(
         default=None, ge=2, description="Computed steps that the profile recommends; 10 of 28 in proportion by default."
     )
@@ -90,8 +98,9 @@ async def start(request: Request) -> CalibrationReply:
     """Measure the model with the ranks that serve it, while no client's image is there, and plan with the profile."""
     service = _service(request)
     fields = await read_json(request, service.settings.http.max_body_bytes)
-    job = resolve_calibration(parse_plain(fields, CalibrationRequest), service.settings)
-    return reply_of(await service.get_backend().calibrate(job))
+    backend = service.get_backend()
+    asked = parse_plain(fields, CalibrationRequest)
+    return reply_of(await backend.calibrate(resolve_calibration(asked, service.settings, await backend.family())))
 
 
 @router.get(
@@ -134,11 +143,11 @@ async def cancel(calibration_id: str, request: Request) -> CalibrationReply:
     return reply_of(await _service(request).get_backend().cancel_calibration(calibration_id))
 
 
-def resolve_calibration(request: CalibrationRequest, settings: Settings) -> CalibrationJob:
+def resolve_calibration(request: CalibrationRequest, settings: Settings, family: Family) -> CalibrationJob:
     """The job that ``request`` asks for, with the server's defaults.
 
     Raises:
-        InvalidRequestError: it is beyond the server's limits; ``param`` names the field.
+        InvalidRequestError: it is beyond the server's limits or the model's; ``param`` names the field.
     """
     sampling, quality = settings.sampling, settings.quality
     width, height = parse_size(request.size, sampling)
@@ -157,6 +166,12 @@ def resolve_calibration(request: CalibrationRequest, settings: Settings) -> Cali
     prompts = tuple(request.prompts) if request.prompts is not None else packaged_prompts()
     for prompt in prompts:
         check_prompt("prompts", prompt, settings)
+    if request.negative_prompt is not None:
+        check_prompt("negative_prompt", request.negative_prompt, settings, may_be_empty=True)
+    ignored: list[str] = []
+    negative_prompt, true_cfg_scale = true_cfg(request, family, ignored)
+    if ignored:
+        raise InvalidRequestError(ignored[0], param="true_cfg_scale")
     presets = (steps_of_share(share, steps) for share in (quality.low, quality.medium, quality.high))
     chosen = {"trial_runs": request.trial_runs, "moves": request.moves}
     return CalibrationJob(
@@ -169,6 +184,8 @@ def resolve_calibration(request: CalibrationRequest, settings: Settings) -> Cali
         computed_steps=computed,
         budgets=tuple(dict.fromkeys([computed, *presets])),
         budget_s=60 * (request.budget_minutes or 30.0),
+        negative_prompt=negative_prompt,
+        true_cfg_scale=true_cfg_scale,
         **{name: value for name, value in chosen.items() if value is not None},
     )
 

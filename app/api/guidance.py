@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from app.api.schemas import ImagesRequest
 from app.engine.families import Family
 from app.errors import InvalidRequestError
@@ -21,7 +23,14 @@ def guidance_scale(request: ImagesRequest, family: Family, sampling: SamplingSet
     return request.guidance_scale
 
 
-def true_cfg(request: ImagesRequest, family: Family, warnings: list[str]) -> tuple[str | None, float]:
+class AsksForCfg(Protocol):
+    """A request's own fields of true CFG; null where it leaves them out."""
+
+    negative_prompt: str | None
+    true_cfg_scale: float | None
+
+
+def true_cfg(request: AsksForCfg, family: Family, warnings: list[str]) -> tuple[str | None, float]:
     """The negative prompt and its scale; (None, 1) when true CFG does not run.
 
     It runs when a negative prompt is given and the scale is above 1, as in diffusers. A model that was not distilled

@@ -92,7 +92,7 @@ class ServeBackend:
         self._idle: asyncio.Task[None] | None = None
         if settings.magcache.calibrate == "idle":
             self._idle = asyncio.create_task(
-                calibrate_when_idle(settings, self._calibrator, self._demand, lambda: self._apis.is_first)
+                calibrate_when_idle(settings, self._calibrator, self._demand, self.family, lambda: self._apis.is_first)
             )
         target_db = settings.quality_guard.target_psnr_db
         self._guard = (
@@ -190,8 +190,9 @@ class ServeBackend:
         return await answer if isinstance(answer, Awaitable) else answer
 
     def _start(self, job: ImagesJob, emit: OnEvent | None, progress: bool) -> RequestTask:
-        if job.magcache.enabled and job.negative_prompt is None and not job.sources:
-            self._demand.note(Measurable(job.num_inference_steps, job.width, job.height, job.guidance_scale), job.n)
+        if job.magcache.enabled and not job.sources:
+            guidance = job.guidance_scale, 1.0 if job.negative_prompt is None else job.true_cfg_scale
+            self._demand.note(Measurable(job.num_inference_steps, job.width, job.height, *guidance), job.n)
         return self._requests.start(
             job.request_id, job.n, self._make(RequestContext(job, time.perf_counter(), emit, progress)), job.key_name
         )

@@ -29,7 +29,6 @@ from app.engine.geometry import Geometry
 from app.engine.sampling import FlowMatchSampler
 from app.errors import InvalidRequestError, RetryLaterError
 from app.messages import (
-    COND,
     CalibrationJob,
     CalibrationStatus,
     Conditioning,
@@ -214,8 +213,8 @@ class Calibrator:
         raise AssertionError("the last attempt returns or raises")
 
     async def _run(self, job: CalibrationJob, run: Run, attempt: int, started: float) -> Outcome:
-        grams = {} if run.gram is None else {COND: run.gram}
-        conditioning = Conditioning(await self._encoder.encode(run.prompt), grams=grams)
+        negative = None if job.negative_prompt is None else await self._encoder.encode(job.negative_prompt)
+        conditioning = Conditioning(await self._encoder.encode(run.prompt), negative, grams=run.grams)
         row = DenoiseJob(
             request_id=job.id,
             row_id=f"{job.id}/{attempt}-{self._known[job.id].runs}",
@@ -223,7 +222,7 @@ class Calibrator:
             height=job.height,
             num_inference_steps=job.steps,
             guidance_scale=job.guidance_scale,
-            true_cfg_scale=1.0,
+            true_cfg_scale=job.true_cfg_scale,
             seed=0,
             magcache=MagCacheOptions(enabled=False),
             calibration=run.calibration,
@@ -233,14 +232,15 @@ class Calibrator:
         file = await self._decoder.preview(result.latents, job.width, job.height, "png", 100) if run.decoded else None
         latents = await result.latents if isinstance(result.latents, Awaitable) else result.latents
         image = None if file is None else await asyncio.to_thread(pixels_of, file)
-        return Outcome(latents, time.perf_counter() - started, result.sums.get(COND), image)
+        return Outcome(latents, time.perf_counter() - started, result.sums, image)
 
 
 def _subject(job: CalibrationJob, settings: Settings, model: Path) -> Subject:
     name = Path(settings.model.rstrip("/")).name
+    guidance = f"g{job.guidance_scale:g}" + ("" if job.negative_prompt is None else f"-cfg{job.true_cfg_scale:g}")
     sigmas = FlowMatchSampler(model).sigmas(job.steps, Geometry.of(job.width, job.height).tokens)
     return Subject(
-        name=f"{name}-{job.steps}-{job.width}x{job.height}-g{job.guidance_scale:g}",
+        name=f"{name}-{job.steps}-{job.width}x{job.height}-{guidance}",
         model=settings.model,
         transformer=read_json(model / "transformer" / "config.json")["_class_name"],
         sigmas=tuple(sigmas.tolist()),
@@ -249,6 +249,7 @@ def _subject(job: CalibrationJob, settings: Settings, model: Path) -> Subject:
             "device": settings.device,
             "quantization": settings.quantization,
             "tensor_parallel_size": settings.tensor_parallel_size,
+            "negative_prompt": job.negative_prompt,
             "prompts_sha256": hashlib.sha256("\n".join(job.prompts).encode()).hexdigest(),
             "versions": {package: metadata.version(package) for package in ("torch", "diffusers")},
         },

@@ -8,7 +8,7 @@ displacement grows; then schedules are tried, and judged by their images. Number
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,11 +29,11 @@ RECORDING_SHARE = 0.5
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One image to run with seed 0; ``gram`` is for a recorded one, and ``decoded`` asks for its image."""
+    """One image to run with seed 0; ``grams`` are for a recorded one, and ``decoded`` asks for its image."""
 
     prompt: str
     calibration: CalibrationRun
-    gram: torch.Tensor | None = None
+    grams: Mapping[str, torch.Tensor] = field(default_factory=dict)
     decoded: bool = False
 
 
@@ -44,13 +44,13 @@ class Outcome:
     Attributes:
         latents: (image_tokens, channels).
         seconds: the time that it took.
-        sums: of a recorded run.
+        sums: of a recorded run, by CFG branch.
         image: (3, height, width) in [0, 1], as served.
     """
 
     latents: torch.Tensor
     seconds: float
-    sums: BranchSums | None = None
+    sums: Mapping[str, BranchSums] = field(default_factory=dict)
     image: torch.Tensor | None = None
 
 
@@ -118,15 +118,13 @@ class _Calibration:
                 return
             number, before = found.recorded, found.sums
             every = CalibrationRun(self._every, record=True)
-            gram = None if before is None else before.gram
-            outcome = yield from self._take(Run(job.prompts[number], every, gram, number < self._compared))
-            sums = outcome.sums
-            assert sums is not None, "a recorded run has sums"
+            grams = {branch: sums.gram for branch, sums in before.items()}
+            outcome = yield from self._take(Run(job.prompts[number], every, grams, number < self._compared))
             if number == 0:
                 # One reused step starts from the uncached run's latents, so the recorded run knows where it leads.
-                moved = sums.pairwise["residual"][:, 0, 1].sqrt().tolist()
-                found.moved = {probe: moved[probe - 1] for probe in probes(job.steps)}
-            found.sums = sums if before is None else before + sums
+                moved = outcome.sums[COND].moved.sqrt().tolist()
+                found.moved = {probe: moved[probe] for probe in probes(job.steps)}
+            found.sums = {branch: before[branch] + sums if before else sums for branch, sums in outcome.sums.items()}
             found.recorded += 1
             if number < max(self._compared, 1):
                 self._uncached[number] = outcome
@@ -150,7 +148,6 @@ class _Calibration:
     def _measured(self) -> Profile:
         """The profile without trials."""
         job, subject, found = self._job, self._subject, self._findings
-        assert found.sums is not None, "at least one run is recorded"
         sensitivity = growth({probe: (found.moved[probe], found.ended[probe]) for probe in found.ended}, job.steps)
         return Profile(
             name=subject.name,
@@ -160,8 +157,9 @@ class _Calibration:
             width=job.width,
             height=job.height,
             guidance_scale=job.guidance_scale,
+            true_cfg_scale=None if job.negative_prompt is None else job.true_cfg_scale,
             sigmas=tuple(round(sigma, 6) for sigma in subject.sigmas[: job.steps]),
-            branches={COND: found.sums.curve(sensitivity)},
+            branches={branch: sums.curve(sensitivity) for branch, sums in found.sums.items()},
             reuse=REUSE,
             budget=job.computed_steps,
             provenance={"source": "measured by the service", "runs": found.recorded, **subject.provenance},

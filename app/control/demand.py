@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from app.settings import Settings
 from magcache_core import Profile, was_measured_for
@@ -17,12 +17,13 @@ MOST_KINDS = 256
 
 @dataclass(frozen=True)
 class Measurable:
-    """What a profile is measured for: steps, size in pixels and distilled guidance."""
+    """What a profile is measured for: steps, size in pixels, distilled guidance and true CFG, which runs above 1."""
 
     steps: int
     width: int
     height: int
     guidance_scale: float
+    true_cfg_scale: float = 1.0
 
 
 class CalibrationDemand:
@@ -47,16 +48,17 @@ class CalibrationDemand:
         """Leave ``kind`` alone from now on: its calibration failed or was ended."""
         self._given_up.add(kind)
 
-    def next(self, profiles: Iterable[Profile], fewest_steps: int) -> Measurable | None:
+    def next(self, profiles: Iterable[Profile], fewest_steps: int, default_true_cfg: float = 1.0) -> Measurable | None:
         """The default image or else the kind asked for most, if none of ``profiles`` has costs measured for it.
 
         Args:
             fewest_steps: of a run that can be calibrated.
+            default_true_cfg: scale of true CFG in the model's default image.
         """
         measured = [profile for profile in profiles if profile.branch().costs is not None]
         often = [kind for kind, images in self._asked.most_common() if images >= OFTEN]
-        for kind in (self._default, *often):
-            asked = kind.steps, kind.width, kind.height, kind.guidance_scale
+        for kind in (replace(self._default, true_cfg_scale=default_true_cfg), *often):
+            asked = kind.steps, kind.width, kind.height, kind.guidance_scale, kind.true_cfg_scale
             known = any(was_measured_for(profile, self._model, *asked) for profile in measured)
             if not known and kind.steps >= fewest_steps and kind not in self._given_up:
                 return kind

@@ -21,7 +21,7 @@ class Findings:
 
     Attributes:
         recorded: runs in ``sums``.
-        sums: of the recorded runs.
+        sums: of the recorded runs, by CFG branch.
         moved, ended: by probed step, how far reuse there moved the latents of the first run after that step and at the
             end; 2-norms.
         errors: by schedule and reuse mode, how far the image of each run was from the uncached one.
@@ -30,7 +30,7 @@ class Findings:
     """
 
     recorded: int = 0
-    sums: BranchSums | None = None
+    sums: dict[str, BranchSums] = field(default_factory=dict)
     moved: dict[int, float] = field(default_factory=dict)
     ended: dict[int, float] = field(default_factory=dict)
     errors: dict[tuple[str, str], list[float]] = field(default_factory=dict)
@@ -46,8 +46,10 @@ class Findings:
 def to_bytes(findings: Findings, job: CalibrationJob) -> bytes:
     """``findings`` of ``job`` as a file's content: plain values and tensors, which are safe to read."""
     document: dict[str, Any] = {one.name: getattr(findings, one.name) for one in fields(Findings)}
-    sums = findings.sums
-    document["sums"] = None if sums is None else {one.name: getattr(sums, one.name) for one in fields(BranchSums)}
+    document["sums"] = {
+        branch: {one.name: getattr(sums, one.name) for one in fields(BranchSums)}
+        for branch, sums in findings.sums.items()
+    }
     file = io.BytesIO()
     torch.save({"measured": _measured(job), **document}, file)
     return file.getvalue()
@@ -57,16 +59,16 @@ def from_bytes(content: bytes, job: CalibrationJob) -> Findings | None:
     """What `to_bytes` wrote, if it is whole and of a job that measures the same."""
     try:
         document: Mapping[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError):
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
         return None
     if document.get("measured") != _measured(job):
         return None
     kept = {one.name: document[one.name] for one in fields(Findings)}
-    sums = kept["sums"]
-    return Findings(**{**kept, "sums": None if sums is None else BranchSums(**sums)})
+    return Findings(**{**kept, "sums": {branch: BranchSums(**sums) for branch, sums in kept["sums"].items()}})
 
 
 def _measured(job: CalibrationJob) -> str:
     """What decides the figures; another job may ask for more trials of the same or for more time."""
-    decides = job.prompts, job.steps, job.width, job.height, job.guidance_scale
+    guidance = job.guidance_scale, job.negative_prompt, job.true_cfg_scale
+    decides = job.prompts, job.steps, job.width, job.height, *guidance
     return hashlib.sha256(repr(decides).encode()).hexdigest()

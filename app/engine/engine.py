@@ -44,7 +44,7 @@ from app.messages import (
     plan_digest,
 )
 from magcache_core import get_strategy
-from magcache_core.run_sums import RunMeasurement
+from magcache_core.row_sums import MeasuredStep, RowMeasurement
 from magcache_core.strategies import Rotary
 
 
@@ -215,9 +215,9 @@ class Engine:
             latents = mix_noise(kept, noise, sigmas[0])
             inpainting = None if source.mask is None else Inpainting.of(kept, noise, source.mask)
         self._admitted += 1
+        measurement = None
         if job.is_recorded and self.groups.rank == 0:
-            for name, branch in branches.items():
-                branch.measurement = RunMeasurement(sigmas.tolist(), gram=conditioning.grams.get(name))
+            measurement = RowMeasurement(sigmas.tolist(), list(branches), job.true_cfg_scale, conditioning.grams)
         references = conditioning.sources if self.family.edits is Edits.REFERENCES else ()
         return Row(
             job=job,
@@ -230,6 +230,7 @@ class Engine:
             reference_geometries=tuple(Geometry.of(one.width, one.height) for one in references),
             inpainting=inpainting,
             adapters=adapters,
+            measurement=measurement,
         )
 
     def _embed_references(self, references: Sequence[SourceImage]) -> torch.Tensor:
@@ -263,13 +264,13 @@ class Engine:
         ]
         running = [part for part in parts if part.step.runs]
         computed = self._velocities(running) if running else ()
-        for part, velocity in zip(running, computed, strict=True):
-            self._measure(part, velocity)
         velocities = iter(computed)
         previews = {}
         for row_step in row_steps:
             row = self.rows[row_step.row_id]
             made = [next(velocities) for step in row_step.branches if step.runs]  # each (image_tokens, channels)
+            if row.job.is_recorded and self.groups.branches.rank == 0:
+                self._measure(row, row_step.step, made)
             if row_step.estimate:
                 estimate = self._correct(row, row_step, made)
             else:
@@ -346,21 +347,25 @@ class Engine:
         with prefer(self.attention), applied(adapters):
             return self.graphs.run(key, wanted, rows)
 
-    def _measure(self, part: BatchItem, velocity: torch.Tensor) -> None:
-        """Measure the step that ``part`` computed, if its row is recorded: on rank 0, with all ranks' tokens."""
-        if not part.row.job.is_recorded or self.groups.branches.rank != 0:
+    def _measure(self, row: Row, step: int, velocities: Sequence[torch.Tensor]) -> None:
+        """Measure what the branches of a recorded row computed at a step: on rank 0, with all ranks' tokens."""
+        branches = list(row.branches.values())
+        residuals = [self.groups.sequence.gather(one.residuals[0][None], row.geometry.tokens) for one in branches]
+        if row.measurement is None:
             return
-        residual = self.groups.sequence.gather(part.branch.residuals[0][None], part.row.geometry.tokens)
-        if part.branch.measurement is None:
-            return
-        hidden = self.strategy.embed_image(self.transformer, part.row.latents[None])
-        modulation = part.branch.output_modulation[part.row_step.step][None]
+        hidden = self.strategy.embed_image(self.transformer, row.latents[None])
 
-        def replay(residual: torch.Tensor) -> torch.Tensor:
+        def replay(branch: Branch, residual: torch.Tensor) -> torch.Tensor:
+            modulation = branch.output_modulation[step][None]
             projected: torch.Tensor = self.strategy.project(self.transformer, hidden + residual, modulation)
             return projected
 
-        part.branch.measurement.add(residual, velocity[None], replay)
+        row.measurement.add(
+            [
+                MeasuredStep(residual, velocity[None], partial(replay, branch))
+                for branch, residual, velocity in zip(branches, residuals, velocities, strict=True)
+            ]
+        )
 
     def _rotary_embedding(self, geometry: Geometry, text_tokens: int, references: tuple[Geometry, ...]) -> Rotary:
         """Positions of this rank's tokens: its parts of the text, of the image and of the references."""

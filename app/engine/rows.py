@@ -13,7 +13,8 @@ from app.engine.inpainting import Inpainting
 from app.engine.lora_linears import RowAdapters
 from app.messages import BranchStep, DenoiseJob
 from magcache_core.correct import CORRECTING
-from magcache_core.run_sums import BranchSums, RunMeasurement
+from magcache_core.row_sums import RowMeasurement
+from magcache_core.run_sums import BranchSums
 
 BatchKey = tuple[Geometry, int, tuple[Geometry, ...]]
 """An image's geometry, its number of text tokens, and the geometries of its reference images."""
@@ -31,7 +32,6 @@ class Branch:
         output_modulation: (steps to run, 2 inner_dim), what scales and shifts the blocks' output at every step.
         residuals: the block stack's last outputs minus its inputs, newest first, each (image_tokens, inner_dim), this
             rank's part of the tokens.
-        measurement: what is measured of the run, where it is recorded; on rank 0 only, which has all that there is.
     """
 
     text_tokens: int
@@ -39,7 +39,6 @@ class Branch:
     modulation: Mapping[int, torch.Tensor]
     output_modulation: torch.Tensor
     residuals: deque[torch.Tensor] = field(default_factory=deque)
-    measurement: RunMeasurement | None = None
 
     def modulation_at(self, step: int) -> torch.Tensor:
         """The modulation of a step that computes, (columns,).
@@ -90,6 +89,7 @@ class Row:
             predicts and corrects them.
         inpainting: what the row keeps of its source, None where all of it is painted.
         adapters: low-rank ones of the transformer, None for none.
+        measurement: what is measured of the run, where it is recorded; on rank 0 only, which has all that there is.
     """
 
     job: DenoiseJob
@@ -102,6 +102,7 @@ class Row:
     reference_geometries: tuple[Geometry, ...]
     inpainting: Inpainting | None = None
     adapters: RowAdapters | None = None
+    measurement: RowMeasurement | None = None
     velocities: deque[torch.Tensor] = field(default_factory=lambda: deque(maxlen=CORRECTING))
 
     @property
@@ -122,14 +123,13 @@ class Row:
     def residual_bytes(self) -> int:
         """Memory that the stored residuals and velocities take."""
         residuals = sum(r.nbytes for branch in self.branches.values() for r in branch.residuals)
-        measured = sum(b.measurement.nbytes for b in self.branches.values() if b.measurement is not None)
+        measured = 0 if self.measurement is None else self.measurement.nbytes
         return residuals + measured + sum(velocity.nbytes for velocity in self.velocities)
 
     @property
     def sums(self) -> dict[str, BranchSums]:
         """What was measured of a finished run, by branch; empty where it was not recorded."""
-        measured = {name: branch.measurement for name, branch in self.branches.items()}
-        return {name: measurement.sums for name, measurement in measured.items() if measurement is not None}
+        return {} if self.measurement is None else self.measurement.sums
 
     def guided(self, velocities: Sequence[torch.Tensor]) -> torch.Tensor:
         """The branches' velocities as one, by true CFG where there are two."""

@@ -60,6 +60,23 @@ async def test_every_field_counts(client: httpx.AsyncClient, backend: FakeBacken
 
 
 @pytest.mark.parametrize(
+    ("fields", "negative", "scale"),
+    [
+        ({}, None, 1.0),
+        ({"negative_prompt": "", "true_cfg_scale": 4}, "", 4.0),
+        ({"negative_prompt": "blue"}, "blue", 2.0),
+        ({"negative_prompt": ""}, None, 1.0),
+    ],
+)
+async def test_true_cfg_runs_as_for_images(
+    client: httpx.AsyncClient, backend: FakeBackend, fields: dict[str, Any], negative: str | None, scale: float
+) -> None:
+    await client.post(URL, json=fields)
+    (job,) = backend.calibrations.values()
+    assert (job.negative_prompt, job.true_cfg_scale) == (negative, scale)
+
+
+@pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"size": "65x64"}, "size"),
@@ -71,6 +88,9 @@ async def test_every_field_counts(client: httpx.AsyncClient, backend: FakeBacken
         ({"prompts": "a"}, "prompts"),
         ({"budget_minutes": 0}, "budget_minutes"),
         ({"steps": 28}, "steps"),
+        ({"true_cfg_scale": 4}, "true_cfg_scale"),
+        ({"negative_prompt": "a", "true_cfg_scale": 1}, "true_cfg_scale"),
+        ({"negative_prompt": 7}, "negative_prompt"),
     ],
 )
 async def test_what_is_refused(

@@ -18,6 +18,7 @@ from app.api.backend import ImagesJob, SourcePixels
 from app.cluster import backend as module
 from app.cluster import image_call
 from app.cluster.backend import ServeBackend
+from app.control.demand import Measurable
 from app.engine.families import FLUX2_KLEIN, Family
 from app.errors import BusyError
 from app.messages import DenoiseJob, LoraUse, MagCacheOptions, PromptEmbeddings, SourceImage
@@ -225,6 +226,17 @@ async def test_pixels_are_dropped_once_they_are_encoded(monkeypatch: pytest.Monk
 
 def edit_job() -> ImagesJob:
     return ImagesJob("a", "a circle", None, 1, 32, 16, 1, 3.5, 1.0, 7, MagCacheOptions(), "png", 100)
+
+
+async def test_images_are_counted_for_calibration_with_their_true_cfg(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "result_of", lambda response: response)
+    backend = ServeBackend(Settings(), Sources(), Replica(), Sources())
+    counted: list[Measurable] = []
+    monkeypatch.setattr(backend._demand, "note", lambda kind, images: counted.append(kind))
+    plain = edit_job()
+    for job in (plain, replace(plain, negative_prompt="", true_cfg_scale=4.0)):
+        await asyncio.wait({backend._start(job, None, progress=False).task})
+    assert [kind.true_cfg_scale for kind in counted] == [1.0, 4.0]
 
 
 async def test_an_image_with_an_adapter_is_another_image(monkeypatch: pytest.MonkeyPatch) -> None:

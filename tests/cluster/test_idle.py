@@ -10,6 +10,7 @@ import pytest
 
 from app.cluster.idle import calibrate_when_idle
 from app.control.demand import OFTEN, CalibrationDemand, Measurable
+from app.engine.families import FLUX_DEV, Family
 from app.messages import CalibrationJob, CalibrationStatus
 from app.settings import MagCacheSettings, Settings
 from magcache_core import load_profile, save_profile
@@ -27,8 +28,9 @@ class StandIn:
     def start(self, job: CalibrationJob) -> CalibrationStatus:
         self.jobs.append(job)
         if job.steps not in self._failing:
+            scale = None if job.negative_prompt is None else job.true_cfg_scale
             profile = replace(load_profile("flux-tiny"), name=job.id, model="models/uncalibrated")
-            save_profile(replace(profile, guidance_scale=job.guidance_scale), self._folder)
+            save_profile(replace(profile, guidance_scale=job.guidance_scale, true_cfg_scale=scale), self._folder)
         return self.status(job.id)
 
     def status(self, calibration_id: str) -> CalibrationStatus:
@@ -44,9 +46,13 @@ def settings(tmp_path: Path) -> Settings:
     return Settings(model="models/uncalibrated", magcache=MagCacheSettings(profile_dir=str(tmp_path), calibrate="idle"))
 
 
+async def family() -> Family:
+    return FLUX_DEV
+
+
 async def watch(settings: Settings, stand_in: StandIn, demand: CalibrationDemand, calibrations: int) -> None:
     """Let it look around until there were so many calibrations, and some times more."""
-    task = asyncio.create_task(calibrate_when_idle(settings, stand_in, demand, look_s=0.001))
+    task = asyncio.create_task(calibrate_when_idle(settings, stand_in, demand, family, look_s=0.001))
     async with asyncio.timeout(60):
         while len(stand_in.jobs) < calibrations:  # noqa: ASYNC110  it has no event for tests
             await asyncio.sleep(0.01)
@@ -60,6 +66,14 @@ async def test_the_default_image_and_then_what_is_asked_for_often(settings: Sett
     demand.note(Measurable(28, 128, 128, 7.0), OFTEN)
     await watch(settings, stand_in, demand, 2)
     assert [(job.steps, job.width, job.guidance_scale) for job in stand_in.jobs] == [(28, 128, 3.5), (28, 128, 7.0)]
+
+
+async def test_true_cfg_is_calibrated_against_the_empty_prompt(settings: Settings, tmp_path: Path) -> None:
+    stand_in, demand = StandIn(tmp_path), CalibrationDemand(settings)
+    demand.note(Measurable(28, 128, 128, 3.5, 4.0), OFTEN)
+    await watch(settings, stand_in, demand, 2)
+    asked = [(job.negative_prompt, job.true_cfg_scale) for job in stand_in.jobs]
+    assert asked == [(None, 1.0), ("", 4.0)]
 
 
 async def test_one_that_failed_is_not_begun_again(settings: Settings, tmp_path: Path) -> None:

@@ -35,14 +35,17 @@ SUBJECT = Subject("own", "models/flux-tiny", "FluxTransformer2DModel", SIGMAS, {
 class EngineRuns:
     """Runs on an engine in this process, as the service's group does them."""
 
-    def __init__(self, pipeline: FluxPipeline) -> None:
+    def __init__(self, pipeline: FluxPipeline, true_cfg_scale: float = 1.0) -> None:
         self._pipeline = pipeline
+        self._scale = true_cfg_scale
         self._engine = Engine(MODEL)
 
     def outcome(self, run: Run) -> Outcome:
-        asked = job("run/0", size=(64, 64), steps=STEPS, seed=0, calibration=run.calibration)
-        grams = {} if run.gram is None else {"cond": run.gram}
-        conditioning = Conditioning(embed(self._pipeline, run.prompt), grams=grams)
+        asked = job(
+            "run/0", size=(64, 64), steps=STEPS, seed=0, calibration=run.calibration, true_cfg_scale=self._scale
+        )
+        negative = embed(self._pipeline, "") if self._scale > 1 else None
+        conditioning = Conditioning(embed(self._pipeline, run.prompt), negative, grams=run.grams)
         self._engine.restart()
         for plan in form([asked], Settings()).plans:
             result = self._engine.execute(plan, [conditioning] if plan.admit else [])
@@ -50,7 +53,7 @@ class EngineRuns:
         image = None
         if run.decoded:
             image = as_served(torch.from_numpy(decode(self._pipeline, latents, asked)).permute(2, 0, 1))
-        return Outcome(latents, 0.5, result.sums.get("run/0", {}).get("cond"), image)
+        return Outcome(latents, 0.5, result.sums.get("run/0", {}), image)
 
 
 class InventedRuns:
@@ -64,13 +67,13 @@ class InventedRuns:
         key = f"{run.prompt} {run.calibration.schedule} {run.calibration.reuse}"
         generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:4]))
         latents, image = torch.randn(4, 3, generator=generator), torch.rand(3, 8, 8, generator=generator)
-        sums = None
+        sums = {}
         if run.calibration.record:
-            measurement = RunMeasurement(SIGMAS, gram=run.gram)
+            measurement = RunMeasurement(SIGMAS, gram=run.grams.get("cond"))
             for _ in range(STEPS):
                 residual = torch.randn(1, 4, 6, generator=generator)
                 measurement.add(residual, residual[..., :3], lambda other: other[..., :3])
-            sums = measurement.sums
+            sums = {"cond": measurement.sums}
         return Outcome(latents, 1.0, sums, image if run.decoded else None)
 
 
@@ -90,10 +93,14 @@ def follow(
     return None
 
 
-def test_it_is_the_calibration_of_a_pipeline() -> None:
+@pytest.mark.parametrize(("negative", "scale"), [(None, 1.0), ("", 4.0)])
+def test_it_is_the_calibration_of_a_pipeline(negative: str | None, scale: float) -> None:
     pipeline = load_pipeline()
-    found = follow(EngineRuns(pipeline), JOB, Findings())
-    same = pipelines.CalibrationJob(PROMPTS, STEPS, 64, 64, max_sequence_length=TEXT_TOKENS)
+    asked = replace(JOB, negative_prompt=negative, true_cfg_scale=scale)
+    found = follow(EngineRuns(pipeline, scale), asked, Findings())
+    same = pipelines.CalibrationJob(
+        PROMPTS, STEPS, 64, 64, negative_prompt=negative, true_cfg_scale=scale, max_sequence_length=TEXT_TOKENS
+    )
     measured = pipelines.calibrate(pipeline, same, "own", "models/flux-tiny", progress=False)
     measured = replace(measured, reuse="corrected", budget=3)
     expected = pipelines.try_out(pipeline, same, measured, runs=2, moves=2, budgets=[3, 5], progress=False)
@@ -101,13 +108,15 @@ def test_it_is_the_calibration_of_a_pipeline() -> None:
     assert replace(found, branches={}, trials=(), provenance={}) == replace(
         expected, branches={}, trials=(), provenance={}
     )
-    assert found.ratios == pytest.approx(expected.ratios, rel=1e-3)
-    costs, known = found.branch().costs, expected.branch().costs
-    assert costs is not None
-    assert known is not None
-    torch.testing.assert_close(costs.sensitivity, known.sensitivity, rtol=5e-3, atol=0)
-    torch.testing.assert_close(costs.velocities, known.velocities, rtol=1e-4, atol=1e-2)
-    torch.testing.assert_close(costs.segments["fitted"], known.segments["fitted"], rtol=5e-3, atol=1e-3)
+    assert set(found.branches) == set(expected.branches) == ({"cond"} if negative is None else {"cond", "uncond"})
+    for branch, curve in found.branches.items():
+        assert curve.norm_ratios == pytest.approx(expected.branches[branch].norm_ratios, rel=1e-3)
+        costs, known = curve.costs, expected.branches[branch].costs
+        assert costs is not None
+        assert known is not None
+        torch.testing.assert_close(costs.sensitivity, known.sensitivity, rtol=5e-3, atol=0)
+        torch.testing.assert_close(costs.velocities, known.velocities, rtol=1e-4, atol=1e-2)
+        torch.testing.assert_close(costs.segments["fitted"], known.segments["fitted"], rtol=5e-3, atol=1e-3)
     # The moves of one search go on where the other budget's ended; here each budget has a search of its own.
     assert [trial.computed for trial in found.trials] == [trial.computed for trial in expected.trials] == [3, 5]
     errors = [trial.error for trial in found.trials]
@@ -144,7 +153,7 @@ def test_each_run_is_run_once() -> None:
     assert profile is not None
     recorded = [run for run in runs.asked if run.calibration.record]
     assert [run.prompt for run in recorded] == list(PROMPTS)
-    assert [run.gram is None for run in recorded] == [True, False, False]
+    assert [not run.grams for run in recorded] == [True, False, False]
     assert [run.decoded for run in recorded] == [True, True, False]
     probed = runs.asked[len(PROMPTS) :][: len(probes(STEPS))]
     assert [run.calibration.schedule.index(".") for run in probed] == list(probes(STEPS))

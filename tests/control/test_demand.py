@@ -49,6 +49,16 @@ def test_then_what_is_asked_for_most_and_often() -> None:
     assert demand.next([], 6) == DEFAULT
 
 
+def test_true_cfg_wants_a_profile_of_its_own() -> None:
+    demand = CalibrationDemand(SETTINGS)
+    guided = replace(DEFAULT, true_cfg_scale=4.0)
+    demand.note(guided, OFTEN)
+    assert demand.next([MEASURED], 6) == guided
+    assert demand.next([MEASURED, replace(MEASURED, true_cfg_scale=4.5)], 6) is None, "about the same scale"
+    assert demand.next([MEASURED, replace(MEASURED, true_cfg_scale=2.0)], 6) == guided
+    assert CalibrationDemand(SETTINGS).next([MEASURED], 6, default_true_cfg=4.0) == guided, "the model's default image"
+
+
 def test_what_failed_is_left_alone() -> None:
     demand = CalibrationDemand(SETTINGS)
     demand.give_up(DEFAULT)
