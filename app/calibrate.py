@@ -88,6 +88,7 @@ def _body(args: argparse.Namespace) -> dict[str, Any]:
         "true_cfg_scale": args.true_cfg_scale,
         "computed_steps": args.computed_steps,
         "trial_runs": args.trials,
+        "judge_runs": args.judge,
         "moves": args.moves,
         "budget_minutes": args.budget_minutes,
     }
@@ -108,6 +109,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--true-cfg-scale", type=float, help="scale of true CFG; as in requests for images by default")
     parser.add_argument("--computed-steps", type=int, help="computed steps to recommend; 10 of 28 in proportion")
     parser.add_argument("--trials", type=int, metavar="RUNS", help="prompts to try schedules on, 4; 0 only predicts")
+    parser.add_argument("--judge", type=int, metavar="RUNS", help="last prompts that judge the closest schedules, 4")
     parser.add_argument("--moves", type=int, help="schedules to try beside the candidates, 6")
     parser.add_argument("--budget-minutes", type=float, help="time of its runs after which it ends as it is, 30")
     parser.add_argument("--look", type=float, default=LOOK_S, help=argparse.SUPPRESS)

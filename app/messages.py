@@ -122,15 +122,17 @@ class CalibrationJob:
     """What to calibrate, and how long that may take.
 
     Attributes:
-        prompts: one recorded run each, all from noise of seed 0.
+        prompts: all run from noise of seed 0; all but the last ``judge_runs`` are recorded.
         guidance_scale: distilled guidance.
         computed_steps: what the profile recommends.
         budgets: numbers of computed steps to try schedules for, the most important first.
-        trial_runs: how many of the prompts each schedule is tried on.
+        trial_runs: how many of the recorded prompts each schedule is tried on.
         moves: schedules to try beside the candidates of each number of computed steps.
         budget_s: seconds of its runs, waits for clients' images included, after which it ends with what it has.
         negative_prompt: of all runs, where true CFG runs; else None.
         true_cfg_scale: 1 where it does not run.
+        judge_runs: how many of the last prompts decide between the schedules that came closest; 0 for none.
+        floors_db: mean PSNRs for which the fewest computed steps are looked for, after ``budgets``.
     """
 
     id: str
@@ -146,6 +148,13 @@ class CalibrationJob:
     budget_s: float = 1800.0
     negative_prompt: str | None = None
     true_cfg_scale: float = 1.0
+    judge_runs: int = 0
+    floors_db: tuple[float, ...] = ()
+
+    @property
+    def recorded_prompts(self) -> tuple[str, ...]:
+        """Those of the recorded runs."""
+        return self.prompts[: len(self.prompts) - self.judge_runs]
 
 
 @dataclass(frozen=True)

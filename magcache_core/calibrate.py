@@ -35,7 +35,7 @@ class CalibrationJob:
     """What to run.
 
     Attributes:
-        prompts: one run each, times ``seeds``.
+        prompts: one run each, times ``seeds``, but for the last ``held_out``.
         steps: denoising steps.
         width, height: pixels.
         guidance_scale: distilled guidance.
@@ -45,6 +45,7 @@ class CalibrationJob:
         seeds: runs of each prompt, seeded 0, 1, ...
         batch: runs at once.
         max_sequence_length: text tokens; None takes the pipeline's default.
+        held_out: so many of the last prompts are not measured; they judge the schedules that the others chose.
     """
 
     prompts: tuple[str, ...]
@@ -57,11 +58,25 @@ class CalibrationJob:
     seeds: int = 1
     batch: int = 1
     max_sequence_length: int | None = None
+    held_out: int = 0
 
     @property
     def runs(self) -> list[tuple[str, int]]:
-        """(prompt, seed) of each run."""
-        return [(prompt, seed) for seed in range(self.seeds) for prompt in self.prompts]
+        """(prompt, seed) of each run that measures."""
+        return self._runs_of(self.prompts[: len(self.prompts) - self.held_out])
+
+    @property
+    def judging_runs(self) -> list[tuple[str, int]]:
+        """(prompt, seed) of each held-out run."""
+        return self._runs_of(self.prompts[len(self.prompts) - self.held_out :])
+
+    def _runs_of(self, prompts: Sequence[str]) -> list[tuple[str, int]]:
+        return [(prompt, seed) for seed in range(self.seeds) for prompt in prompts]
+
+
+def held_out_by_default(prompts: int) -> int:
+    """How many of so many prompts judge schedules where nothing is said: four, a third of few prompts, none of two."""
+    return min(4, prompts // 3)
 
 
 def packaged_prompts() -> tuple[str, ...]:
@@ -132,19 +147,31 @@ def try_out(
     budgets: Sequence[int] | None = None,
     progress: bool = True,
 ) -> Profile:
-    """``profile`` with the schedules that came closest on the job's first ``runs`` runs; see `try_schedules`."""
+    """``profile`` with the schedules that came closest on the job's first ``runs`` runs, by its held-out runs if any.
+
+    See `try_schedules`.
+    """
     from tqdm import tqdm
 
-    tried = job.runs[:runs]
-    batches = [tried[start : start + job.batch] for start in range(0, len(tried), job.batch)]
+    chosen_on, judged_on = job.runs[:runs], job.judging_runs
 
-    def run() -> torch.Tensor:
-        asked = [_call_arguments(pipe, job, batch) | {"output_type": "pt"} for batch in batches]
-        return torch.cat([pipe(**arguments).images for arguments in asked])
+    def images(asked: Sequence[tuple[str, int]]) -> torch.Tensor:
+        batches = [asked[start : start + job.batch] for start in range(0, len(asked), job.batch)]
+        arguments = [_call_arguments(pipe, job, batch) | {"output_type": "pt"} for batch in batches]
+        return torch.cat([pipe(**each).images for each in arguments])
 
     with tqdm(unit="budget", disable=not progress, desc="trying schedules") as bar:
-        trials = try_schedules(pipe.transformer, run, profile, moves, budgets, progress=lambda: bar.update(1))
-    return replace(profile, trials=trials)
+        trials = try_schedules(
+            pipe.transformer,
+            lambda: images(chosen_on),
+            profile,
+            moves,
+            budgets,
+            progress=lambda: bar.update(1),
+            judge=(lambda: images(judged_on)) if judged_on else None,
+        )
+    split = {"chosen_on_first": len(chosen_on), "judged_on_last": len(judged_on)}
+    return replace(profile, trials=trials, provenance={**profile.provenance, "trials": split})
 
 
 def _steps(trace: BranchTrace) -> list[MeasuredStep]:
@@ -194,7 +221,7 @@ def _call_arguments(pipe: Any, job: CalibrationJob, batch: Sequence[tuple[str, i
 def _provenance(pipe: Any, job: CalibrationJob) -> dict[str, Any]:
     config = pipe.scheduler.config
     shift = {key: config[key] for key in sorted(config) if "shift" in key}
-    text = "\n".join(f"{seed} {prompt}" for prompt, seed in job.runs)
+    text = "\n".join(f"{seed} {prompt}" for prompt, seed in [*job.runs, *job.judging_runs])
     return {
         "source": "measured by magcache_core.calibrate",
         "scheduler": type(pipe.scheduler).__name__,
@@ -237,6 +264,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--trials", type=int, default=4, metavar="RUNS", help="runs to try schedules out on; 0 only predicts errors"
     )
+    parser.add_argument(
+        "--judge",
+        type=int,
+        metavar="PROMPTS",
+        help="last prompts that measure nothing and judge the best schedules; 4, of fewer than 12 prompts a third",
+    )
     parser.add_argument("--moves", type=int, default=6, help="neighbours of each best schedule to try out as well")
     parser.add_argument("--refine", metavar="PROFILE", help="measure nothing and only try schedules of this one again")
     parser.add_argument("--budgets", type=int, nargs="+", help="numbers of computed steps to try; all by default")
@@ -262,7 +295,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         seeds=args.seeds,
         batch=args.batch,
         max_sequence_length=args.max_sequence_length,
+        held_out=held_out_by_default(len(prompts)) if args.judge is None else args.judge,
     )
+    if not 0 <= job.held_out < len(prompts):
+        raise SystemExit(f"--judge is {job.held_out}; of {len(prompts)} prompts one at least measures")
     pipe = DiffusionPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(args.device)
     if args.refine is None:
         measured = calibrate(pipe, job, args.name or args.out.stem, args.model_id or args.model)

@@ -31,7 +31,7 @@ class QualityScale:
         key = plan.schedule, plan.reuse
         for trial in self._profile.trials:
             if key == (trial.schedule, trial.reuse):
-                return _decibels(trial)
+                return reached_db(trial)
         errors, decibels = self._curves.get(plan.reuse, ([], []))
         if len(errors) < 2 or not 0.0 < plan.predicted_error <= errors[-1]:
             return None
@@ -44,7 +44,7 @@ class QualityScale:
 
     def fewest_reaching(self, floor_db: float) -> int | None:
         """The fewest computed steps of the profile's own number whose trial reached ``floor_db``; None if none did."""
-        return min((trial.computed for trial in self._profile.trials if _decibels(trial) >= floor_db), default=None)
+        return min((trial.computed for trial in self._profile.trials if reached_db(trial) >= floor_db), default=None)
 
     @cached_property
     def _curves(self) -> dict[str, tuple[list[float], list[float]]]:
@@ -52,7 +52,7 @@ class QualityScale:
         curves = {}
         for mode in {trial.reuse for trial in self._profile.trials}:
             known = {
-                fill(self._profile, trial.schedule, mode).predicted_error: _decibels(trial)
+                fill(self._profile, trial.schedule, mode).predicted_error: reached_db(trial)
                 for trial in reversed(self._profile.trials)
                 if trial.reuse == mode
             }
@@ -61,5 +61,6 @@ class QualityScale:
         return curves
 
 
-def _decibels(trial: Trial) -> float:
+def reached_db(trial: Trial) -> float:
+    """The mean PSNR that the images of ``trial`` had."""
     return -20.0 * math.log10(trial.error)

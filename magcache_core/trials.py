@@ -4,12 +4,16 @@ Predicted costs add up what reuse does to the latents of an uncached run. A cach
 latents that have drifted, mistakes of neighbouring segments may cancel, and not every distance in latents shows in a
 image. So the predictions only name candidates here, evenly spaced schedules are others, and runs decide, with a short
 local search around the best.
+
+The best of so many is in part the luckiest: on the runs that chose it, it looks better than it is. So the best few of
+each number of computed steps are run again on prompts that nothing else used, and those runs say which is kept and how
+good it is.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -25,6 +29,8 @@ MODES = ("linear", "corrected")
 """Reuse modes that are tried; plain reuse was never the closest, and ``fitted`` at one number of computed steps."""
 GUIDED_MODES = (*MODES, "residual")
 """The same under true CFG, which multiplies what an extrapolation gets wrong: there plain reuse may be the closest."""
+FINALISTS = 3
+"""The closest schedules of each number of computed steps, which held-out runs decide between."""
 LEAST = 1e-5
 """Distance (100 dB) at which equal images count, so that its logarithm is finite."""
 
@@ -37,6 +43,7 @@ def try_schedules(
     budgets: Sequence[int] | None = None,
     seed: int = 0,
     progress: Callable[[], object] = lambda: None,
+    judge: Callable[[], torch.Tensor] | None = None,
 ) -> tuple[Trial, ...]:
     """The best schedule found for each number of computed steps below ``profile.steps``, by runs of a pipeline.
 
@@ -45,23 +52,63 @@ def try_schedules(
         run: one run with ``profile.steps`` steps, always from the same noise; images in [0, 1], (rows, 3, height,
             width).
         progress: called after each number of computed steps.
+        judge: as ``run``, of held-out prompts; it decides between the `finalists`. Without it ``run`` does.
 
     The other arguments and the result are those of `search`.
     """
-    reference = as_served(run())
+    error_of = _errors(transformer, run)
+    tried: list[Trial] = []
     trying = search(profile, moves, budgets, seed, progress)
     candidate = next(trying)
     while True:
-        apply_mag_cache(transformer, candidate)
-        try:
-            error = mean_error(distances(as_served(run()), reference))
-        finally:
-            remove_mag_cache(transformer)
+        error = error_of(candidate)
+        tried.append(Trial(candidate.schedule, candidate.reuse, error))
         try:
             candidate = trying.send(error)
         except StopIteration as end:
             found: tuple[Trial, ...] = end.value
-            return found
+            break
+    if judge is None:
+        return found
+    judged_error_of = _errors(transformer, judge)
+    judged = []
+    for best in found:
+        known = [
+            replace(one, error=judged_error_of(fill(profile, one.schedule, one.reuse)))
+            for one in finalists(tried, best.computed)
+        ]
+        judged.append(min(known, key=_error, default=best))
+    return never_rising(judged)
+
+
+def _errors(transformer: nn.Module, run: Callable[[], torch.Tensor]) -> Callable[[Plan], float]:
+    """What tells the `mean_error` of a plan's images in ``run``."""
+    reference = as_served(run())
+
+    def error_of(followed: Plan) -> float:
+        apply_mag_cache(transformer, followed)
+        try:
+            return mean_error(distances(as_served(run()), reference))
+        finally:
+            remove_mag_cache(transformer)
+
+    return error_of
+
+
+def finalists(tried: Iterable[Trial], computed: int, most: int = FINALISTS) -> list[Trial]:
+    """The closest of ``tried`` with ``computed`` computed steps, the closest first."""
+    return sorted((trial for trial in tried if trial.computed == computed), key=_error)[:most]
+
+
+def never_rising(trials: Iterable[Trial]) -> tuple[Trial, ...]:
+    """``trials`` by rising number of computed steps, no error above that of fewer.
+
+    A smaller number that did better by luck bounds what a larger one is expected to do.
+    """
+    found: list[Trial] = []
+    for trial in sorted(trials, key=lambda trial: trial.computed):
+        found.append(trial if not found else replace(trial, error=min(trial.error, found[-1].error)))
+    return tuple(found)
 
 
 def search(
@@ -111,10 +158,9 @@ def search(
             for _ in range(moves):
                 moved = fill(profile, _moved(best.schedule, profile.protected_steps, rng), best.reuse)
                 best = min(best, (yield from tried(moved)), key=_error)
-        # A smaller budget that did better by luck bounds what this one is expected to do.
-        found.append(best if before is None else replace(best, error=min(best.error, before.error)))
+        found.append(best)
         progress()
-    return tuple(found)
+    return never_rising(found)
 
 
 def _candidates(profile: Profile, budget: int, before: Trial | None, known: Trial | None) -> Iterator[Plan]:

@@ -25,7 +25,7 @@ from app.engine.families import Family
 from app.errors import InvalidRequestError
 from app.messages import CalibrationJob, steps_of_share
 from app.settings import Settings
-from magcache_core.calibrate import packaged_prompts
+from magcache_core.calibrate import held_out_by_default, packaged_prompts
 
 router = APIRouter()
 
@@ -56,7 +56,7 @@ class CalibrationRequest(BaseModel):
         default=None,
         min_length=1,
         max_length=256,
-        description="One recorded run each; by default a packaged list of 16.",
+        description="One recorded run each, but for the last `judge_runs`; by default a packaged list of 16.",
     )
     size: str | None = Field(default=None, description="`WIDTHxHEIGHT`; the server's default size by default.")
     num_inference_steps: int | None = Field(default=None, ge=FEWEST_STEPS, description="The server's by default.")
@@ -73,6 +73,13 @@ class CalibrationRequest(BaseModel):
     trial_runs: int | None = Field(
         default=None, ge=0, le=64, description="Prompts that each schedule is tried on, 4 by default; 0 only predicts."
     )
+    judge_runs: int | None = Field(
+        default=None,
+        ge=0,
+        le=64,
+        description="Last prompts that are not recorded and decide between the closest schedules; 4, of fewer than 12 "
+        "prompts a third, by default.",
+    )
     moves: int | None = Field(
         default=None, ge=0, le=64, description="Schedules to try beside each number of steps' candidates, 6 by default."
     )
@@ -83,7 +90,9 @@ class CalibrationRequest(BaseModel):
         description="Time of its runs after which it ends with what it has, 30 by default.",
     )
 
-    _integral = field_validator("num_inference_steps", "computed_steps", "trial_runs", "moves", mode="before")(integral)
+    _integral = field_validator(
+        "num_inference_steps", "computed_steps", "trial_runs", "judge_runs", "moves", mode="before"
+    )(integral)
 
 
 @router.post(
@@ -166,6 +175,12 @@ def resolve_calibration(request: CalibrationRequest, settings: Settings, family:
     prompts = tuple(request.prompts) if request.prompts is not None else packaged_prompts()
     for prompt in prompts:
         check_prompt("prompts", prompt, settings)
+    judges = held_out_by_default(len(prompts)) if request.judge_runs is None else request.judge_runs
+    if judges >= len(prompts):
+        raise InvalidRequestError(
+            f"judge_runs is {judges}; of {len(prompts)} prompts at most {len(prompts) - 1} leave one to record",
+            param="judge_runs",
+        )
     if request.negative_prompt is not None:
         check_prompt("negative_prompt", request.negative_prompt, settings, may_be_empty=True)
     ignored: list[str] = []
@@ -173,6 +188,7 @@ def resolve_calibration(request: CalibrationRequest, settings: Settings, family:
     if ignored:
         raise InvalidRequestError(ignored[0], param="true_cfg_scale")
     presets = (steps_of_share(share, steps) for share in (quality.low, quality.medium, quality.high))
+    floors = (quality.low_floor_db, quality.medium_floor_db, quality.high_floor_db)
     chosen = {"trial_runs": request.trial_runs, "moves": request.moves}
     return CalibrationJob(
         id=f"calibration-{uuid.uuid4().hex[:12]}",
@@ -186,6 +202,8 @@ def resolve_calibration(request: CalibrationRequest, settings: Settings, family:
         budget_s=60 * (request.budget_minutes or 30.0),
         negative_prompt=negative_prompt,
         true_cfg_scale=true_cfg_scale,
+        judge_runs=judges,
+        floors_db=tuple(floor for floor in floors if floor is not None),
         **{name: value for name, value in chosen.items() if value is not None},
     )
 

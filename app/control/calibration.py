@@ -1,8 +1,9 @@
 """What a calibration runs next, and the profile that comes of it. Pure: runs are yielded, their outcomes sent back.
 
-First each prompt is run uncached and recorded; then the first is run again with single reused steps, which shows how a
-displacement grows; then schedules are tried, and judged by their images. Numbers and search are those of
-`magcache_core.calibrate`. Each outcome is noted in the `Findings`, with which an interrupted calibration goes on.
+First each prompt but the held-out ones is run uncached and recorded; then the first is run again with single reused
+steps, which shows how a displacement grows; then schedules are tried, and the closest judged by the images of held-out
+prompts. Numbers and search are those of `magcache_core.calibrate`. Each outcome is noted in the `Findings`, with which
+an interrupted calibration goes on.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import Any
 import torch
 
 from app.control.findings import Findings
+from app.control.preset_budgets import next_budget
 from app.messages import COND, CalibrationJob, CalibrationRun
 from magcache_core import Profile, Trial, fewest_steps
 from magcache_core.measure import growth, probe_schedule, probes
 from magcache_core.plan_data import COMPUTE
 from magcache_core.run_sums import BranchSums
-from magcache_core.trials import distances, mean_error, search
+from magcache_core.trials import FINALISTS, distances, finalists, mean_error, never_rising, search
 
 REUSE = "corrected"
 """The reuse mode that profiles recommend; trials are free to find another."""
@@ -77,9 +79,16 @@ Runs = Generator[Run, Outcome, Any]
 
 
 def expected_runs(job: CalibrationJob) -> int:
-    """About how many images a calibration runs: each number of computed steps has some six candidates."""
-    trials = len(job.budgets) * (6 + job.moves) * min(job.trial_runs, len(job.prompts))
-    return len(job.prompts) + len(probes(job.steps)) + trials
+    """About how many images a calibration runs: each number of computed steps has some six candidates.
+
+    Each floor is taken to need two more numbers.
+    """
+    recorded = len(job.recorded_prompts)
+    compared = min(job.trial_runs, recorded)
+    judging = FINALISTS * job.judge_runs if compared else 0
+    each = (6 + job.moves) * compared + judging
+    references = job.judge_runs if compared else 0
+    return recorded + references + len(probes(job.steps)) + (len(job.budgets) + 2 * len(job.floors_db)) * each
 
 
 def calibration(job: CalibrationJob, subject: Subject, findings: Findings) -> Generator[Run, Outcome, Profile]:
@@ -97,7 +106,9 @@ class _Calibration:
         self._subject = subject
         self._findings = findings
         self._uncached: dict[int, Outcome] = {}  # by prompt, those that others are compared with
-        self._compared = min(job.trial_runs, len(job.prompts))
+        self._recorded = job.recorded_prompts
+        self._chosen_on = range(min(job.trial_runs, len(self._recorded)))
+        self._judged_on = range(len(self._recorded), len(job.prompts)) if self._chosen_on else range(0)
         self._every = COMPUTE * job.steps
 
     def run(self) -> Generator[Run, Outcome, Profile]:
@@ -113,26 +124,30 @@ class _Calibration:
 
     def _record(self) -> Runs:
         job, found = self._job, self._findings
-        while found.recorded < len(job.prompts):
+        while found.recorded < len(self._recorded):
             if found.recorded and found.seconds > RECORDING_SHARE * job.budget_s:
                 return
             number, before = found.recorded, found.sums
             every = CalibrationRun(self._every, record=True)
             grams = {branch: sums.gram for branch, sums in before.items()}
-            outcome = yield from self._take(Run(job.prompts[number], every, grams, number < self._compared))
+            outcome = yield from self._take(Run(job.prompts[number], every, grams, number in self._chosen_on))
             if number == 0:
                 # One reused step starts from the uncached run's latents, so the recorded run knows where it leads.
                 moved = outcome.sums[COND].moved.sqrt().tolist()
                 found.moved = {probe: moved[probe] for probe in probes(job.steps)}
             found.sums = {branch: before[branch] + sums if before else sums for branch, sums in outcome.sums.items()}
             found.recorded += 1
-            if number < max(self._compared, 1):
+            if number < max(len(self._chosen_on), 1):
                 self._uncached[number] = outcome
 
     def _reference(self, number: int) -> Generator[Run, Outcome, Outcome]:
-        """The uncached run of a prompt, made again after an interruption."""
+        """The uncached run of a prompt that is held out, or made again after an interruption."""
         if number not in self._uncached:
-            run = Run(self._job.prompts[number], CalibrationRun(self._every), decoded=number < self._compared)
+            run = Run(
+                self._job.prompts[number],
+                CalibrationRun(self._every),
+                decoded=number in self._chosen_on or number in self._judged_on,
+            )
             self._uncached[number] = yield from self._take(run)
         return self._uncached[number]
 
@@ -166,39 +181,76 @@ class _Calibration:
         )
 
     def _try_schedules(self, profile: Profile) -> Generator[Run, Outcome, Profile]:
-        """``profile`` with trials of as many of the job's budgets as there is time for."""
+        """``profile`` with trials of as many numbers of computed steps as there is time for."""
         possible = range(fewest_steps(profile), profile.steps)
-        for budget in self._job.budgets if self._compared else ():
-            if budget not in possible:
-                continue
-            trying = search(profile, self._job.moves, [budget])
-            candidate = next(trying)
-            while True:
-                errors = yield from self._errors(CalibrationRun(candidate.schedule, candidate.reuse))
-                if len(errors) < self._compared:
-                    return replace(profile, trials=self._with_best(profile.trials, budget))
-                try:
-                    candidate = trying.send(mean_error(torch.tensor(errors)))
-                except StopIteration as end:
-                    profile = replace(profile, trials=end.value)
-                    break
-        return profile
+        waiting = [budget for budget in self._job.budgets if budget in possible]
+        while self._chosen_on:
+            budget = waiting.pop(0) if waiting else next_budget(self._job.floors_db, profile.trials, possible)
+            if budget is None:
+                break
+            closest = yield from self._search(profile, budget)
+            if not closest:
+                break
+            best = yield from self._judge(closest)
+            profile = replace(profile, trials=never_rising([*profile.trials, best]))
+        if not profile.trials:
+            return profile
+        split = {"chosen_on_first": len(self._chosen_on), "judged_on_last": len(self._judged_on)}
+        return replace(profile, provenance={**profile.provenance, "trials": split})
 
-    def _with_best(self, trials: tuple[Trial, ...], budget: int) -> tuple[Trial, ...]:
-        """``trials``, and the best so far of a search that time ran out for."""
+    def _search(self, profile: Profile, budget: int) -> Generator[Run, Outcome, list[Trial]]:
+        """The closest schedules found for ``budget``, the closest first; of those tried so far when time is over."""
+        trying = search(profile, self._job.moves, [budget])
+        candidate = next(trying)
+        chosen_on = self._chosen_on
+        while self._in_time:
+            run = CalibrationRun(candidate.schedule, candidate.reuse)
+            errors = yield from self._errors(self._findings.errors, run, chosen_on)
+            if len(errors) < len(chosen_on):
+                break
+            try:
+                candidate = trying.send(mean_error(torch.tensor(errors)))
+            except StopIteration:
+                break
         tried = [
             Trial(schedule, reuse, mean_error(torch.tensor(errors)))
             for (schedule, reuse), errors in self._findings.errors.items()
-            if schedule.count(COMPUTE) == budget and len(errors) == self._compared
+            if len(errors) == len(chosen_on)
         ]
-        best = sorted(tried, key=lambda trial: trial.error)[:1]
-        return tuple(sorted([*trials, *best], key=lambda trial: trial.computed))
+        return finalists(tried, budget)
 
-    def _errors(self, calibration: CalibrationRun) -> Generator[Run, Outcome, Sequence[float]]:
-        """How far the images of a schedule are from the uncached ones; fewer than asked for when time is over."""
-        errors = self._findings.errors.setdefault((calibration.schedule, calibration.reuse), [])
-        while len(errors) < self._compared and self._findings.seconds <= self._job.budget_s:
-            number = len(errors)
+    def _judge(self, closest: Sequence[Trial]) -> Generator[Run, Outcome, Trial]:
+        """The best of ``closest`` on the held-out prompts; when time is over the first is the only one that is run."""
+        if not self._judged_on:
+            return closest[0]
+        judged: list[Trial] = []
+        for trial in closest:
+            if judged and not self._in_time:
+                break
+            run = CalibrationRun(trial.schedule, trial.reuse)
+            errors = yield from self._errors(self._findings.judged, run, self._judged_on, hurried=False)
+            judged.append(replace(trial, error=mean_error(torch.tensor(errors))))
+        return min(judged, key=lambda trial: trial.error)
+
+    @property
+    def _in_time(self) -> bool:
+        return self._findings.seconds <= self._job.budget_s
+
+    def _errors(
+        self,
+        known: dict[tuple[str, str], list[float]],
+        calibration: CalibrationRun,
+        prompts: range,
+        hurried: bool = True,
+    ) -> Generator[Run, Outcome, Sequence[float]]:
+        """How far the images of a schedule are from the uncached ones, noted in ``known``.
+
+        Args:
+            hurried: fewer than asked for when time is over.
+        """
+        errors = known.setdefault((calibration.schedule, calibration.reuse), [])
+        while len(errors) < len(prompts) and (self._in_time or not hurried):
+            number = prompts[len(errors)]
             reference = yield from self._reference(number)
             outcome = yield from self._take(Run(self._job.prompts[number], calibration, decoded=True))
             assert outcome.image is not None

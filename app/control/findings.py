@@ -25,6 +25,7 @@ class Findings:
         moved, ended: by probed step, how far reuse there moved the latents of the first run after that step and at the
             end; 2-norms.
         errors: by schedule and reuse mode, how far the image of each run was from the uncached one.
+        judged: the same of the held-out runs, which decide between the closest.
         runs: images that were run.
         seconds: time of these runs.
     """
@@ -34,6 +35,7 @@ class Findings:
     moved: dict[int, float] = field(default_factory=dict)
     ended: dict[int, float] = field(default_factory=dict)
     errors: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+    judged: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     runs: int = 0
     seconds: float = 0.0
 
@@ -70,5 +72,5 @@ def from_bytes(content: bytes, job: CalibrationJob) -> Findings | None:
 def _measured(job: CalibrationJob) -> str:
     """What decides the figures; another job may ask for more trials of the same or for more time."""
     guidance = job.guidance_scale, job.negative_prompt, job.true_cfg_scale
-    decides = job.prompts, job.steps, job.width, job.height, *guidance
+    decides = job.prompts, job.judge_runs, job.steps, job.width, job.height, *guidance
     return hashlib.sha256(repr(decides).encode()).hexdigest()

@@ -41,6 +41,7 @@ async def test_an_empty_body_takes_the_servers_defaults(client: httpx.AsyncClien
     )
     assert (job.computed_steps, job.budgets) == (10, (10, 7, 12, 19)), "first what it recommends, then the presets"
     assert (job.trial_runs, job.moves, job.budget_s) == (4, 6, 1800.0)
+    assert (job.judge_runs, job.floors_db) == (4, (28.0, 32.0, 38.0))
 
 
 async def test_every_field_counts(client: httpx.AsyncClient, backend: FakeBackend) -> None:
@@ -51,12 +52,13 @@ async def test_every_field_counts(client: httpx.AsyncClient, backend: FakeBacken
         "guidance_scale": 2,
         "budget_minutes": 0.5,
     }
-    asked |= {"computed_steps": 8, "trial_runs": 0, "moves": 3}
+    asked |= {"computed_steps": 8, "trial_runs": 0, "judge_runs": 1, "moves": 3}
     await client.post(URL, json=asked)
     (job,) = backend.calibrations.values()
     assert (job.prompts, job.steps, job.width, job.height, job.guidance_scale) == (("a", "b"), 20, 64, 96, 2.0)
     assert (job.computed_steps, job.budgets) == (8, (8, 5, 13))
     assert (job.trial_runs, job.moves, job.budget_s) == (0, 3, 30.0)
+    assert (job.judge_runs, job.recorded_prompts) == (1, ("a",))
 
 
 @pytest.mark.parametrize(
@@ -84,6 +86,7 @@ async def test_true_cfg_runs_as_for_images(
         ({"num_inference_steps": 101}, "num_inference_steps"),
         ({"computed_steps": 28}, "computed_steps"),
         ({"prompts": []}, "prompts"),
+        ({"prompts": ["a", "b"], "judge_runs": 2}, "judge_runs"),
         ({"prompts": ["a", " "]}, "prompts"),
         ({"prompts": "a"}, "prompts"),
         ({"budget_minutes": 0}, "budget_minutes"),

@@ -16,13 +16,13 @@ from app.control.calibration import Outcome, Run, Subject, calibration, expected
 from app.control.findings import Findings, from_bytes, to_bytes
 from app.engine.engine import Engine
 from app.engine.sampling import FlowMatchSampler
-from app.messages import CalibrationJob, Conditioning
+from app.messages import CalibrationJob, CalibrationRun, Conditioning
 from app.settings import Settings
 from magcache_core import Profile
 from magcache_core import calibrate as pipelines
 from magcache_core.measure import probes
 from magcache_core.run_sums import RunMeasurement
-from magcache_core.trials import as_served
+from magcache_core.trials import FINALISTS, as_served, mean_error
 from tests.local_group import MODEL, TEXT_TOKENS, decode, embed, form, job, load_pipeline
 
 STEPS = 6
@@ -104,6 +104,7 @@ def test_it_is_the_calibration_of_a_pipeline(negative: str | None, scale: float)
     measured = pipelines.calibrate(pipeline, same, "own", "models/flux-tiny", progress=False)
     measured = replace(measured, reuse="corrected", budget=3)
     expected = pipelines.try_out(pipeline, same, measured, runs=2, moves=2, budgets=[3, 5], progress=False)
+    split = {"chosen_on_first": 2, "judged_on_last": 0}
     assert found is not None
     assert replace(found, branches={}, trials=(), provenance={}) == replace(
         expected, branches={}, trials=(), provenance={}
@@ -121,29 +122,86 @@ def test_it_is_the_calibration_of_a_pipeline(negative: str | None, scale: float)
     assert [trial.computed for trial in found.trials] == [trial.computed for trial in expected.trials] == [3, 5]
     errors = [trial.error for trial in found.trials]
     assert errors == pytest.approx([trial.error for trial in expected.trials], rel=0.2)
-    assert dict(found.provenance) == {"source": "measured by the service", "runs": 3, "dtype": "float32"}
+    assert dict(found.provenance) == {
+        "source": "measured by the service",
+        "runs": 3,
+        "dtype": "float32",
+        "trials": split,
+    }
+    assert expected.provenance["trials"] == split
+
+
+JUDGED = replace(JOB, prompts=(*PROMPTS, "a blue circle", "two red stars"), judge_runs=2)
+
+
+def test_held_out_prompts_judge_and_nothing_else() -> None:
+    runs, findings = InventedRuns(), Findings()
+    profile = follow(runs, JUDGED, findings)
+    assert profile is not None
+    held_out = JUDGED.prompts[3:]
+    by_judges = [run for run in runs.asked if run.prompt in held_out]
+    assert {run.prompt for run in runs.asked if run.calibration.record} == set(PROMPTS)
+    assert profile.provenance["runs"] == 3
+    assert profile.provenance["trials"] == {"chosen_on_first": 2, "judged_on_last": 2}
+    assert all(run.decoded for run in by_judges)
+    assert len(by_judges) == 2 + 2 * 2 * FINALISTS, "the uncached images, and three schedules of two budgets"
+    assert len(runs.asked) <= expected_runs(JUDGED)
+    for trial in profile.trials:
+        chosen = {key: mean_error(torch.tensor(errors)) for key, errors in findings.errors.items()}
+        same = [key for key in chosen if key[0].count("C") == trial.computed]
+        closest = sorted(same, key=chosen.__getitem__)[:FINALISTS]
+        judged = {key: mean_error(torch.tensor(findings.judged[key])) for key in closest}
+        assert judged[trial.schedule, trial.reuse] == min(judged.values())
+        assert trial.error <= min(judged.values())
+    assert [trial.error for trial in profile.trials] == sorted((trial.error for trial in profile.trials), reverse=True)
+
+
+def test_when_time_is_over_what_was_closest_is_judged_all_the_same() -> None:
+    every = replace(JUDGED, moves=6)
+    judged = []
+    for budget_s in range(8, 40):
+        findings = Findings()
+        profile = follow(InventedRuns(), replace(every, budget_s=float(budget_s)), findings)
+        assert profile is not None
+        assert all(len(errors) == JUDGED.judge_runs for errors in findings.judged.values())
+        assert all((trial.schedule, trial.reuse) in findings.judged for trial in profile.trials)
+        assert findings.seconds <= budget_s + 2 * JUDGED.judge_runs + 1
+        judged.append(len(findings.judged))
+    assert {1, FINALISTS} < set(judged)
+
+
+def test_it_looks_for_the_fewest_steps_that_reach_each_floor() -> None:
+    profile = follow(InventedRuns(), replace(JOB, budgets=(3,), floors_db=(99.0,)), Findings())
+    assert profile is not None
+    assert [trial.computed for trial in profile.trials] == [3, 4, 5], "none reaches it"
+    easy = follow(InventedRuns(), replace(JOB, budgets=(3,), floors_db=(1.0,)), Findings())
+    assert easy is not None
+    assert [trial.computed for trial in easy.trials] == [1, 3], "the fewest that can be do"
 
 
 @settings(max_examples=25, deadline=None)
-@given(cuts=st.lists(st.integers(0, 40), max_size=6))
-def test_cut_short_it_goes_on_and_finds_the_same(cuts: list[int]) -> None:
+@given(cuts=st.lists(st.integers(0, 40), max_size=6), asked=st.sampled_from([JOB, JUDGED]))
+def test_cut_short_it_goes_on_and_finds_the_same(cuts: list[int], asked: CalibrationJob) -> None:
     whole = InventedRuns()
-    expected = follow(whole, JOB, Findings())
+    expected = follow(whole, asked, Findings())
     runs, findings = InventedRuns(), Findings()
     for most in cuts:
-        if follow(runs, JOB, findings, most) is not None:
+        if follow(runs, asked, findings, most) is not None:
             break
-        kept = from_bytes(to_bytes(findings, JOB), JOB)
+        kept = from_bytes(to_bytes(findings, asked), asked)
         assert kept is not None
         findings = kept
-    found = follow(runs, JOB, findings)
+    found = follow(runs, asked, findings)
     assert found is not None
     assert expected is not None
     assert found.version == expected.version
-    uncached = [run for run in runs.asked if run.calibration.schedule == "C" * STEPS and not run.calibration.record]
+
+    def references(of: InventedRuns) -> int:
+        return sum(run.calibration == CalibrationRun("C" * STEPS) for run in of.asked)
+
     # Nothing but the references is run twice, and each of those once after a cut.
-    assert len(uncached) <= 2 * len(cuts)
-    assert len(runs.asked) - len(uncached) == len(whole.asked)
+    assert references(runs) <= references(whole) + (2 + asked.judge_runs) * len(cuts)
+    assert len(runs.asked) - references(runs) == len(whole.asked) - references(whole)
     assert findings.runs == len(runs.asked)
 
 

@@ -19,7 +19,16 @@ def findings() -> Findings:
     measurement = RunMeasurement([1.0, 0.5, 0.0])
     for _ in range(2):
         measurement.add(torch.ones(1, 4, 6), torch.ones(1, 4, 3), lambda residual: residual[..., :3])
-    return Findings(1, {"cond": measurement.sums}, {1: 0.5}, {1: 0.75}, {("C.", "linear"): [0.1, 0.2]}, 4, 2.5)
+    return Findings(
+        1,
+        {"cond": measurement.sums},
+        {1: 0.5},
+        {1: 0.75},
+        {("C.", "linear"): [0.1, 0.2]},
+        {("C.", "linear"): [0.3]},
+        4,
+        2.5,
+    )
 
 
 def test_what_is_written_is_read_back() -> None:
@@ -42,6 +51,7 @@ def test_what_is_written_is_read_back() -> None:
         {"width": 80},
         {"guidance_scale": 1.0},
         {"negative_prompt": "", "true_cfg_scale": 2.0},
+        {"judge_runs": 1},
     ],
 )
 def test_those_of_another_measurement_are_not_taken(changes: dict[str, Any]) -> None:

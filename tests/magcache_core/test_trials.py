@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import wraps
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from magcache_core.calibrate import calibrate, try_out
 from magcache_core.correct import evenly_corrected
 from magcache_core.planner import corrected_plans
 from magcache_core.profile_data import ProfileError, parse, to_json
-from magcache_core.trials import search
+from magcache_core.trials import FINALISTS, finalists, never_rising, search
 from tests.magcache_core.prompt_pipe import STEPS, PromptPipe, embeddings, job
 
 
@@ -133,6 +135,34 @@ def test_other_step_counts_are_even_below_two_fifths_and_planned_beyond(tried: P
         assert plan(corrected, steps, budget=budget) == fill(corrected, evenly_corrected(steps, budget), "corrected")
     for steps, budget in ((STEPS + 2, 4), (STEPS + 4, 5)):
         assert plan(corrected, steps, budget=budget) == plan(corrected, steps, budget=budget, reuse="corrected")
+
+
+def test_held_out_runs_decide_between_the_closest(pipe: FluxPipeline) -> None:
+    jobs = job(batch=1)
+    split = replace(jobs, prompts=(*jobs.prompts[:2], "c"), held_out=1)
+    measured = calibrate(PromptPipe(pipe), split, "tiny", "test/tiny", progress=False)
+    assert measured.provenance["runs"] == len(split.runs) == 2 * split.seeds
+    ran: list[str] = []
+
+    class Noted(PromptPipe):
+        @wraps(PromptPipe.__call__)  # calibration asks for the signature
+        def __call__(self, **arguments: Any) -> Any:
+            ran.extend(arguments["prompt"])
+            return super().__call__(**arguments)
+
+    chosen = try_out(PromptPipe(pipe), replace(split, held_out=0), measured, 2, 1, [4], progress=False)
+    judged = try_out(Noted(pipe), split, measured, runs=2, moves=1, budgets=[4], progress=False)
+    assert judged.provenance["trials"] == {"chosen_on_first": 2, "judged_on_last": split.seeds}
+    assert ran.count("c") == (1 + FINALISTS) * split.seeds
+    assert judged.trials[0].error != chosen.trials[0].error, "it is that of the held-out images"
+
+
+def test_the_best_of_a_number_are_its_finalists_and_errors_never_rise() -> None:
+    tried = [Trial("CC..", "linear", error) for error in (0.3, 0.1, 0.2, 0.4)]
+    others = [Trial("CCC.", "linear", 0.15), Trial("C...", "linear", 0.5)]
+    assert [trial.error for trial in finalists([*tried, *others], 2)] == [0.1, 0.2, 0.3]
+    rising = never_rising([others[0], tried[1], others[1]])
+    assert [(trial.computed, trial.error) for trial in rising] == [(1, 0.5), (2, 0.1), (3, 0.1)]
 
 
 def test_a_search_cut_short_goes_on_where_it_was(tried: Profile) -> None:
