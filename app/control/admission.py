@@ -171,8 +171,17 @@ class AdmissionController:
             return True
         if places > self._promises.expected:
             return True
-        # Kept for those who come before the next place is free; a part of the queue always goes to newcomers.
-        return places > 0 and places > min(self._promises.expected_within(self._forecast().place_s(1)), limit / 2)
+        return places > 0 and places > self._kept_places()
+
+    def _kept_places(self) -> float:
+        """Those that newcomers do not get, while places are promised to more clients than there is room for.
+
+        They are kept for clients who come before the next place is free; a part of the queue always goes to newcomers.
+        """
+        if not self._promises.expected:
+            return 0.0
+        half = self._settings.max_waiting_pictures / 2
+        return min(self._promises.expected_within(self._forecast().place_s(1)), half)
 
     def _tokens(self, job: DenoiseJob) -> int:
         """Tokens of a step in which all branches compute; refuses an image whose step exceeds a batch."""
@@ -209,7 +218,8 @@ class AdmissionController:
         if not elastic.enabled:
             return 0.0
         by_wait = (queue_s - elastic.start_wait_s) / (elastic.full_wait_s - elastic.start_wait_s)
-        by_length = 2 * self.scheduler.waiting / self._settings.max_waiting_pictures - 1
+        taken = self.scheduler.waiting + self._kept_places()
+        by_length = 2 * taken / self._settings.max_waiting_pictures - 1
         return min(max(by_wait, by_length, 0.0), 1.0)
 
     def _forecast(self, entry: RequestState | None = None) -> Forecast:

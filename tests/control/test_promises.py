@@ -12,7 +12,7 @@ import pytest
 
 from app.control.promises import KEPT_S, Promises
 from app.errors import BusyError
-from app.settings import MagCacheSettings, Settings
+from app.settings import ElasticSettings, MagCacheSettings, Settings
 from tests.control.simulated_ranks import SimulatedRanks
 from tests.local_group import job
 
@@ -27,6 +27,7 @@ class Crowd:
 
     ranks: SimulatedRanks
     returns: float = 1.0
+    pressures: list[float] = field(default_factory=list)  # at each refusal
     admitted_again: int = 0
     refused_again: int = 0
     told_s: list[tuple[float, float]] = field(default_factory=list)
@@ -61,6 +62,7 @@ class Crowd:
             self.ranks.submit(replace(asked, retry_key=str(client)))
         except BusyError as busy:
             self.refused_again += again
+            self.pressures.append(self.ranks.admission._pressure(0.0))
             if again or not returns:
                 return
             self.told_s.append((now, busy.retry_after_s))
@@ -112,7 +114,9 @@ def test_clients_that_come_again_when_told_are_admitted(overload: float, surge: 
     if surge:
         crowd.surge(2000)
         crowd.arrive(0.1, 1.2 * 2000 / CAPACITY + KEPT_S)  # until the last of them would have come
+    begun_s, before = crowd.ranks.now_s, len(crowd.joined_s)
     crowd.arrive(overload * CAPACITY, 12.0)
+    assert len(crowd.joined_s) - before >= 0.9 * CAPACITY * (crowd.ranks.now_s - begun_s)
     assert crowd.admitted_again + crowd.refused_again > 50
     assert crowd.admitted_share >= 0.9
     assert statistics.median(crowd.errors()) <= 0.25
@@ -126,6 +130,16 @@ def test_places_kept_for_clients_who_never_come_slow_nothing_down() -> None:
     crowd.arrive(2 * CAPACITY, 10.0)
     assert len(crowd.joined_s) - before >= 0.9 * CAPACITY * (crowd.ranks.now_s - begun_s)
     assert max(wait_s for now_s, wait_s in crowd.told_s if now_s > begun_s) < 10 / CAPACITY
+
+
+@pytest.mark.parametrize("surge", [0, 200])
+def test_with_elastic_on_none_is_refused_while_quality_could_still_fall(surge: int) -> None:
+    """Also while places in the queue are free and kept for those who were refused before."""
+    crowd = Crowd(SimulatedRanks(SETTINGS.model_copy(update={"elastic": ElasticSettings(enabled=True)})))
+    crowd.surge(surge)
+    crowd.arrive(3 * CAPACITY, 4.0)
+    assert crowd.refused_again + len(crowd.told_s) > 20
+    assert set(crowd.pressures) == {1.0}
 
 
 class Clock:
