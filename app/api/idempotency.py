@@ -11,6 +11,7 @@ from typing import Any
 from starlette.requests import Request
 
 from app.api.backend import RequestIdentity
+from app.api.proxy_guard import WITHOUT_ID
 from app.errors import InvalidRequestError
 
 HEADER = "idempotency-key"
@@ -39,7 +40,7 @@ def identity_of(request: Request, body: str, key_name: str) -> RequestIdentity:
         raise InvalidRequestError(
             "Idempotency-Key must be 1 to 255 printable ASCII characters", param="Idempotency-Key"
         )
-    given = request.headers.get("x-request-id")
+    given = None if WITHOUT_ID in request.headers else request.headers.get("x-request-id")
     named = ("key", key) if key is not None else ("id", given, body) if given == request.state.request_id else None
     count = request.headers.get(RETRY_COUNT, "")
     return RequestIdentity(

@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from app.api.backend import RequestIdentity
+from app.api.proxy_guard import WITHOUT_ID
 from tests.api.edit_forms import RED
 from tests.api.edit_forms import URL as EDITS
 from tests.api.fake_backend import FakeBackend
@@ -48,6 +49,12 @@ async def test_an_id_counts_together_with_the_body(identity: Any) -> None:
     assert (await identity(json=BODY | {"n": 1}, headers=headers)).scope != first.scope
     assert (await identity()).scope == "", "its client calls it nothing"
     assert (await identity(json=BODY, headers={"X-Request-Id": "not a sane id"})).scope == ""
+
+
+async def test_an_id_that_a_proxy_made_names_nothing(identity: Any) -> None:
+    headers = {"X-Request-Id": "the-proxys-own", WITHOUT_ID: "1"}
+    assert (await identity(json=BODY, headers=headers)).scope == ""
+    assert (await identity(json=BODY, headers=headers | {"Idempotency-Key": "a"})).scope != ""
 
 
 @pytest.mark.parametrize(("count", "retried"), [("0", False), ("1", True), ("2", True), ("one", False), ("", False)])

@@ -1,4 +1,4 @@
-"""Headers that are no UTF-8 are refused in the envelope, before Ray's proxy decodes them."""
+"""The guard in Ray's proxies: headers that are no UTF-8 get 400 in the envelope, requests without an id a mark."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse
+from starlette.types import Receive, Scope, Send
 
-from app.api.proxy_guard import ProxyGuard, middlewares
+from app.api.proxy_guard import WITHOUT_ID, ProxyGuard, middlewares
 
 
 async def reply_to(headers: list[tuple[bytes, bytes]], kind: str = "http") -> list[dict[str, Any]]:
@@ -54,3 +56,17 @@ async def test_others_pass() -> None:
 async def test_what_is_not_http_passes() -> None:
     start, _ = await reply_to([(b"x-request-id", b"\xff")], kind="websocket")
     assert start["type"].startswith("websocket")
+
+
+@pytest.mark.parametrize(("headers", "marked"), [([], True), ([(b"x-request-id", b"mine")], False)])
+async def test_a_request_without_an_id_is_marked(headers: list[tuple[bytes, bytes]], marked: bool) -> None:
+    seen: list[Request] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(Request(scope))
+
+    scope = {"type": "http", "headers": [(b"host", b"service"), *headers]}
+    await ProxyGuard(app)(scope, lambda: None, lambda message: None)
+    (request,) = seen
+    assert (WITHOUT_ID in request.headers) == marked
+    assert request.headers["host"] == "service"

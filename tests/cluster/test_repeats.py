@@ -10,7 +10,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from ray import serve
+from starlette.requests import Request
 
+from app.api.proxy_guard import WITHOUT_ID
 from tests.cluster.asking import IMAGES, PROMPT, ask, events_of, kill_process, metrics, pixels, wait_for
 from tests.cluster.test_api_processes import ok_by_process
 
@@ -125,3 +128,21 @@ def test_equal_requests_are_no_repetitions(http: httpx.Client) -> None:
     assert first["seed"] != second["seed"]
     assert pixels(first).shape == (64, 64, 3)
     assert finished(http) - before == 2
+
+
+class Echo:
+    """Answers with the names of the headers that came through Ray's proxy."""
+
+    async def __call__(self, request: Request) -> list[str]:
+        return list(request.headers)
+
+
+def test_the_service_knows_which_ids_rays_proxy_made(service: str) -> None:
+    """It gives one to each request that has none, and asking all replicas about it would be in vain."""
+    serve.run(serve.deployment(ray_actor_options={"num_cpus": 0})(Echo).bind(), name="echo", route_prefix="/echo")
+    with_and_without = [httpx.get(f"{service}/echo", headers=each).json() for each in ({"X-Request-Id": "mine"}, {})]
+    serve.delete("echo")
+    assert [(WITHOUT_ID in names, "x-request-id" in names) for names in with_and_without] == [
+        (False, True),
+        (True, True),
+    ]
