@@ -487,6 +487,23 @@ def _row_text(row: RowStep) -> str:
 
 
 @dataclass(frozen=True)
+class GroupStart:
+    """How far a starting group is.
+
+    Attributes:
+        replica: its replica's unique name.
+        phase: what it does, in words for the operator.
+        read_bytes: what each rank has read, or downloaded and written, since it began to load.
+        checkpoint_bytes: the size of the transformer's files, of which a rank reads its part; 0 before it is known.
+    """
+
+    replica: str
+    phase: str
+    read_bytes: tuple[int, ...] = ()
+    checkpoint_bytes: int = 0
+
+
+@dataclass(frozen=True)
 class Progress:
     """The progress of image ``index`` of a request.
 

@@ -6,7 +6,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import ray
@@ -349,8 +349,9 @@ class ServeBackend:
         return await asyncio.shield(self._look)
 
     async def _look_around(self) -> HealthReport:
-        groups, troubles, encoder, decoder = await asyncio.gather(
+        groups, starts, troubles, encoder, decoder = await asyncio.gather(
             call_all_coordinators("ready"),
+            call_all_coordinators("starting"),
             answers_of_all(self._replica, "trouble"),
             _is_up(self._encoder),
             _is_up(self._decoder),
@@ -365,6 +366,7 @@ class ServeBackend:
                 "encoder_ready": encoder,
                 "decoder_ready": decoder,
                 "troubles": [trouble for trouble in troubles if trouble is not None],
+                "starting": [asdict(start) for start in starts if start is not None],
             },
         )
 

@@ -33,6 +33,7 @@ from app.messages import (
     Conditioning,
     DenoiseJob,
     DenoiseResult,
+    GroupStart,
     Latents,
     Progress,
     RowStep,
@@ -86,11 +87,20 @@ class Coordinator:
     """
 
     def __init__(self, settings: Settings) -> None:
-        """A process that has imported everything and waits for its ranks: until `lead` all other calls fail."""
+        """A process that waits for its ranks, with everything imported: until `lead` it knows of their start alone."""
         from app.engine import sampling  # noqa: F401  # here, so that the replica is up without it
 
         configure_logging(settings)
         self._settings = settings
+        self._starting: GroupStart | None = None
+
+    async def report_start(self, start: GroupStart) -> None:
+        """Keep how far the group is, for `starting`."""
+        self._starting = start
+
+    async def starting(self) -> GroupStart | None:
+        """How far the group's start is; None of one that works, or that is a spare."""
+        return self._starting
 
     async def lead(
         self,
@@ -123,6 +133,7 @@ class Coordinator:
         self._work = asyncio.Event()
         self._room = asyncio.Semaphore(settings.plans_in_flight)
         self._sent: asyncio.Queue[tuple[list[SentPlan], list[ray.ObjectRef[list[StepResult]]]]] = asyncio.Queue()
+        self._starting = None
 
     @property
     def counts(self) -> CoordinatorCounters:

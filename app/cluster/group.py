@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import uuid
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -12,7 +13,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from app.cluster.coordinator import Coordinator
 from app.cluster.rank import Rank
-from app.cluster.starting import in_time, loaded
+from app.cluster.starting import StartReports, checkpoint_bytes, in_time, loaded
 from app.control.admission import default_job
 from app.settings import Settings
 
@@ -72,12 +73,18 @@ class RankGroup:
         """
         coordinator, ranks = self.coordinator, self.ranks
         size, patience_s = settings.ranks, settings.start_timeout_s
+        start = StartReports(coordinator, replica, size)
         try:
+            start.enter("starting the ranks' processes")
             rendezvous = None
             if size > 1:
                 rendezvous = await in_time(ranks[0].open_rendezvous.remote(), patience_s, "rank 0 starts")
             reports = [rank.load_and_report.options(num_returns="streaming").remote(rendezvous) for rank in ranks]
-            await asyncio.gather(*(loaded(each, patience_s, f"rank {n} loads") for n, each in enumerate(reports)))
+            start.enter("loading", await asyncio.to_thread(checkpoint_bytes, settings))
+            await asyncio.gather(
+                *(loaded(each, patience_s, f"rank {n} loads", partial(start.read, n)) for n, each in enumerate(reports))
+            )
+            start.enter("compiling and warming up" if settings.compile else "warming up")
             warm_ups = [rank.warm_up.remote(default_job(settings)) for rank in ranks]
             measured_times = await asyncio.gather(
                 *(in_time(each, patience_s, f"rank {n} warms up") for n, each in enumerate(warm_ups))

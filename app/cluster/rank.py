@@ -64,11 +64,12 @@ class Rank:
     def load_and_report(self, rendezvous: tuple[str, int] | None) -> Iterator[int]:
         """`load`, and meanwhile the bytes that this process has read and written: of the checkpoint or a download."""
         with ThreadPoolExecutor(1) as pool:
+            yield _moved_bytes()
             loading = pool.submit(self.load, rendezvous)
             while not wait([loading], REPORT_S).done:
-                moved = psutil.Process().io_counters()
-                yield moved.read_chars + moved.write_chars
+                yield _moved_bytes()
             loading.result()
+        yield _moved_bytes()
 
     def load(self, rendezvous: tuple[str, int] | None) -> None:
         """Join the other ranks and load this rank's shard.
@@ -154,3 +155,8 @@ class Rank:
     def ping(self) -> int:
         """Answer when everything sent before is done; returns this rank's number."""
         return self._rank
+
+
+def _moved_bytes() -> int:
+    moved = psutil.Process().io_counters()
+    return int(moved.read_chars + moved.write_chars)

@@ -17,6 +17,7 @@ from app.cluster.by_reference import by_reference
 from app.cluster.client_errors import public_reason
 from app.cluster.group import RankGroup
 from app.cluster.shared_images import Emit, SharedImages
+from app.cluster.starting import StartReports
 from app.control.reservations import Reservations
 from app.engine.families import Family
 from app.errors import DeadlinePassedError, GroupFailedError, HistoryMismatchError, UnavailableError
@@ -52,6 +53,9 @@ class FluxReplica:
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._bundles = ray.util.get_current_placement_group()
         self._spare: RankGroup | None = self._start()  # its processes import while the checkpoint is checked
+        StartReports(self._spare.coordinator, self._replica, settings.ranks).enter(
+            "fetching or checking the checkpoint"
+        )
         self._family = await asyncio.to_thread(fetch_and_check, settings)
         listing = asyncio.create_task(asyncio.to_thread(read_listing, settings))
         self._group = await self._build()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import weakref
 from dataclasses import replace
 from threading import Event
@@ -21,7 +22,7 @@ from app.cluster.backend import ServeBackend
 from app.control.demand import Measurable
 from app.engine.families import FLUX2_KLEIN, Family
 from app.errors import BusyError
-from app.messages import DenoiseJob, LoraUse, MagCacheOptions, PromptEmbeddings, SourceImage
+from app.messages import DenoiseJob, GroupStart, LoraUse, MagCacheOptions, PromptEmbeddings, SourceImage
 from app.settings import Settings
 
 
@@ -95,8 +96,7 @@ async def test_one_whole_group_is_enough(
     backend: ServeBackend, monkeypatch: pytest.MonkeyPatch, answers: list[bool], ready: bool, counted: tuple[int, int]
 ) -> None:
     async def call(method: str) -> list[Any]:
-        assert method == "ready"
-        return answers
+        return answers if method == "ready" else []
 
     monkeypatch.setattr(module, "call_all_coordinators", call)
     report = await backend.health()
@@ -104,10 +104,23 @@ async def test_one_whole_group_is_enough(
     assert (report.details["groups_ready"], report.details["groups"]) == counted
 
 
+async def test_health_tells_how_far_starting_groups_are(backend: ServeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = GroupStart("r0", "loading", (3, 5), checkpoint_bytes=9)
+
+    async def call(method: str) -> list[Any]:
+        return [start, None] if method == "starting" else [True]
+
+    monkeypatch.setattr(module, "call_all_coordinators", call)
+    report = await backend.health()
+    assert (report.ready, report.details["groups_ready"]) == (True, 1)
+    (told,) = json.loads(json.dumps(report.details))["starting"]
+    assert told == {"replica": "r0", "phase": "loading", "read_bytes": [3, 5], "checkpoint_bytes": 9}
+
+
 async def test_probes_share_a_look(backend: ServeBackend, part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
     async def call(method: str) -> list[Any]:
         await asyncio.sleep(0)
-        return [True]
+        return [True] if method == "ready" else []
 
     monkeypatch.setattr(module, "call_all_coordinators", call)
     monkeypatch.setattr(module, "LOOK_S", 3600.0)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Awaitable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
+import psutil
 import pytest
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
@@ -15,9 +18,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from app.cluster.group import RankGroup
 from app.cluster.rank import Rank
-from app.cluster.starting import PROGRESS_BYTES, in_time, loaded
+from app.cluster.starting import PROGRESS_BYTES, StartReports, checkpoint_bytes, in_time, loaded
 from app.errors import GroupFailedError
+from app.messages import GroupStart
 from app.settings import MagCacheSettings, Settings
+from tests.cluster.asking import wait_for
+from tests.local_group import MODEL
 
 SETTINGS = Settings(
     tensor_parallel_size=2, cpus_per_rank=0.1, threads_per_rank=1, magcache=MagCacheSettings(profile="flux.1-dev")
@@ -36,6 +42,31 @@ async def _reports(step: int) -> AsyncIterator[Awaitable[int]]:
 
 async def test_slow_is_not_hanging() -> None:
     await loaded(_reports(PROGRESS_BYTES), PATIENCE_S, "rank 0 loads")
+
+
+async def test_it_tells_what_moved_since_loading_began() -> None:
+    told: list[int] = []
+    await loaded(_reports(PROGRESS_BYTES), PATIENCE_S, "rank 0 loads", told.append)
+    assert told == [number * PROGRESS_BYTES for number in range(10)]
+
+
+def test_what_the_coordinator_is_told() -> None:
+    class Coordinator:
+        told: ClassVar[list[GroupStart]] = []
+        report_start = SimpleNamespace(remote=told.append)
+
+    reports = StartReports(Coordinator, "r0", ranks=2)
+    reports.enter("starting")
+    reports.enter("loading", checkpoint_bytes(SETTINGS))
+    reports.read(1, 5)
+    reports.enter("warming up")
+    size = (MODEL / "transformer/diffusion_pytorch_model.safetensors").stat().st_size
+    assert Coordinator.told == [
+        GroupStart("r0", "starting", (0, 0)),
+        GroupStart("r0", "loading", (0, 0), size),
+        GroupStart("r0", "loading", (0, 5), size),
+        GroupStart("r0", "warming up", (0, 5), size),
+    ]
 
 
 async def test_a_few_bytes_are_no_progress() -> None:
@@ -85,3 +116,44 @@ async def test_a_rank_that_stops_while_it_loads_is_given_up(cluster: None) -> No
     await loaded(another.load_and_report.options(num_returns="streaming").remote(None), 120.0, "rank 0 loads")
     ray.kill(another)
     remove_placement_group(place)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("victim", "doing"),
+    [("rank 0", "rank 0 starts"), ("rank 1", "rank [01] loads"), ("coordinator", "the coordinator starts")],
+)
+async def test_whatever_stops_before_the_start_is_over_ends_it(cluster: None, victim: str, doing: str) -> None:
+    bundles = placement_group([{"CPU": 0.1}, {"CPU": 0.1}])
+    impatient = SETTINGS.model_copy(update={"start_timeout_s": 5.0})
+    group = RankGroup.start(impatient, bundles, "stopped")
+    actors = {"rank 0": group.ranks[0], "rank 1": group.ranks[1], "coordinator": group.coordinator}
+    pids = {name: await actor.__ray_call__.remote(lambda _: os.getpid()) for name, actor in actors.items()}
+    os.kill(pids[victim], signal.SIGSTOP)
+    with pytest.raises(GroupFailedError, match=f"{doing}: no progress for start_timeout_s, 5 s"):
+        await group.load(impatient, "stopped", rebuilds=0)
+    wait_for(lambda: not any(map(psutil.pid_exists, pids.values())), "all its processes are gone")
+    remove_placement_group(bundles)
+
+
+@pytest.mark.faults
+async def test_a_rank_that_hangs_in_its_warm_up_is_given_up(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until then the coordinator says how far the group is."""
+    bundles = placement_group([{"CPU": 0.1}, {"CPU": 0.1}])
+    impatient = SETTINGS.model_copy(update={"start_timeout_s": 5.0})
+    group = RankGroup.start(impatient, bundles, "hanging")
+
+    async def loaded_and_then_busy(*arguments: Any) -> None:
+        await loaded(*arguments)
+        group.ranks[1].__ray_call__.remote(lambda _: time.sleep(600))  # before its warm-up
+
+    monkeypatch.setattr("app.cluster.group.loaded", loaded_and_then_busy)
+    assert await group.coordinator.starting.remote() is None, "a spare says nothing"
+    start = asyncio.create_task(group.load(impatient, "hanging", rebuilds=0))
+    async with asyncio.timeout(60):
+        while not ((told := await group.coordinator.starting.remote()) and told.phase == "warming up"):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert min(told.read_bytes) > 0.5 * told.checkpoint_bytes / 2 > 0
+    with pytest.raises(GroupFailedError, match=r"rank [01] warms up: no progress for start_timeout_s, 5 s"):
+        await start
+    remove_placement_group(bundles)
