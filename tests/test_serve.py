@@ -20,7 +20,10 @@ LONG = {"prompt": "a red circle", "num_inference_steps": 60, "magcache": {"enabl
 
 
 def test_sigterm_loses_no_image(tmp_path: Path) -> None:
-    with service_process(tmp_path, drain_seconds=60.0) as service, ThreadPoolExecutor(6) as pool:
+    with (
+        service_process(tmp_path, drain_seconds=60.0, tensor_parallel_size=1) as service,
+        ThreadPoolExecutor(6) as pool,
+    ):
         under_way = [pool.submit(service.client.post, IMAGES, json=LONG | {"seed": seed}) for seed in range(6)]
         wait_until(lambda: service.metric("flux_running_pictures") == 6)
         (raylet,) = (each for each in service.processes() if each.name() == "raylet")

@@ -45,7 +45,7 @@ async def test_those_that_answer_in_time_are_heard_and_no_others(named: None) ->
 
 @pytest.mark.faults
 def test_they_are_asked_without_the_gcs_that_looks_them_up(tmp_path: Path) -> None:
-    with service_process(tmp_path) as service:
+    with service_process(tmp_path, tensor_parallel_size=1) as service:
         assert service.metric("flux_running_pictures") == 0
         (gcs,) = [each for each in service.processes() if each.name() == "gcs_server"]
         gcs.send_signal(signal.SIGKILL)

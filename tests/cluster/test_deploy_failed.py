@@ -33,8 +33,9 @@ def name(service: str) -> Iterator[str]:
 
 
 def _small(model: Path, **settings: object) -> dict[str, object]:
-    """Settings that find room beside another application."""
-    return {"model": str(model), "cpus_per_rank": 0.05, "cpus_per_helper": 0.02, **settings}
+    """Settings that find room beside another application, in few processes."""
+    in_api = {"text_encoder": {"placement": "api"}, "vae": {"placement": "api"}}
+    return {"model": str(model), "cpus_per_rank": 0.05, "cpus_per_helper": 0.02, **in_api, **settings}
 
 
 def _truncate(model: Path) -> None:
