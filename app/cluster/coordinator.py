@@ -106,11 +106,15 @@ class Coordinator:
         self,
         ranks: Sequence[ActorHandle],
         measured_times: Sequence[Sequence[StepTime]],
+        attention: str,
         replica: str,
         rebuilds: int,
         mismatches: int = 0,
     ) -> None:
-        """Take ``ranks``, which are loaded; ``measured_times`` is what each of them measured."""
+        """Take ``ranks``, which are loaded; ``measured_times`` is what each of them measured.
+
+        ``attention`` is the backend that they use.
+        """
         from app.engine.sampling import FlowMatchSampler
 
         settings = self._settings
@@ -124,6 +128,7 @@ class Coordinator:
         self._default_job = default_job(settings)
         self._registry = CollectorRegistry()
         self._metrics = CoordinatorMetrics(self._registry, settings.model_name, replica, self.counts)
+        self._metrics.attention(attention)
         self._metrics.group_rebuilt(rebuilds)
         self._metrics.digest_mismatch(mismatches)
         self._metrics.waiting_limit(settings.max_waiting_pictures)

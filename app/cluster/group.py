@@ -89,9 +89,10 @@ class RankGroup:
             measured_times = await asyncio.gather(
                 *(in_time(each, patience_s, f"rank {n} warms up") for n, each in enumerate(warm_ups))
             )
+            attention = await in_time(ranks[0].attention.remote(), patience_s, "rank 0 names its attention backend")
             if size > 1:
                 await in_time(ranks[0].close_rendezvous.remote(), patience_s, "rank 0 closes the rendezvous")
-            leads = coordinator.lead.remote(ranks, measured_times, replica, rebuilds, mismatches)
+            leads = coordinator.lead.remote(ranks, measured_times, attention, replica, rebuilds, mismatches)
             await in_time(leads, patience_s, "the coordinator starts")
             await in_time(coordinator.ping.remote(), patience_s, "the coordinator reaches its ranks")
             coordinator.run.remote()

@@ -124,6 +124,11 @@ class Rank:
         logger.info("a step of the default size takes %.3g s computed and %.3g s reused", alone[True], alone[False])
         return times
 
+    def attention(self) -> str:
+        """The attention backend, the same on all ranks; with ``auto`` the one that was chosen."""
+        assert self._engine is not None, "load() comes first"
+        return self._engine.attention
+
     def execute(self, plans: Sequence[StepPlan], *conditioning: Conditioning) -> list[StepResult]:
         """Run plans, one after another; ``conditioning`` holds the tensors of all that they admit, in order."""
         assert self._engine is not None, "load() comes first"

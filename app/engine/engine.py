@@ -21,7 +21,7 @@ from app.engine.inpainting import Inpainting
 from app.engine.loading import load_transformer
 from app.engine.lora import Loras
 from app.engine.lora_linears import RowAdapters, applied
-from app.engine.modulation import Modulation
+from app.engine.modulation import BranchModulation, Modulation, Recent
 from app.engine.process_groups import RankGroups
 from app.engine.rows import BatchKey, Branch, Row
 from app.engine.sampling import FlowMatchSampler, mix_noise
@@ -105,6 +105,7 @@ class Engine:
         # Before the modulation takes its linears out.
         self.loras = None if loras is None else Loras(loras, model, transformer, groups.tensor, self.device, dtype)
         self._modulation = Modulation(transformer, groups.tensor, self.device)
+        self._recent = Recent()
         self.strategy = get_strategy(self.transformer)
         self._forward = Forward(transformer, self.strategy, self._modulation, groups.sequence)
         self.graphs = Graphs(CudaRecorder(self.device) if tuning.cuda_graphs else None)
@@ -200,11 +201,9 @@ class Engine:
         geometry = Geometry.of(job.width, job.height)
         # FLUX's schedule is that of all steps; image-to-image enters it late.
         sigmas = self.sampler.sigmas(job.num_inference_steps, geometry.tokens)[job.first_step :]
-        # FluxPipeline rounds the timestep (0..1000) to the latents' dtype before it divides by 1000.
-        timesteps = ((sigmas[:-1] * 1000).to(self.dtype) / 1000).to(self.device)
-        branches = {COND: self._branch(conditioning.prompt, timesteps, job)}
+        branches = {COND: self._branch(conditioning.prompt, sigmas, job)}
         if conditioning.negative is not None:
-            branches[UNCOND] = self._branch(conditioning.negative, timesteps, job)
+            branches[UNCOND] = self._branch(conditioning.negative, sigmas, job)
         noise = self.family.layout.noise(
             job.seed, geometry, self.transformer.config.in_channels, self.device, self.dtype
         )
@@ -239,20 +238,29 @@ class Engine:
         tokens = self.groups.sequence.part(torch.cat([torch.empty(0, channels), *(one.latents for one in references)]))
         return self.strategy.embed_image(self.transformer, tokens.to(self.device, self.dtype)[None])[0]
 
-    def _branch(self, prompt: PromptEmbeddings, timesteps: torch.Tensor, job: DenoiseJob) -> Branch:
+    def _branch(self, prompt: PromptEmbeddings, sigmas: torch.Tensor, job: DenoiseJob) -> Branch:
         tokens = self.groups.sequence.part(prompt.tokens).to(self.device, self.dtype)
         context = self.strategy.context(self.transformer, tokens[None])[0]
+        pooled = None if prompt.pooled is None else prompt.pooled.view(torch.uint8).numpy().tobytes()
+        key = pooled, tuple(sigmas.tolist()), job.guidance_scale, job.computing, job.loras
+        modulation = self._recent.get(key, partial(self._modulate, prompt.pooled, sigmas, job))
+        return Branch(len(prompt.tokens), context, modulation.blocks, modulation.output)
+
+    def _modulate(self, pooled: torch.Tensor | None, sigmas: torch.Tensor, job: DenoiseJob) -> BranchModulation:
+        """All that depends on noise level, guidance and pooled prompt; ``sigmas`` are on the CPU."""
+        # FluxPipeline rounds the timestep (0..1000) to the latents' dtype before it divides by 1000.
+        timesteps = ((sigmas[:-1] * 1000).to(self.dtype) / 1000).to(self.device)
         steps = len(timesteps)
         guidance = torch.full((steps,), job.guidance_scale, dtype=torch.float32, device=self.device)
-        pooled = None if prompt.pooled is None else prompt.pooled.to(self.device, self.dtype).expand(steps, -1)
+        of_prompt = None if pooled is None else pooled.to(self.device, self.dtype).expand(steps, -1)
         temb = self.strategy.embed_time(
-            self.transformer, timesteps, guidance if self.transformer.config.guidance_embeds else None, pooled
+            self.transformer, timesteps, guidance if self.transformer.config.guidance_embeds else None, of_prompt
         )
         computing = list(range(steps)) if job.computing is None else list(job.computing)
         ahead = self._modulation.ahead(torch.stack([temb[step] for step in computing]))
         # Each in memory of its own: code is compiled for where in its memory an argument begins.
-        modulation = {step: own.clone() for step, own in zip(computing, ahead, strict=True)}
-        return Branch(len(prompt.tokens), context, modulation, self.strategy.output_modulation(self.transformer, temb))
+        blocks = {step: own.clone() for step, own in zip(computing, ahead, strict=True)}
+        return BranchModulation(blocks, self.strategy.output_modulation(self.transformer, temb))
 
     def _step(self, row_steps: Sequence[RowStep]) -> dict[str, torch.Tensor]:
         """Take one step of rows of equal shapes: forward pass, true CFG, move, inpainting; returns previews."""

@@ -8,6 +8,9 @@ blocks is a look-up, so the weights need not lie whole on every rank, nor on the
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +19,47 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from app.engine.parallel import TensorParallelGroup, modulation_linears
+
+KEPT_BYTES = 1 << 27
+"""Of `Recent`: FLUX.1-dev's modulation of some sixty computed steps, FLUX.2's of thousands."""
+
+
+@dataclass(frozen=True)
+class BranchModulation:
+    """What modulates one CFG branch of a row.
+
+    Attributes:
+        blocks: by step that computes, (columns,), for the blocks' streams.
+        output: (steps to run, 2 inner_dim), what scales and shifts the blocks' output at every step.
+    """
+
+    blocks: Mapping[int, torch.Tensor]
+    output: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        return self.output.nbytes + sum(one.nbytes for one in self.blocks.values())
+
+
+class Recent:
+    """The modulation used last, for further images of the same prompt and settings; at most `KEPT_BYTES`.
+
+    Where the model takes no pooled prompt, prompts are no part of it and all images of equal settings share one. Ranks
+    admit the same rows in the same order, so they agree on what is there.
+    """
+
+    def __init__(self, limit_bytes: int = KEPT_BYTES) -> None:
+        self._limit = limit_bytes
+        self._kept: OrderedDict[Hashable, BranchModulation] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], BranchModulation]) -> BranchModulation:
+        """What is there for ``key``, else what ``make`` gives."""
+        found = self._kept.pop(key, None) or make()
+        self._kept[key] = found
+        while sum(one.nbytes for one in self._kept.values()) > self._limit:
+            self._kept.popitem(last=False)
+        return found
 
 
 class LookUp(nn.Module):

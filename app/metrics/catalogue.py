@@ -310,6 +310,11 @@ CATALOGUE: tuple[Spec, ...] = (
         result=("loaded", "failed"),
     ),
     # The group.
+    _gauge(
+        "coordinator", "flux_attention_info", "1",
+        "Always 1; `backend` is the attention kernel of all ranks, which `attention_backend: auto` chose or names.",
+        backend=(),
+    ),
     _gauge("coordinator", "flux_group_up", "1", "1 while the tensor-parallel group works, 0 once it has failed."),
     _counter(
         "coordinator", "flux_group_rebuilds", "rebuilds",

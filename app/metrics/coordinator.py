@@ -131,6 +131,10 @@ class CoordinatorMetrics:
         """Count one load of an adapter, ``loaded`` or ``failed``."""
         self._made.counter("flux_lora_loads", result).inc()
 
+    def attention(self, backend: str) -> None:
+        """Say which attention backend the ranks use."""
+        self._made.gauge("flux_attention_info", backend).set(1)
+
     def group_up(self, up: bool) -> None:
         """Set whether the group works."""
         self._made.gauge("flux_group_up").set(up)

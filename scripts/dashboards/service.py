@@ -187,7 +187,11 @@ SLO = Row(
         Panel(
             "Builds", "Releases that run; more than one line is an upgrade under way.",
             "table", "none", (Query(f"count by (model, version, torch, diffusers, ray) (flux_build_info{{{FLUX}}})"),),
-            width=24,
+            width=16,
+        ),
+        Panel(
+            "Attention", "The kernels that each group uses, chosen at its start where `attention_backend` is `auto`.",
+            "table", "none", (Query(f"max by (replica, backend) (flux_attention_info{{{GROUP}}})"),), width=8,
         ),
     ),
 )  # fmt: skip

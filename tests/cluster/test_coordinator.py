@@ -94,7 +94,7 @@ async def group(conditioning: Conditioning) -> AsyncIterator[Group]:
     measured_times = rank.warm_up(default_job(SETTINGS))
     with ThreadPoolExecutor(1) as thread:
         coordinator = Coordinator(SETTINGS)
-        await coordinator.lead([Handle(rank, thread)], [measured_times], "local", rebuilds=0)
+        await coordinator.lead([Handle(rank, thread)], [measured_times], "native", "local", rebuilds=0)
         running = asyncio.create_task(coordinator.run())
         yield Group(rank, thread, coordinator, conditioning)
         running.cancel()

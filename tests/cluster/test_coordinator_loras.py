@@ -53,7 +53,7 @@ async def group(tmp_path: Path) -> AsyncIterator[LoraGroup]:
         handle.load_lora = Remote(rank.load_lora, thread)
         handle.drop_lora = Remote(rank.drop_lora, thread)
         coordinator = Coordinator(settings)
-        await coordinator.lead([handle], [measured_times], "local", rebuilds=0)
+        await coordinator.lead([handle], [measured_times], "native", "local", rebuilds=0)
         running = asyncio.create_task(coordinator.run())
         group = LoraGroup(rank, thread, coordinator, adapter)
         yield group

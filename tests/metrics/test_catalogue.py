@@ -7,12 +7,13 @@ from app.metrics import CATALOGUE
 from app.metrics.catalogue import COMMON
 from tests.metrics.owners import Everything, plan_of
 
-BOUNDED = {"model", "replica", "rank", "key", "profile", "steps", "computed", "lora"}
+BOUNDED = {"model", "replica", "rank", "key", "profile", "steps", "computed", "lora", "backend"}
 
 
 def test_the_catalogue_is_what_is_exposed(everything: Everything) -> None:
     everything.coordinator.observe_step(plan_of((True,)), [0.01])
     everything.api.observe_request("ok", 200, 1.0, key_name="alice", loras=["star"])
+    everything.coordinator.attention("cudnn")
     everything.guard.compared(ImageKind("p", 28, guided=False), 10, 40.0, 0.98)
     everything.guard.holds(ImageKind("p", 28, guided=False), 10, 38.5)
     everything.calibration.ran("p", "probe", 1.0)

@@ -100,3 +100,10 @@ def test_a_coordinators_own_sums_become_counters() -> None:
     ]
     for name, labels, value in expected:
         assert registry.get_sample_value(name, LABELS | labels) == value, name
+
+
+def test_the_attention_backend() -> None:
+    registry, metrics = coordinator_metrics()
+    metrics.attention("cudnn")
+    assert registry.get_sample_value("flux_attention_info", {**LABELS, "backend": "cudnn"}) == 1
+    assert registry.get_sample_value("flux_attention_info", {**LABELS, "backend": "flash"}) is None
