@@ -48,9 +48,10 @@ def build(settings: Settings) -> Application:
     }
     common: dict[str, Any] = {**every, "graceful_shutdown_timeout_s": settings.drain_seconds}
 
-    def own_deployment(part: type, runs_on: str) -> Application:
+    def own_deployment(part: type, runs_on: str, replicas: int = 1) -> Application:
         return _deployment(
             part,
+            num_replicas=replicas,
             ray_actor_options={**component, "num_gpus": settings.gpus_per_helper if runs_on == "cuda" else 0},
             max_ongoing_requests=settings.max_ongoing_requests,
             **common,
@@ -76,11 +77,13 @@ def build(settings: Settings) -> Application:
         **every,
         graceful_shutdown_timeout_s=settings.api_drain_seconds,
     )
+    encoder = own_deployment(PromptEncoder, settings.encoder_runs_on)
+    decoder = own_deployment(ImageDecoder, settings.decoder_runs_on, settings.vae.replicas)
     return api.bind(
         settings,
         replica.bind(settings),
-        None if settings.encoder_is_in_api else own_deployment(PromptEncoder, settings.encoder_runs_on),
-        None if settings.decoder_is_in_api else own_deployment(ImageDecoder, settings.decoder_runs_on),
+        None if settings.encoder_is_in_api else encoder,
+        None if settings.decoder_is_in_api else decoder,
     )
 
 
@@ -123,9 +126,11 @@ def rank_bundle(settings: Settings) -> dict[str, float]:
 def needed_resources(settings: Settings) -> dict[str, float]:
     """Logical CPUs and GPUs that all deployments together reserve at the start."""
     ranks = settings.num_replicas * settings.ranks
-    on_gpu = [settings.encoder_runs_on, settings.decoder_runs_on].count("cuda")
+    encoders = 0 if settings.encoder_is_in_api else 1
+    decoders = 0 if settings.decoder_is_in_api else settings.vae.replicas
+    on_gpu = encoders * (settings.encoder_runs_on == "cuda") + decoders * (settings.decoder_runs_on == "cuda")
     gpus = ranks * settings.gpus_per_rank if settings.device == "cuda" else 0.0
-    components = settings.api_replicas + [settings.encoder_is_in_api, settings.decoder_is_in_api].count(False)
+    components = settings.api_replicas + encoders + decoders
     return {
         "CPU": ranks * settings.cpus_per_rank + components * settings.cpus_per_helper,
         "GPU": gpus + on_gpu * settings.gpus_per_helper,

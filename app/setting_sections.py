@@ -259,6 +259,11 @@ class VaeSettings(Section):
         default=False,
         description="Work on large images in overlapping tiles: less memory, more time, and tiles may show faintly.",
     )
+    replicas: PositiveInt = Field(
+        default=1,
+        description="Processes of the VAE, each with a whole copy that decodes one image at a time, for groups that "
+        "finish images faster than one decodes them; with placement `api` there are `api_replicas`.",
+    )
 
 
 class HttpSettings(Section):

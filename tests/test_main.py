@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from ray.serve.config import AutoscalingConfig
 
-from app.main import needed_resources, replica_count, surge_percent
-from app.settings import AutoscalingSettings, Settings
+from app.main import build, needed_resources, replica_count, surge_percent
+from app.settings import AutoscalingSettings, Settings, VaeSettings
 
 
 def test_the_number_of_groups_is_fixed_unless_it_may_grow() -> None:
@@ -24,6 +24,17 @@ def test_the_start_needs_the_fewest_groups_only() -> None:
     growing = few.model_copy(update={"autoscaling": AutoscalingSettings(max_replicas=8)})
     assert needed_resources(growing) == needed_resources(few)
     assert growing.max_replicas == 8
+
+
+def test_each_process_of_the_vae_reserves_its_share() -> None:
+    one = Settings(device="cuda", gpus_per_helper=0.25, cpus_per_helper=0.5)
+    three = one.model_copy(update={"vae": VaeSettings(replicas=3)})
+    more = {name: amount - needed_resources(one)[name] for name, amount in needed_resources(three).items()}
+    assert more == {"CPU": 1.0, "GPU": 0.5}
+    in_api = one.model_copy(update={"vae": VaeSettings(replicas=3, placement="api")})
+    assert needed_resources(in_api)["GPU"] == needed_resources(one)["GPU"] - 0.25
+    *_, encoder, decoder = build(Settings(vae=VaeSettings(replicas=3)))._bound_deployment.init_args
+    assert [part._bound_deployment.num_replicas for part in (encoder, decoder)] == [1, 3]
 
 
 @pytest.mark.parametrize(
