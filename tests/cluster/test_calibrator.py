@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
 from app import calibrate
 from app.cluster.backend import ServeBackend
 from app.messages import CalibrationJob
 from app.settings import MagCacheSettings, Settings
 from magcache_core import stored_profiles
-from tests.cluster.asking import wait_for
+from magcache_core.measure import probes
+from tests.cluster.asking import events_of, wait_for
 
 PROMPTS = ["a red circle on a blue background", "a green square"]
 SMALL = {"size": "64x64", "num_inference_steps": 6, "prompts": PROMPTS, "trial_runs": 1, "moves": 0}
@@ -60,6 +62,32 @@ def test_it_calibrates_itself_and_plans_with_the_profile(http: httpx.Client, pro
     assert after["schedule"] == next(trial.schedule for trial in profile.trials if trial.computed == 3)
     assert image(http, size="128x128", num_inference_steps=28)["magcache"]["profile"].startswith("flux-tiny@")
     assert {path.suffix for path in profile_dir.iterdir()} == {".json"}
+
+
+def test_true_cfg_is_calibrated_and_followed(http: httpx.Client, profile_dir: Path) -> None:
+    guided = {"negative_prompt": "", "true_cfg_scale": 4.0}
+    asked = SMALL | guided | {"trial_runs": 0, "computed_steps": 4}
+    started = http.post("/v1/calibrations", json=asked).json()["id"]
+    with http.stream("GET", f"/v1/calibrations/{started}", headers={"Accept": "text/event-stream"}) as reply:
+        events = list(events_of(reply))
+    assert {event["type"] for event in events[:-1]} <= {"calibration.running"}
+    last = events[-1]
+    assert (last["type"], last["progress"]) == ("calibration.done", 1.0), last["message"]
+    name = "flux-tiny-6-64x64-g3.5-cfg4"
+    (profile,) = [one for one in stored_profiles(profile_dir) if one.name == name]
+    assert (profile.true_cfg_scale, set(profile.branches)) == (4.0, {"cond", "uncond"})
+    made = image(http, **guided)["magcache"]
+    assert (made["profile"], made["schedule"].count("C")) == (last["profile"], 4)
+    assert not image(http)["magcache"]["profile"].startswith(name)
+    found = [
+        (sample.name, sample.labels["profile"], sample.value)
+        for family in text_string_to_metric_families(http.get("/metrics").text)
+        for sample in family.samples
+        if sample.labels.get("profile") == name
+    ]
+    assert ("flux_calibration_progress", name, 1.0) in found
+    runs = sum(value for metric, _, value in found if metric == "flux_calibration_profile_runs_total")
+    assert runs == last["runs"] == len(PROMPTS) + len(probes(6))
 
 
 def test_an_ended_one_goes_on_where_it_was(http: httpx.Client, profile_dir: Path) -> None:
