@@ -90,7 +90,7 @@ class ServeBackend:
         self._calibrator = Calibrator(settings, encoder, replica, decoder, self._apis.this)
         self._demand = CalibrationDemand(settings)
         self._idle: asyncio.Task[None] | None = None
-        if settings.magcache.calibrate == "idle":
+        if settings.magcache.calibrate != "off" and settings.magcache.profile_folder is not None:
             self._idle = asyncio.create_task(
                 calibrate_when_idle(settings, self._calibrator, self._demand, self.family, lambda: self._apis.is_first)
             )

@@ -22,6 +22,7 @@ from app.cluster.handles import result_of
 from app.components.image_file import pixels_of
 from app.components.prompt_encoder import PromptEncoder
 from app.components.vae import ImageDecoder
+from app.control import job_file
 from app.control.calibration import Outcome, Run, Runs, Subject, calibration, expected_runs
 from app.control.findings import Findings, from_bytes, to_bytes
 from app.engine.checkpoint_files import read_json
@@ -114,11 +115,20 @@ class Calibrator:
         """How far a calibration is; `InvalidRequestError` (404) where it is not known, or no longer."""
         if calibration_id not in self._known:
             raise InvalidRequestError(
-                f"no calibration {calibration_id[:128]!r} is known here; after a restart POST /v1/calibrations goes on",
+                f"no calibration {calibration_id[:128]!r} is known here; one under way goes on soon after a restart",
                 code="calibration_not_found",
                 status=HTTPStatus.NOT_FOUND,
             )
         return self._known[calibration_id]
+
+    def interrupted(self) -> CalibrationJob | None:
+        """The job that was under way when this service or its process ended; None where there is none."""
+        folder = self._settings.magcache.profile_folder
+        file = None if folder is None else self._job_file(folder)
+        return job_file.from_bytes(file.read_bytes()) if file is not None and file.is_file() else None
+
+    def _job_file(self, folder: Path) -> Path:
+        return folder / f".{_name_of(self._settings.model)}.job"
 
     async def join(self) -> None:
         """Return when no calibration is under way."""
@@ -128,12 +138,14 @@ class Calibrator:
     async def cancel(self, calibration_id: str) -> CalibrationStatus:
         """End a calibration; what it found stays for the next one."""
         status = self.status(calibration_id)
-        if self._running == calibration_id:
+        folder = self._settings.magcache.profile_folder
+        if self._running == calibration_id and folder is not None:
+            await asyncio.to_thread(self._job_file(folder).unlink, missing_ok=True)
             await self.stop()
         return self._known[status.id]
 
     async def stop(self) -> None:
-        """End the calibration under way, if there is one."""
+        """End the calibration under way, if there is one, so that a service that starts again goes on with it."""
         if self._task is not None:
             self._task.cancel()
             await self.join()
@@ -149,24 +161,29 @@ class Calibrator:
 
     async def _work(self, job: CalibrationJob, folder: Path) -> None:
         try:
+            replace_file(
+                self._job_file(folder), job_file.to_bytes(job)
+            )  # at once: in a thread it might come after the file's removal
             profile = await self._calibrate(job, folder)
         except asyncio.CancelledError:
-            self._end(replace(self._known[job.id], state="cancelled"))
+            self._end(replace(self._known[job.id], state="cancelled"), folder)
         except Exception as error:  # whatever it is, its status says so
             logger.exception("calibration %s failed", job.id)
             message = f"{type(error).__name__}: {error}"
-            self._end(replace(self._known[job.id], state="failed", message=message))
+            self._end(replace(self._known[job.id], state="failed", message=message), folder)
         else:
             label, runs = f"{profile.name}@{profile.version}", self._known[job.id].runs
             done = replace(self._known[job.id], state="done", profile=label, expected_runs=runs)
             self._metrics.at(profile.name, done)
-            self._end(done)
+            self._end(done, folder)
 
-    def _end(self, status: CalibrationStatus) -> None:
+    def _end(self, status: CalibrationStatus, folder: Path) -> None:
         self._running = None
         self._note(status)
         self._metrics.ended(status)
         logger.info("calibration %s: %s after %d runs, %.0f s", status.id, status.state, status.runs, status.seconds)
+        if status.state != "cancelled":  # which it also is when the service stops, to go on later
+            self._job_file(folder).unlink(missing_ok=True)
 
     async def _calibrate(self, job: CalibrationJob, folder: Path) -> Profile:
         model = await asyncio.to_thread(model_folder, self._settings)
@@ -175,6 +192,7 @@ class Calibrator:
         findings = await asyncio.to_thread(_read, file, job)
         if findings.runs:
             logger.info("calibration %s goes on after %d runs", job.id, findings.runs)
+            self._note(_status(job, findings))
         runs = calibration(job, subject, findings)
         # Planning candidates takes tens of milliseconds, which other requests should not wait for.
         step = await asyncio.to_thread(_advance, runs, None)
@@ -182,13 +200,14 @@ class Calibrator:
             outcome = await self._outcome(job, step)
             step = await asyncio.to_thread(_advance, runs, outcome)
             await asyncio.to_thread(_write, file, findings, job)
-            expected = max(expected_runs(job), findings.runs)
-            status = CalibrationStatus(job.id, "running", findings.phase, findings.runs, expected, findings.seconds)
+            status = _status(job, findings)
             self._note(status)
             self._metrics.at(subject.name, status)
             self._metrics.ran(subject.name, findings.phase, outcome.seconds)
             if findings.runs % LOG_EVERY == 0:
-                logger.info("calibration %s: %s, run %d of about %d", job.id, findings.phase, findings.runs, expected)
+                logger.info(
+                    "calibration %s: %s, run %d of about %d", job.id, findings.phase, status.runs, status.expected_runs
+                )
         path = await asyncio.to_thread(save_profile, step, folder)
         logger.info("calibration %s: profile %s@%s is in %s", job.id, step.name, step.version, path)
         await call_all_coordinators("read_profiles")
@@ -235,8 +254,17 @@ class Calibrator:
         return Outcome(latents, time.perf_counter() - started, result.sums, image)
 
 
+def _status(job: CalibrationJob, findings: Findings) -> CalibrationStatus:
+    expected = max(expected_runs(job), findings.runs)
+    return CalibrationStatus(job.id, "running", findings.phase, findings.runs, expected, findings.seconds)
+
+
+def _name_of(model: str) -> str:
+    return Path(model.rstrip("/")).name
+
+
 def _subject(job: CalibrationJob, settings: Settings, model: Path) -> Subject:
-    name = Path(settings.model.rstrip("/")).name
+    name = _name_of(settings.model)
     guidance = f"g{job.guidance_scale:g}" + ("" if job.negative_prompt is None else f"-cfg{job.true_cfg_scale:g}")
     sigmas = FlowMatchSampler(model).sigmas(job.steps, Geometry.of(job.width, job.height).tokens)
     return Subject(

@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from app import calibrate
 from app.cluster.backend import ServeBackend
+from app.cluster.calibrator import Calibrator
 from app.messages import CalibrationJob
 from app.settings import MagCacheSettings, Settings
 from magcache_core import stored_profiles
@@ -116,11 +117,19 @@ async def test_a_service_that_stops_ends_it_and_begins_none(tmp_path: Path) -> N
     started = await backend.calibrate(CalibrationJob("calibration-1", ("a",), 8, 64, 64, 3.5, 3, (3,)))
     await asyncio.sleep(0)
     await backend.stop_background()
+    left = Calibrator(settings, Silent(), None, None)
+    interrupted = left.interrupted()
+    assert interrupted is not None, "the next one of this service goes on with it"
+    assert interrupted.id == started.id
     assert (started.state, (await backend.calibration(started.id)).state) == ("running", "cancelled")
     assert backend._idle is not None
     await asyncio.wait({backend._idle}, timeout=10)
     assert backend._idle.cancelled()
     await backend.stop_background()
+    left.start(CalibrationJob("calibration-2", ("a",), 8, 64, 64, 3.5, 3, (3,)))
+    await asyncio.sleep(0)
+    await left.cancel("calibration-2")
+    assert left.interrupted() is None, "it was ended on purpose"
 
 
 def test_the_command_shows_the_profile(service: str, capsys: Any, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ class StandIn:
 
     def __init__(self, folder: Path, failing: tuple[int, ...] = ()) -> None:
         self.busy = False
+        self.left: CalibrationJob | None = None
         self.jobs: list[CalibrationJob] = []
         self._folder = folder
         self._failing = failing
@@ -36,6 +37,10 @@ class StandIn:
     def status(self, calibration_id: str) -> CalibrationStatus:
         state = "failed" if self.jobs[-1].steps in self._failing else "done"
         return CalibrationStatus(calibration_id, state, "try", 1, 1, 1.0)
+
+    def interrupted(self) -> CalibrationJob | None:
+        left, self.left = self.left, None
+        return left
 
     async def join(self) -> None:
         pass
@@ -74,6 +79,20 @@ async def test_true_cfg_is_calibrated_against_the_empty_prompt(settings: Setting
     await watch(settings, stand_in, demand, 2)
     asked = [(job.negative_prompt, job.true_cfg_scale) for job in stand_in.jobs]
     assert asked == [(None, 1.0), ("", 4.0)]
+
+
+async def test_what_was_interrupted_goes_on_first_and_without_idle_too(settings: Settings, tmp_path: Path) -> None:
+    left = CalibrationJob("calibration-left", ("a",), 12, 64, 64, 1.0, 4, (4,))
+    stand_in = StandIn(tmp_path, failing=(12,))
+    stand_in.left = left
+    await watch(settings, stand_in, CalibrationDemand(settings), 2)
+    assert stand_in.jobs[0] == left
+    assert [job.steps for job in stand_in.jobs] == [12, 28]
+    asking = settings.model_copy(update={"magcache": settings.magcache.model_copy(update={"calibrate": "ask"})})
+    alone = StandIn(tmp_path)
+    alone.left = left
+    await watch(asking, alone, CalibrationDemand(asking), 1)
+    assert alone.jobs == [left]
 
 
 async def test_one_that_failed_is_not_begun_again(settings: Settings, tmp_path: Path) -> None:
