@@ -106,9 +106,18 @@ def test_command_line(pipe: FluxPipeline, tmp_path: Path, monkeypatch: pytest.Mo
     assert [trial.computed for trial in found.trials] == [trial.computed for trial in profile.trials]
 
 
+def test_a_third_of_the_prompts_and_at_most_four_are_held_out() -> None:
+    assert [calibration.held_out_by_default(prompts) for prompts in (1, 2, 3, 8, 12, 16)] == [0, 0, 1, 2, 4, 4]
+    asked = job(prompts=("a", "b", "c"), seeds=2, held_out=1)
+    assert asked.runs == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert asked.judging_runs == [("c", 0), ("c", 1)]
+
+
 def test_arguments_are_checked(pipe: FluxPipeline) -> None:
     with pytest.raises(SystemExit):
         calibration.main(["--model", "m", "--out", "o.json", "--size", "big"])
+    with pytest.raises(SystemExit, match="--judge is 16; of 16 prompts one at least measures"):
+        calibration.main(["--model", "m", "--out", "o.json", "--judge", "16"])
     with pytest.raises(ValueError, match="does not take max_sequence_length"):
         calibrate(PromptPipe(pipe), job(max_sequence_length=8), "tiny", "t", progress=False)
     with pytest.raises(ValueError, match="empty"):
