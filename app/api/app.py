@@ -7,6 +7,7 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
+from starlette.routing import Match, Route
 
 from app.api import calibrations, edits, lora_routes, page
 from app.api.access import AccessMiddleware
@@ -19,6 +20,8 @@ from app.api.replies import error_response
 from app.api.routes import new_service, router
 from app.errors import InvalidRequestError, ServiceError
 from app.settings import Settings
+
+ROUTERS = (router, edits.router, calibrations.router, lora_routes.router, page.router)
 
 
 def create_app(
@@ -39,11 +42,8 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.service = service = new_service(settings, get_backend, process)
-    app.include_router(router)
-    app.include_router(edits.router)
-    app.include_router(calibrations.router)
-    app.include_router(lora_routes.router)
-    app.include_router(page.router)
+    for each in ROUTERS:
+        app.include_router(each)
     keys = None if settings.http.api_keys_file is None else ApiKeys(settings.http.api_keys_file)
     app.add_middleware(DrainMiddleware, drain=service.drain)
     app.add_middleware(AccessMiddleware, http=settings.http, keys=keys)
@@ -79,6 +79,14 @@ async def _http_error(request: Request, error: Exception) -> Response:
         HTTPStatus.METHOD_NOT_ALLOWED: (f"{path!r} does not take {request.method}", "method_not_allowed"),
     }
     message, code = messages.get(HTTPStatus(error.status_code), (str(error.detail), "invalid_request"))
-    return error_response(
-        InvalidRequestError(message, code=code, status=error.status_code, headers=dict(error.headers or {}))
-    )
+    headers = dict(error.headers or {})
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers["Allow"] = _allowed(request) or headers["Allow"]
+    return error_response(InvalidRequestError(message, code=code, status=error.status_code, headers=headers))
+
+
+def _allowed(request: Request) -> str:
+    """All methods of the request's path among `ROUTERS`; Starlette's own error has those of its first route only."""
+    routes = [route for each in ROUTERS for route in each.routes if isinstance(route, Route)]
+    found = [route.methods for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return ", ".join(sorted({method for methods in found for method in methods or ()}))

@@ -13,7 +13,8 @@ from starlette.responses import Response
 
 from app.api.accept import media_types
 from app.api.access import check_operator
-from app.api.calibration_status import CalibrationReply, event_of, follow, reply_of
+from app.api.calibration_status import CalibrationEvent, CalibrationReply, event_of, follow, reply_of
+from app.api.events import event_schema
 from app.api.guidance import true_cfg
 from app.api.replies import AsciiJSONResponse
 from app.api.resolve import check_prompt, parse_size
@@ -121,7 +122,7 @@ async def start(request: Request) -> CalibrationReply:
         200: {
             "description": "How far it is; with `stream`, or where `Accept` wants events, one event a change until its "
             "end.",
-            "content": {"text/event-stream": {"schema": {"$ref": "#/components/schemas/CalibrationEvent"}}},
+            "content": {"text/event-stream": {"schema": event_schema(CalibrationEvent)}},
         },
         **_RESPONSES,
     },

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import time
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field, field_validator
 
@@ -131,6 +131,20 @@ def stream_headers(resolved: ResolvedRequest, first: StreamItem | None) -> dict[
 def error_event(error: ServiceError) -> bytes:
     """``error`` as the last event of a stream, in the envelope that it would have as a reply."""
     return sse_event(ErrorEvent(error=ErrorBody.model_validate(error.envelope["error"])))
+
+
+def event_schema(*events: type[BaseModel]) -> dict[str, Any]:
+    """One of ``events`` as OpenAPI sees it: an object of a server-sent event's fields, whose data are JSON as text."""
+    any_of = [{"$ref": f"#/components/schemas/{event.__name__}"} for event in events]
+    return {
+        "type": "object",
+        "description": "Of each server-sent event.",
+        "properties": {
+            "event": {"type": "string", "description": "The `type` in its data."},
+            "data": {"type": "string", "contentMediaType": "application/json", "contentSchema": {"oneOf": any_of}},
+        },
+        "required": ["event", "data"],
+    }
 
 
 def sse_event(event: BaseModel) -> bytes:

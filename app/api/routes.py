@@ -17,7 +17,7 @@ from starlette.responses import Response
 from app.api.accept import prefers_html
 from app.api.backend import Backend, GeneratedImage, StreamItem
 from app.api.drain import Drain
-from app.api.events import STREAM_EVENTS, Kind, event_of, stream_headers
+from app.api.events import STREAM_EVENTS, Kind, event_of, event_schema, stream_headers
 from app.api.idempotency import body_digest, identity_of
 from app.api.image_memory import ImageMemory
 from app.api.loras import may_name_loras
@@ -133,11 +133,7 @@ IMAGES_RESPONSES: Mapping[int | str, dict[str, Any]] = {
         "content": {
             f"image/{name}": {"schema": {"type": "string", "format": "binary"}} for name in ("png", "jpeg", "webp")
         }
-        | {
-            "text/event-stream": {
-                "schema": {"oneOf": [{"$ref": f"#/components/schemas/{event.__name__}"} for event in STREAM_EVENTS]}
-            }
-        },
+        | {"text/event-stream": {"schema": event_schema(*STREAM_EVENTS)}},
     },
     **_errors(
         s400="A field is wrong; `param` names it.",

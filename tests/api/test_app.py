@@ -41,6 +41,22 @@ async def test_wrong_urls_and_methods(
         assert response.headers["allow"]
 
 
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        (URL, {"POST"}),
+        ("/v1/calibrations/some", {"DELETE", "GET"}),
+        ("/v1/requests/some", {"DELETE"}),
+        ("/docs", {"GET", "HEAD"}),
+    ],
+)
+async def test_a_wrong_method_is_told_of_all_right_ones(
+    client: httpx.AsyncClient, path: str, allowed: set[str]
+) -> None:
+    response = await client.put(path)
+    assert (response.status_code, set(response.headers["allow"].split(", "))) == (405, allowed)
+
+
 async def test_busy_and_unavailable_say_when_to_come_back(client: httpx.AsyncClient, backend: FakeBackend) -> None:
     for error, status, code, seconds in (
         (BusyError(2.1), 429, "busy", "3"),
