@@ -288,9 +288,9 @@ class HttpSettings(Section):
     max_decoded_bytes: int = Field(
         default=1 << 30,
         ge=1 << 20,
-        description="Memory that images to edit may take in one API process, of all requests together: their files, "
-        "decoding (16 bytes per pixel, and 8 per pixel of the whole file of WebP and progressive JPEG files), and the "
-        "pixels until the VAE has encoded them. Beyond it the answer is 429.",
+        description="Memory that bodies and images to edit may take in one API process, of all requests together: "
+        "bodies while they arrive, decoding (16 bytes per pixel, and 8 per pixel of the whole file of WebP and "
+        "progressive JPEG files), and pixels until the VAE has encoded them. Beyond it the answer is 429.",
     )
     metadata: bool = Field(
         default=False,

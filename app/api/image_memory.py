@@ -1,4 +1,4 @@
-"""Bounds the memory that uploaded images take in one process, from their arrival until the VAE has encoded them."""
+"""Bounds the memory of bodies that arrive in one process, and of uploaded images until the VAE has encoded them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NEWEST_SHARE = 0.2
 
 
 class ImageMemory:
-    """Counts the bytes of uploads that arrive, are decoded or wait; beyond ``limit`` there is a 429. Thread-safe."""
+    """Counts the bytes of bodies that arrive and of images decoded or waiting; beyond ``limit`` a 429. Thread-safe."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -54,7 +54,8 @@ class ImageMemory:
         with self._lock:
             if self.held + nbytes > self.limit:
                 raise BusyError(
-                    self._claim_s, "the images to edit of other requests fill http.max_decoded_bytes; ask again later"
+                    self._claim_s,
+                    "the bodies and images of other requests fill http.max_decoded_bytes; ask again later",
                 )
             self.held += nbytes
 

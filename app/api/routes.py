@@ -168,19 +168,26 @@ IMAGES_RESPONSES: Mapping[int | str, dict[str, Any]] = {
 )
 async def generate(request: Request) -> Response:
     """OpenAI's image generation, with FLUX's and MagCache's own settings beside OpenAI's."""
+    resolved, body = await _resolved(request)
+    return await answer(request, resolved, body)
+
+
+async def _resolved(request: Request) -> tuple[ResolvedRequest, str]:
+    """The request and the digest of its body, which is not kept: fields without effect may hold megabytes."""
     service = _service(request)
-    fields = await read_json(request, service.settings.http.max_body_bytes)
-    resolve = partial(
-        resolve_request,
-        settings=service.settings,
-        family=await service.get_backend().family(),
-        request_id=request.state.request_id,
-        key_name=key_name_of(request),
-        loras=await service.loras(fields),
-    )
-    body = parse(fields | model_in_path(request), ImagesRequest, resolve)
-    resolved = resolve(body, accept=request.headers.get("accept", ""))
-    return await answer(request, resolved, body_digest(fields | model_in_path(request)))
+    with service.image_memory.claim() as arriving:
+        fields = await read_json(request, service.settings.http.max_body_bytes, arriving.grow)
+        resolve = partial(
+            resolve_request,
+            settings=service.settings,
+            family=await service.get_backend().family(),
+            request_id=request.state.request_id,
+            key_name=key_name_of(request),
+            loras=await service.loras(fields),
+        )
+        body = parse(fields | model_in_path(request), ImagesRequest, resolve)
+        resolved = resolve(body, accept=request.headers.get("accept", ""))
+        return resolved, body_digest(fields | model_in_path(request))
 
 
 async def answer(request: Request, resolved: ResolvedRequest, body: str, kind: Kind = "image_generation") -> Response:
