@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import tracemalloc
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
@@ -18,13 +19,18 @@ from app.api.proxy_guard import middlewares
 from app.api.slow_readers import PIECE_BYTES, SlowReaders
 
 LARGE = bytes(range(256)) * (40 << 12)  # 40 MiB, beyond what the sockets hold
+READERS = 20
 
 
 class Replies:
-    """One large body at `/body`, an endless stream elsewhere; ``ended`` is set when a reply's work is over."""
+    """One large body at `/body`, an endless stream elsewhere; ``ended`` is set when a reply's work is over.
+
+    ``streamed`` counts pieces of streams.
+    """
 
     def __init__(self) -> None:
         self.ended = asyncio.Event()
+        self.streamed = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply = Response(LARGE) if Request(scope).url.path == "/body" else StreamingResponse(self._stream())
@@ -35,6 +41,7 @@ class Replies:
 
     async def _stream(self) -> AsyncIterator[bytes]:
         while True:
+            self.streamed += 1
             yield LARGE[:PIECE_BYTES]
             await asyncio.sleep(0)
 
@@ -69,6 +76,28 @@ async def test_a_client_that_does_not_read_counts_as_gone(reader: socket.socket,
         async with asyncio.timeout(30):
             await replies.ended.wait()
         reader.close()
+
+
+@pytest.mark.parametrize("path", ["/body", "/stream"])
+async def test_little_is_kept_for_clients_that_do_not_read(path: str) -> None:
+    replies, loop = Replies(), asyncio.get_running_loop()
+    tracemalloc.start()
+    async with served(replies, patience_s=60.0) as address:
+        before = tracemalloc.get_traced_memory()[0]
+        readers = [socket.socket() for _ in range(READERS)]
+        for reader in readers:
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            reader.setblocking(False)
+            await loop.sock_connect(reader, address)
+            await loop.sock_sendall(reader, f"GET {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+        seen = -1
+        while seen != replies.streamed:  # until the sockets are full
+            seen = replies.streamed
+            await asyncio.sleep(0.5)
+        assert tracemalloc.get_traced_memory()[0] - before < READERS * 4 * PIECE_BYTES
+        tracemalloc.stop()
+        for reader in readers:
+            reader.close()
 
 
 async def test_a_client_that_reads_gets_every_byte() -> None:
