@@ -158,15 +158,25 @@ def lines(profile: Profile, loop: Loop, budgets: Sequence[int]) -> Iterator[Line
         tried, planned = plan(profile, STEPS, budget=budget), plan(profile, STEPS, budget=budget, reuse="corrected")
         even = evenly_corrected(STEPS, budget)
         yield budget, "tried, residuals", residuals.schedule, partial(reused, residuals)
+        yield budget, "its schedule, corrected", residuals.schedule, partial(moved, residuals.schedule, "corrected")
         yield budget, "tried", tried.schedule, partial(reused, tried)
+        yield budget, "tried, integrated", tried.schedule, partial(moved, tried.schedule, "integrated")
         yield budget, "planned, corrected", planned.schedule, partial(moved, planned.schedule, "corrected")
+        yield budget, "planned, integrated", planned.schedule, partial(moved, planned.schedule, "integrated")
         yield budget, "even, corrected", even, partial(moved, even, "corrected")
         yield budget, "even, integrated", even, partial(moved, even, "integrated")
         yield budget, "AB2", every, partial(loop.images, adams_bashforth(own, 2))
         yield budget, "AB2+AM3", every, partial(moved, every, "integrated", own)
 
 
-def run(model: Path, profile: Profile, out: Path, prompts: int, budgets: Sequence[int]) -> None:
+def run(
+    model: Path,
+    profile: Profile,
+    out: Path,
+    prompts: int,
+    budgets: Sequence[int],
+    lines: Callable[[Profile, Loop, Sequence[int]], Iterator[Line]] = lines,
+) -> None:
     """Measure the lines that ``out`` doesn't hold yet, and drop those of other schedules."""
     loop = Loop(Generator(model, draw_prompts(prompts, held_out=True, seed=PROMPT_SEED)))
     setup = {
@@ -196,7 +206,7 @@ def run(model: Path, profile: Profile, out: Path, prompts: int, budgets: Sequenc
             line[name] = [round(decibels.mean().item(), 2), round(worst.mean().item(), 2)]
         document["lines"].append(line)
         out.write_text(json.dumps(document, indent=1) + "\n")
-        print(f"{computed:3} {method:18} {marks} {line['uncached']} {line['true']}", flush=True)
+        print(f"{computed:3} {method:32} {marks} {line['uncached']} {line['true']}", flush=True)
     out.write_text(json.dumps(document, indent=1) + "\n")
 
 
@@ -220,16 +230,20 @@ def table(out: Path) -> str:
     return "\n".join(text)
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.correctors", description=__doc__)
+def main(
+    name: str = "correctors",
+    text: str | None = __doc__,
+    lines: Callable[[Profile, Loop, Sequence[int]], Iterator[Line]] = lines,
+) -> None:
+    """The command line, of this benchmark or of another one with other ``lines``."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=text)
     parser.add_argument("--model", type=Path, default=Path("models/flux-tiny"))
     parser.add_argument("--profile", default="flux-tiny", help="name or path")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/correctors.json"))
+    parser.add_argument("--out", type=Path, default=Path(f"benchmarks/results/{name}.json"))
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS), choices=BUDGETS)
     args = parser.parse_args()
-    run(args.model, load_profile(args.profile), args.out, args.prompts, args.budgets)
+    run(args.model, load_profile(args.profile), args.out, args.prompts, args.budgets, lines)
     print(table(args.out))
 
 

@@ -38,6 +38,9 @@ PROMPT_SEED = 21
 WHOLE = "C.C..C..C..C...C...C...C.C.C"
 """flux-tiny's default at 28 steps."""
 PLAIN = load_profile("flux-tiny")
+EDITS = ("C.C..C..C..C.C.CC", "CCC.C...C..C..C.C", "CCCCC...C..C..C.C", "C.C.C.C.C.C.CCCCC")
+"""Beside the default: the plan of 8 that weighs predictions three times as much, those of 8 and 9 whose first 3 and 5
+steps compute, and that of 11."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Region:
 
     Attributes:
         former: the schedule and reuse mode that were the default.
+        others: further schedules of `corrected`, to compare with.
     """
 
     name: str
@@ -54,6 +58,7 @@ class Region:
     guidance: float = 3.5
     true_cfg_scale: float = 1.0
     strength: float | None = None
+    others: tuple[str, ...] = ()
 
     @property
     def first(self) -> int:
@@ -75,7 +80,7 @@ REGIONS = (
     Region("true CFG 4", (WHOLE, "residual"), true_cfg_scale=4.0),
     Region("true CFG 7", (WHOLE, "residual"), true_cfg_scale=7.0),
     Region("guidance 7", (WHOLE, "corrected"), guidance=7.0),
-    Region("strength 0.6", ("C..C...C..C..C.CC", "linear"), strength=0.6),
+    Region("strength 0.6", ("C..C...C..C..C.CC", "linear"), strength=0.6, others=EDITS),
     Region("12 steps", (schedule(PLAIN.config(12)), "residual"), steps=12),
 )
 
@@ -167,7 +172,7 @@ def lines(region: Region) -> dict[str, tuple[str, Plan | None]]:
     }
     if picked is not PLAIN:
         found["now, without it"] = (PLAIN.name, region.plan(PLAIN))
-    return found
+    return found | {f"other, {marks}": (PLAIN.name, Plan(marks, "corrected")) for marks in region.others}
 
 
 def run(model: Path, out: Path, prompts: int, kept: Path) -> None:
