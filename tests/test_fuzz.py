@@ -17,7 +17,7 @@ SMALLEST = {
     "default_width": 64, "default_height": 64, "num_inference_steps": 1, "max_sequence_length": 32,
     "min_side": 64, "max_side": 64, "max_pixels": 4096, "max_inference_steps": 2, "max_n": 1,
 }  # fmt: skip
-"""Limits of images that take some 20 ms each."""
+"""Limits under which a valid request makes the smallest image that the service offers."""
 
 
 def test_two_thousand_requests_find_nothing(tmp_path: Path) -> None:
