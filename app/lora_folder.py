@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from app.messages import LoraFile, LoraListing
+from app.messages.loras import LoraFile, LoraListing
 from app.model_files import REPOSITORY, model_folder
 from app.settings import Settings
 

@@ -15,7 +15,7 @@ from torch.distributed import FileStore
 from app.engine.engine import Engine
 from app.engine.parallel import TensorParallelGroup
 from app.engine.process_groups import RankGroups
-from app.messages import PromptEmbeddings
+from app.messages.conditioning import PromptEmbeddings
 from benchmarks.gpu_runs import Ours, Request
 from benchmarks.make_checkpoint import make_checkpoint
 from magcache_core import Plan

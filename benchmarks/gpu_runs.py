@@ -14,16 +14,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers import MagCacheConfig as DiffusersMagCacheConfig
 
 from app.engine.engine import Engine
-from app.messages import (
-    COND,
-    BranchStep,
-    Conditioning,
-    DenoiseJob,
-    PromptEmbeddings,
-    RowStep,
-    StepPlan,
-    chained,
-)
+from app.messages.conditioning import Conditioning, PromptEmbeddings
+from app.messages.jobs import COND, DenoiseJob
+from app.messages.plans import BranchStep, RowStep, StepPlan, chained
 from benchmarks.checkpoints import weights
 from benchmarks.checkpoints.geometry import Part
 from benchmarks.roofline import synchronize

@@ -36,7 +36,7 @@ from app.engine.fused import fuse
 from app.engine.geometry import Geometry
 from app.engine.parallel import planned_linears
 from app.engine.tuning import Tuning, UsualRow, tune
-from app.messages import PromptEmbeddings
+from app.messages.conditioning import PromptEmbeddings
 from benchmarks import gpu_parts, gpu_peaks, gpu_ranks
 from benchmarks.checkpoints import weights
 from benchmarks.checkpoints.geometry import repository

@@ -22,7 +22,7 @@ import torch
 
 from app.control.guard import QualityGuard, worst_tenth
 from app.control.likeness import psnr
-from app.messages import ImageKind
+from app.messages.jobs import ImageKind
 from app.settings import QualityGuardSettings
 from benchmarks.pictures import Generator, draw_prompts
 from magcache_core import apply_mag_cache, choose, load_profile, remove_mag_cache

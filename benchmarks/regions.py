@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from diffusers import FluxImg2ImgPipeline
 
-from app.messages import first_step
+from app.messages.jobs import first_step
 from benchmarks.pictures import BATCH, SEED, Generator, draw_prompts, score
 from magcache_core import (
     Plan,

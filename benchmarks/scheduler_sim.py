@@ -27,7 +27,8 @@ from app.control.schedule import SchedulePlanner
 from app.control.scheduler import StepScheduler
 from app.control.step_costs import PlanPart, StepCosts, parts_of
 from app.engine.sampling import FlowMatchSampler
-from app.messages import DenoiseJob, MagCacheOptions, StepPlan
+from app.messages.jobs import DenoiseJob, MagCacheOptions
+from app.messages.plans import StepPlan
 from app.settings import MagCacheSettings, Settings
 
 T = TypeVar("T")

@@ -16,7 +16,10 @@ from app.control.request import RequestState
 from app.control.schedule import SchedulePlanner
 from app.engine.engine import Engine
 from app.engine.sampling import FlowMatchSampler
-from app.messages import Conditioning, DenoiseJob, MagCacheOptions, PromptEmbeddings, StepPlan, StepTime
+from app.messages.conditioning import Conditioning, PromptEmbeddings
+from app.messages.jobs import DenoiseJob, MagCacheOptions
+from app.messages.plans import StepPlan
+from app.messages.results import StepTime
 from app.settings import MagCacheSettings, Settings
 
 MODEL = Path(__file__).resolve().parents[1] / "models/flux-tiny"

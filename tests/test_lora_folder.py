@@ -9,7 +9,7 @@ import pytest
 
 from app.engine.lora_files import lora_digest
 from app.lora_folder import common_listing, lora_folder, read_listing
-from app.messages import LoraFile, LoraListing
+from app.messages.loras import LoraFile, LoraListing
 from app.settings import Settings
 from tests.lora_files import WIDTH, weights_of, write_lora
 

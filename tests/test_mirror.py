@@ -9,6 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 WITHOUT = {
     "app/api/backend.py": "a protocol and the data that cross it; ServeBackend and the fake one in tests/api keep it",
+    "app/messages/calibration.py": "plain data; tests of the calibrator and of its routes read it",
+    "app/messages/results.py": "plain data; tests of ranks, coordinator and API read it",
     "app/control/counters.py": "totals as plain attributes; tests of admission and metrics read them",
 }
 """Modules without tests under their name, with the reason."""

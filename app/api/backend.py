@@ -11,17 +11,12 @@ import numpy as np
 from prometheus_client.metrics_core import Metric
 
 from app.engine.families import Family
-from app.messages import (
-    CalibrationJob,
-    CalibrationStatus,
-    DenoiseReport,
-    LoraListing,
-    LoraUse,
-    MagCacheOptions,
-    Progress,
-    Sharing,
-    TokenCount,
-)
+from app.messages.calibration import CalibrationJob, CalibrationStatus
+from app.messages.conditioning import TokenCount
+from app.messages.jobs import MagCacheOptions
+from app.messages.loras import LoraListing, LoraUse
+from app.messages.repetitions import Sharing
+from app.messages.results import DenoiseReport, Progress
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from app.api.schemas import MagCacheBody, Quality
 from app.errors import InvalidRequestError
-from app.messages import MagCacheOptions
+from app.messages.jobs import MagCacheOptions
 from app.settings import Settings
 
 _FIELDS = ("mag_threshold", "mag_max_skip_steps", "mag_retention_ratio", "computed_steps", "min_computed_steps")

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from app.api.events import sse_event
-from app.messages import CalibrationStatus
+from app.messages.calibration import CalibrationStatus
 
 LOOK_S = 1.0
 """Time between two looks at a calibration that is followed; it may be in another process."""

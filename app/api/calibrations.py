@@ -24,7 +24,8 @@ from app.api.streaming import stream_response
 from app.api.validation import parse_plain, read_json
 from app.engine.families import Family
 from app.errors import InvalidRequestError
-from app.messages import CalibrationJob, steps_of_share
+from app.messages.calibration import CalibrationJob
+from app.messages.jobs import steps_of_share
 from app.settings import Settings
 from magcache_core.calibrate import held_out_by_default, packaged_prompts
 

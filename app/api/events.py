@@ -13,7 +13,7 @@ from app.api.replies import all_warnings, ascii_json, finite, image_reply, usage
 from app.api.resolve import ResolvedRequest
 from app.api.schemas import ErrorBody, ImageReply, Quality, Usage
 from app.errors import ServiceError
-from app.messages import Progress
+from app.messages.results import Progress
 
 Kind = Literal["image_generation", "image_edit"]
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 
 from app.api.backend import ImagesJob
-from app.messages import DenoiseReport
+from app.messages.results import DenoiseReport
 
 _LONGEST = 6000
 """Characters kept of a prompt, beyond any that a text encoder reads: EXIF has room for 64 kB in two bytes each."""

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from app.api.access import check_operator
 from app.api.loras import check_configured
 from app.api.schemas import ErrorReply, LoraCard, LoraList, RefusedLora
-from app.messages import LoraListing
+from app.messages.loras import LoraListing
 
 router = APIRouter()
 

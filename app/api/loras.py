@@ -9,7 +9,7 @@ from typing import Any
 
 from app.api.schemas import LoraBody, LoraReply
 from app.errors import InvalidRequestError
-from app.messages import LoraListing, LoraUse
+from app.messages.loras import LoraListing, LoraUse
 from app.settings import Settings
 
 

@@ -17,7 +17,8 @@ from app.api.loras import resolve_loras
 from app.api.schemas import DRAW_A_SEED, MAX_SEED, ImagesRequest, MagCacheBody, Quality
 from app.engine.families import Family
 from app.errors import InvalidRequestError, ModelNotFoundError
-from app.messages import LoraListing, first_step
+from app.messages.jobs import first_step
+from app.messages.loras import LoraListing
 from app.settings import SamplingSettings, Settings
 
 # Drawn seeds stay exact in JSON readers whose only number is a double.

@@ -39,7 +39,7 @@ from app.api.streaming import stream_response
 from app.api.validation import parse, read_json
 from app.engine.families import Edits
 from app.errors import ModelNotFoundError, RequestNotFoundError, ServiceError
-from app.messages import LoraListing
+from app.messages.loras import LoraListing
 from app.metrics import ApiMetrics, Families, merge_families
 from app.settings import Settings
 from app.telemetry import Attributes, Tracing

@@ -33,15 +33,11 @@ from app.control.demand import CalibrationDemand, Measurable
 from app.engine.families import Family
 from app.errors import BusyError, ForbiddenError, UnavailableError
 from app.lora_folder import common_listing
-from app.messages import (
-    CalibrationJob,
-    CalibrationStatus,
-    Conditioning,
-    DenoiseJob,
-    DenoiseResult,
-    LoraListing,
-    PromptEmbeddings,
-)
+from app.messages.calibration import CalibrationJob, CalibrationStatus
+from app.messages.conditioning import Conditioning, PromptEmbeddings
+from app.messages.jobs import DenoiseJob
+from app.messages.loras import LoraListing
+from app.messages.results import DenoiseResult
 from app.metrics import merge_families
 from app.settings import Settings
 

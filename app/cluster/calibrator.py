@@ -29,14 +29,10 @@ from app.engine.checkpoint_files import read_json
 from app.engine.geometry import Geometry
 from app.engine.sampling import FlowMatchSampler
 from app.errors import InvalidRequestError, RetryLaterError
-from app.messages import (
-    CalibrationJob,
-    CalibrationStatus,
-    Conditioning,
-    DenoiseJob,
-    DenoiseResult,
-    MagCacheOptions,
-)
+from app.messages.calibration import CalibrationJob, CalibrationStatus
+from app.messages.conditioning import Conditioning
+from app.messages.jobs import DenoiseJob, MagCacheOptions
+from app.messages.results import DenoiseResult
 from app.metrics import CalibrationMetrics
 from app.model_files import model_folder
 from app.settings import Settings

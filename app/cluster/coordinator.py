@@ -27,20 +27,10 @@ from app.errors import (
     RequestCancelledError,
 )
 from app.logs import configure_logging
-from app.messages import (
-    COND,
-    UNCOND,
-    Conditioning,
-    DenoiseJob,
-    DenoiseResult,
-    GroupStart,
-    Latents,
-    Progress,
-    RowStep,
-    StepPlan,
-    StepResult,
-    StepTime,
-)
+from app.messages.conditioning import Conditioning
+from app.messages.jobs import COND, UNCOND, DenoiseJob
+from app.messages.plans import RowStep, StepPlan
+from app.messages.results import DenoiseResult, GroupStart, Latents, Progress, StepResult, StepTime
 from app.metrics import CoordinatorMetrics
 from app.model_files import model_folder
 from app.settings import Settings

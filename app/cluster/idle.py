@@ -9,7 +9,7 @@ from app.cluster.calibrator import Calibrator
 from app.control.demand import CalibrationDemand, Measurable
 from app.engine.families import Family
 from app.errors import ServiceError
-from app.messages import CalibrationJob
+from app.messages.calibration import CalibrationJob
 from app.settings import Settings
 from magcache_core import Profile, load_profile, profile_names, stored_profiles
 

@@ -11,7 +11,9 @@ from ray.serve.handle import DeploymentHandle
 from app.api.backend import Preview, StreamItem
 from app.cluster.handles import answer_of_one, answers_of_all, items_of, result_of
 from app.components.vae import ImageDecoder
-from app.messages import Conditioning, DenoiseJob, DenoiseResult, Latents, Progress
+from app.messages.conditioning import Conditioning
+from app.messages.jobs import DenoiseJob
+from app.messages.results import DenoiseResult, Latents, Progress
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from app.cluster.handles import remote
 from app.components.prompt_encoder import PromptEncoder
 from app.components.vae import ImageDecoder
 from app.logs import configure_logging
-from app.messages import CalibrationJob, CalibrationStatus
+from app.messages.calibration import CalibrationJob, CalibrationStatus
 from app.metrics import merge_families
 from app.settings import Settings
 

@@ -14,7 +14,8 @@ from ray.actor import ActorHandle
 from app.cluster.client_errors import unwrap_ray_error
 from app.control.lora_table import Content, LoraMoves, LoraTable
 from app.errors import DeadlinePassedError, InvalidRequestError
-from app.messages import DenoiseJob, LoraUse
+from app.messages.jobs import DenoiseJob
+from app.messages.loras import LoraUse
 from app.metrics import CoordinatorMetrics
 
 logger = logging.getLogger(__name__)

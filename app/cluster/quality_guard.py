@@ -16,16 +16,10 @@ from app.components.vae import ImageDecoder
 from app.control.admission import default_job
 from app.control.guard import QualityGuard
 from app.control.likeness import psnr, ssim
-from app.messages import (
-    CalibrationRun,
-    Conditioning,
-    DenoiseJob,
-    DenoiseReport,
-    DenoiseResult,
-    ImageKind,
-    Latents,
-    MagCacheOptions,
-)
+from app.messages.calibration import CalibrationRun
+from app.messages.conditioning import Conditioning
+from app.messages.jobs import DenoiseJob, ImageKind, MagCacheOptions
+from app.messages.results import DenoiseReport, DenoiseResult, Latents
 from app.metrics import GuardMetrics
 from app.settings import Settings
 

@@ -18,7 +18,10 @@ from app.cluster.rank_loras import RankLoras
 from app.cluster.rendezvous import Rendezvous, rendezvous_store
 from app.logs import configure_logging
 from app.lora_folder import lora_folder
-from app.messages import Conditioning, DenoiseJob, StepPlan, StepResult, StepTime
+from app.messages.conditioning import Conditioning
+from app.messages.jobs import DenoiseJob
+from app.messages.plans import StepPlan
+from app.messages.results import StepResult, StepTime
 from app.model_files import compile_cache, model_folder, transformer_file
 from app.settings import Settings
 

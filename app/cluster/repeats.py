@@ -11,7 +11,7 @@ from app.api.backend import ImagesJob, RequestIdentity
 from app.cluster.api_processes import ApiProcesses
 from app.cluster.handles import answers_of_all
 from app.errors import InvalidRequestError
-from app.messages import Reservation, Sharing
+from app.messages.repetitions import Reservation, Sharing
 
 
 class Repeats:

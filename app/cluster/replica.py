@@ -23,7 +23,11 @@ from app.engine.families import Family
 from app.errors import DeadlinePassedError, GroupFailedError, HistoryMismatchError, UnavailableError
 from app.logs import configure_logging
 from app.lora_folder import read_listing
-from app.messages import Conditioning, DenoiseJob, DenoiseResult, LoraListing, Progress, Reservation
+from app.messages.conditioning import Conditioning
+from app.messages.jobs import DenoiseJob
+from app.messages.loras import LoraListing
+from app.messages.repetitions import Reservation
+from app.messages.results import DenoiseResult, Progress
 from app.model_files import fetch_and_check
 from app.settings import Settings
 from app.telemetry import REQUEST_ID

@@ -9,7 +9,9 @@ from contextvars import copy_context
 from typing import Any
 
 from app.control.progress import ProgressBuffer
-from app.messages import DenoiseJob, DenoiseResult, Progress, Reservation, Sharing
+from app.messages.jobs import DenoiseJob
+from app.messages.repetitions import Reservation, Sharing
+from app.messages.results import DenoiseResult, Progress
 
 Emit = Callable[[list[Progress]], None]
 Work = Callable[[Emit], Coroutine[Any, Any, DenoiseResult]]

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from app.engine.weight_files import weight_files
 from app.errors import GroupFailedError
-from app.messages import GroupStart
+from app.messages.results import GroupStart
 from app.model_files import model_folder, transformer_file
 from app.settings import Settings
 

@@ -18,7 +18,7 @@ from torch import nn
 from app.engine.finite import check_finite
 from app.engine.weight_files import encoder_variant
 from app.logs import configure_logging
-from app.messages import PromptEmbeddings, TokenCount
+from app.messages.conditioning import PromptEmbeddings, TokenCount
 from app.metrics import EncoderMetrics
 from app.model_files import model_folder
 from app.settings import Settings

@@ -13,7 +13,7 @@ from app.engine.families import Family
 from app.engine.geometry import LATENT_PIXELS
 from app.engine.inpainting import PAINTED
 from app.engine.source_fit import REFERENCE_PIXELS, fit_source
-from app.messages import SourceImage
+from app.messages.conditioning import SourceImage
 
 
 class SourceEncoder:

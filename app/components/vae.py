@@ -18,7 +18,8 @@ from app.engine.geometry import TOKEN_PIXELS, Geometry
 from app.engine.weight_files import weight_variant
 from app.errors import GenerationError
 from app.logs import configure_logging
-from app.messages import Latents, SourceImage
+from app.messages.conditioning import SourceImage
+from app.messages.results import Latents
 from app.model_files import model_folder
 from app.settings import Settings
 

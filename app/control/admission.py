@@ -18,7 +18,9 @@ from app.control.schedule import BranchSchedule, SchedulePlanner, make_row_sched
 from app.control.scheduler import StepScheduler
 from app.control.step_costs import PlanPart, StepCosts, parts_of
 from app.errors import BusyError, DeadlineImpossibleError, InvalidRequestError
-from app.messages import DenoiseJob, MagCacheOptions, StepPlan, StepResult, StepTime
+from app.messages.jobs import DenoiseJob, MagCacheOptions
+from app.messages.plans import StepPlan
+from app.messages.results import StepResult, StepTime
 from app.settings import Settings
 
 

@@ -16,7 +16,8 @@ import torch
 
 from app.control.findings import Findings
 from app.control.preset_budgets import next_budget
-from app.messages import COND, CalibrationJob, CalibrationRun
+from app.messages.calibration import CalibrationJob, CalibrationRun
+from app.messages.jobs import COND
 from magcache_core import Profile, Trial, fewest_steps
 from magcache_core.measure import growth, probe_schedule, probes
 from magcache_core.plan_data import COMPUTE

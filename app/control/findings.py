@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from app.messages import CalibrationJob
+from app.messages.calibration import CalibrationJob
 from magcache_core.run_sums import BranchSums
 
 

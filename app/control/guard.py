@@ -16,7 +16,7 @@ from functools import cache
 
 import numpy as np
 
-from app.messages import ImageKind
+from app.messages.jobs import ImageKind
 from app.settings import QualityGuardSettings
 
 SHARE_BELOW = 0.1

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from app.messages import CalibrationJob
+from app.messages.calibration import CalibrationJob
 
 
 def to_bytes(job: CalibrationJob) -> bytes:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from app.control.request import RequestState
 from app.errors import BusyError
-from app.messages import DenoiseJob
+from app.messages.jobs import DenoiseJob
 from app.settings import KeySettings
 
 

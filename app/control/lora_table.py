@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from app.messages import LoraUse
+from app.messages.loras import LoraUse
 
 Content = tuple[str, str]
 """An adapter: its name, and the digest of its file."""

@@ -3,7 +3,7 @@
 import asyncio
 import time
 
-from app.messages import Progress
+from app.messages.results import Progress
 
 PACE_S = 0.1
 """Least time between events without a preview, however fast the steps are."""

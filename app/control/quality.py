@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from app.control.schedule import BranchSchedule, SchedulePlanner
-from app.messages import DenoiseJob, steps_of_share
+from app.messages.jobs import DenoiseJob, steps_of_share
 from app.settings import MagCacheSettings
 
 Reason = Literal["deadline", "load"]

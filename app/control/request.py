@@ -9,7 +9,9 @@ from functools import lru_cache
 from app.control.quality import ScheduleSelector
 from app.control.schedule import BranchSchedule, RowSchedule, make_row_schedule
 from app.engine.geometry import Geometry
-from app.messages import COND, UNCOND, DenoiseJob, DenoiseReport, RowStep
+from app.messages.jobs import COND, UNCOND, DenoiseJob
+from app.messages.plans import RowStep
+from app.messages.results import DenoiseReport
 from app.settings import Settings
 
 DueKey = tuple[float, int]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Container
 
-from app.messages import Reservation
+from app.messages.repetitions import Reservation
 
 LIMIT = 10_000
 """Requests that are remembered; the one that was not repeated for longest is forgotten first."""

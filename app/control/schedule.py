@@ -12,7 +12,9 @@ import torch
 
 from app.engine.geometry import Geometry
 from app.errors import InvalidRequestError
-from app.messages import BranchStep, CalibrationRun, DenoiseJob, ImageKind, MagCacheOptions, steps_of_share
+from app.messages.calibration import CalibrationRun
+from app.messages.jobs import DenoiseJob, ImageKind, MagCacheOptions, steps_of_share
+from app.messages.plans import BranchStep
 from app.settings import Settings
 from magcache_core import (
     ConfigError,

@@ -30,7 +30,8 @@ from sortedcontainers import SortedDict
 
 from app.control.request import DueKey, RequestState, RowShape
 from app.control.schedule import BranchSchedule
-from app.messages import FIRST_DIGEST, DenoiseJob, StepPlan, plan_digest
+from app.messages.jobs import DenoiseJob
+from app.messages.plans import FIRST_DIGEST, StepPlan, plan_digest
 from app.settings import Settings
 
 MESSAGE_S = 0.03

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from app.control.request import RowShape
-from app.messages import StepPlan
+from app.messages.plans import StepPlan
 
 UNKNOWN = 0.5
 """Relative standard deviation of an estimate that was scaled from another shape or batch size."""

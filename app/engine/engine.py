@@ -28,21 +28,11 @@ from app.engine.sampling import FlowMatchSampler, mix_noise
 from app.engine.stopwatch import Stopwatch
 from app.engine.tuning import Tuning, tune, use_compile_cache
 from app.errors import PlanMismatchError
-from app.messages import (
-    COND,
-    FIRST_DIGEST,
-    UNCOND,
-    BranchStep,
-    Conditioning,
-    DenoiseJob,
-    LoraUse,
-    PromptEmbeddings,
-    RowStep,
-    SourceImage,
-    StepPlan,
-    StepResult,
-    plan_digest,
-)
+from app.messages.conditioning import Conditioning, PromptEmbeddings, SourceImage
+from app.messages.jobs import COND, UNCOND, DenoiseJob
+from app.messages.loras import LoraUse
+from app.messages.plans import FIRST_DIGEST, BranchStep, RowStep, StepPlan, plan_digest
+from app.messages.results import StepResult
 from magcache_core import get_strategy
 from magcache_core.row_sums import MeasuredStep, RowMeasurement
 from magcache_core.strategies import Rotary

@@ -19,7 +19,7 @@ from app.engine.lora_files import LowRank, read_lora
 from app.engine.lora_linears import Adapter, Piece, RowAdapters, adapt
 from app.engine.lora_names import targets
 from app.engine.parallel import TensorParallelGroup, local_ranges, parallelize, shard_specs
-from app.messages import LoraUse
+from app.messages.loras import LoraUse
 
 WITHOUT = LoraUse("", 1.0)
 """An adapter that changes nothing, which is always there: a row with it runs as rows with adapters do."""

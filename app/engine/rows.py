@@ -11,7 +11,8 @@ import torch
 from app.engine.geometry import Geometry
 from app.engine.inpainting import Inpainting
 from app.engine.lora_linears import RowAdapters
-from app.messages import BranchStep, DenoiseJob
+from app.messages.jobs import DenoiseJob
+from app.messages.plans import BranchStep
 from magcache_core.correct import CORRECTING
 from magcache_core.row_sums import RowMeasurement
 from magcache_core.run_sums import BranchSums

@@ -15,17 +15,10 @@ import torch
 from app.engine.checkpoint_files import CheckpointError
 from app.engine.engine import Engine
 from app.engine.lora import WITHOUT
-from app.messages import (
-    COND,
-    BranchStep,
-    Conditioning,
-    DenoiseJob,
-    PromptEmbeddings,
-    RowStep,
-    StepPlan,
-    StepTime,
-    chained,
-)
+from app.messages.conditioning import Conditioning, PromptEmbeddings
+from app.messages.jobs import COND, DenoiseJob
+from app.messages.plans import BranchStep, RowStep, StepPlan, chained
+from app.messages.results import StepTime
 
 REPEATS = 3
 """The first is not counted, and of the others the fastest: other processes are starting on the machine."""

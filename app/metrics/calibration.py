@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry
 
-from app.messages import CalibrationStatus
+from app.messages.calibration import CalibrationStatus
 from app.metrics.catalogue import MAX_PROFILES
 from app.metrics.instruments import FirstNames, Instruments
 

@@ -8,7 +8,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily
 
 from app.control.counters import CoordinatorCounters
-from app.messages import DenoiseReport, StepPlan
+from app.messages.plans import StepPlan
+from app.messages.results import DenoiseReport
 from app.metrics.catalogue import BRANCHES, BY_NAME, DECISIONS
 from app.metrics.instruments import Instruments, exemplar
 

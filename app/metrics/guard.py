@@ -6,7 +6,7 @@ from typing import Literal
 
 from prometheus_client import CollectorRegistry
 
-from app.messages import ImageKind
+from app.messages.jobs import ImageKind
 from app.metrics.instruments import Instruments
 
 

@@ -16,7 +16,10 @@ from app.api.backend import GeneratedImage, HealthReport, ImagesJob, Preview, Re
 from app.control.counters import CoordinatorCounters
 from app.engine.families import FLUX_DEV, Family
 from app.errors import ForbiddenError, InvalidRequestError, RequestCancelledError
-from app.messages import CalibrationJob, CalibrationStatus, DenoiseReport, LoraListing, Progress, TokenCount
+from app.messages.calibration import CalibrationJob, CalibrationStatus
+from app.messages.conditioning import TokenCount
+from app.messages.loras import LoraListing
+from app.messages.results import DenoiseReport, Progress
 from app.metrics import CoordinatorMetrics
 
 SCHEDULE = "CCC..C.."

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from app.api.app import create_app
-from app.messages import MagCacheOptions
+from app.messages.jobs import MagCacheOptions
 from app.settings import MagCacheSettings, Settings
 from tests.api.fake_backend import FakeBackend
 from tests.api.refusals import assert_refused

@@ -10,7 +10,7 @@ import pytest
 
 from app.api import calibration_status
 from app.api.app import create_app
-from app.messages import CalibrationStatus
+from app.messages.calibration import CalibrationStatus
 from app.settings import HttpSettings, Settings
 from tests.api.fake_backend import FakeBackend
 from tests.api.sse import events_of

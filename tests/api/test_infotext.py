@@ -12,7 +12,8 @@ from fastapi import FastAPI
 from app.api.app import create_app
 from app.api.backend import ImagesJob
 from app.api.infotext import infotext
-from app.messages import DenoiseReport, MagCacheOptions
+from app.messages.jobs import MagCacheOptions
+from app.messages.results import DenoiseReport
 from app.settings import Settings
 from tests.api.fake_backend import FakeBackend
 

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from app.api.app import create_app
-from app.messages import LoraFile, LoraListing
+from app.messages.loras import LoraFile, LoraListing
 from app.settings import Settings
 from tests.api.fake_backend import FakeBackend
 from tests.api.test_loras import LISTING, URL, body

@@ -16,7 +16,7 @@ from app.api.app import create_app
 from app.api.loras import may_name_loras, resolve_loras
 from app.api.schemas import LoraBody
 from app.errors import InvalidRequestError
-from app.messages import LoraFile, LoraListing, LoraUse
+from app.messages.loras import LoraFile, LoraListing, LoraUse
 from app.settings import Settings
 from tests.api.fake_backend import FakeBackend
 from tests.api.scrape import samples_of

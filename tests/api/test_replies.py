@@ -9,7 +9,7 @@ import json
 import httpx
 from PIL import Image
 
-from app.messages import TokenCount
+from app.messages.conditioning import TokenCount
 from tests.api.fake_backend import SCHEDULE, FakeBackend
 
 URL = "/v1/images/generations"

@@ -12,7 +12,7 @@ from PIL import Image
 
 from app.api.app import create_app
 from app.api.backend import ImagesJob
-from app.messages import MagCacheOptions
+from app.messages.jobs import MagCacheOptions
 from app.settings import SamplingSettings, Settings
 from tests.api.edit_forms import RED
 from tests.api.fake_backend import FakeBackend

@@ -14,7 +14,7 @@ from app.api import routes
 from app.api.app import create_app
 from app.engine.families import FLUX2_KLEIN, FLUX_DEV, FLUX_KONTEXT, FLUX_SCHNELL, Family
 from app.errors import BusyError, GenerationError, UnavailableError
-from app.messages import MagCacheOptions
+from app.messages.jobs import MagCacheOptions
 from app.settings import Settings
 from tests.api.edit_forms import RED
 from tests.api.fake_backend import SCHEDULE, FakeBackend

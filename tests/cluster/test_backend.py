@@ -22,7 +22,10 @@ from app.cluster.backend import ServeBackend
 from app.control.demand import Measurable
 from app.engine.families import FLUX2_KLEIN, Family
 from app.errors import BusyError
-from app.messages import DenoiseJob, GroupStart, LoraUse, MagCacheOptions, PromptEmbeddings, SourceImage
+from app.messages.conditioning import PromptEmbeddings, SourceImage
+from app.messages.jobs import DenoiseJob, MagCacheOptions
+from app.messages.loras import LoraUse
+from app.messages.results import GroupStart
 from app.settings import Settings
 
 

@@ -22,7 +22,9 @@ from app.cluster.handles import remote
 from app.cluster.rank import Rank
 from app.components.vae import ImageDecoder
 from app.errors import UnavailableError
-from app.messages import Conditioning, DenoiseJob, DenoiseReport, DenoiseResult, MagCacheOptions, PromptEmbeddings
+from app.messages.conditioning import Conditioning, PromptEmbeddings
+from app.messages.jobs import DenoiseJob, MagCacheOptions
+from app.messages.results import DenoiseReport, DenoiseResult
 from app.settings import Settings
 from tests.cluster.actors import Owner
 from tests.local_group import job, plans

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from app import calibrate
 from app.cluster.backend import ServeBackend
 from app.cluster.calibrator import Calibrator
-from app.messages import CalibrationJob
+from app.messages.calibration import CalibrationJob
 from app.settings import MagCacheSettings, Settings
 from magcache_core import stored_profiles
 from magcache_core.measure import probes

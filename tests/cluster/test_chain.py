@@ -17,7 +17,8 @@ from app.components.vae import ImageDecoder
 from app.engine.engine import Engine
 from app.engine.families import FLUX_KONTEXT
 from app.engine.source_fit import nearest_trained_size
-from app.messages import Conditioning, DenoiseJob
+from app.messages.conditioning import Conditioning
+from app.messages.jobs import DenoiseJob
 from app.settings import Settings
 from benchmarks.make_checkpoint import make_checkpoint
 from tests.engine.models import image, plans, run

@@ -18,7 +18,9 @@ from app.cluster.coordinator import Coordinator
 from app.cluster.rank import Rank
 from app.control.admission import default_job
 from app.errors import BusyError, DeadlineImpossibleError, DeadlinePassedError, GroupFailedError, RequestCancelledError
-from app.messages import Conditioning, DenoiseResult, MagCacheOptions
+from app.messages.conditioning import Conditioning
+from app.messages.jobs import MagCacheOptions
+from app.messages.results import DenoiseResult
 from app.settings import MagCacheSettings, Settings
 from magcache_core import ConfigError
 from tests.local_group import job, random_conditioning

@@ -6,7 +6,10 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from app.messages import CalibrationRun, Conditioning, StepPlan, StepResult
+from app.messages.calibration import CalibrationRun
+from app.messages.conditioning import Conditioning
+from app.messages.plans import StepPlan
+from app.messages.results import StepResult
 from tests.cluster.test_coordinator import Group, conditioning, group
 
 __all__ = ["conditioning", "group"]

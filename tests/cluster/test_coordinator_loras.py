@@ -15,7 +15,7 @@ from app.cluster.coordinator import Coordinator
 from app.cluster.rank import Rank
 from app.control.admission import default_job
 from app.errors import BusyError
-from app.messages import LoraUse
+from app.messages.loras import LoraUse
 from tests.cluster.test_coordinator import LONG, SETTINGS, Group, Handle, Remote
 from tests.local_group import random_conditioning
 from tests.lora_files import weights_of, write_lora

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from app.messages import MagCacheOptions
+from app.messages.jobs import MagCacheOptions
 from magcache_core import load_profile, save_profile
 from tests.cluster import test_coordinator
 from tests.cluster.test_coordinator import Group, conditioning, group

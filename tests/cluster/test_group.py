@@ -14,7 +14,8 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from app.cluster.group import RankGroup
 from app.engine.engine import Engine
 from app.errors import DeadlineImpossibleError, GroupFailedError
-from app.messages import Conditioning, MagCacheOptions
+from app.messages.conditioning import Conditioning
+from app.messages.jobs import MagCacheOptions
 from app.settings import MagCacheSettings, Settings
 from tests.local_group import MODEL, execute, job, plans, random_conditioning
 from tests.ranks import relative_error

@@ -11,7 +11,7 @@ import pytest
 from app.cluster.idle import calibrate_when_idle
 from app.control.demand import OFTEN, CalibrationDemand, Measurable
 from app.engine.families import FLUX_DEV, Family
-from app.messages import CalibrationJob, CalibrationStatus
+from app.messages.calibration import CalibrationJob, CalibrationStatus
 from app.settings import MagCacheSettings, Settings
 from magcache_core import load_profile, save_profile
 

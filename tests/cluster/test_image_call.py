@@ -12,7 +12,7 @@ import torch
 from app.api.backend import Preview, StreamItem
 from app.cluster import image_call
 from app.cluster.image_call import ImageCall
-from app.messages import DenoiseReport, DenoiseResult, Progress
+from app.messages.results import DenoiseReport, DenoiseResult, Progress
 from tests.local_group import job
 
 RESULT = DenoiseResult(torch.zeros(1), DenoiseReport("C", 1, 0, 0.0, None, 0.0, 0.0))

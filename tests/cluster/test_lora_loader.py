@@ -17,7 +17,8 @@ from app.cluster.lora_loader import LoraLoader
 from app.control.counters import CoordinatorCounters
 from app.engine.lora_names import LoraError
 from app.errors import DeadlinePassedError, GroupFailedError, InvalidRequestError, RequestCancelledError
-from app.messages import DenoiseJob, LoraUse
+from app.messages.jobs import DenoiseJob
+from app.messages.loras import LoraUse
 from app.metrics import CoordinatorMetrics
 
 

@@ -17,7 +17,9 @@ from app.cluster.quality_guard import MOST_WAITING, GuardedImages, uncached
 from app.components.prompt_encoder import PromptEncoder
 from app.components.vae import ImageDecoder
 from app.control.admission import default_job
-from app.messages import CalibrationRun, DenoiseReport, DenoiseResult, MagCacheOptions
+from app.messages.calibration import CalibrationRun
+from app.messages.jobs import MagCacheOptions
+from app.messages.results import DenoiseReport, DenoiseResult
 from app.settings import QualityGuardSettings, Settings
 from tests.cluster.conftest import settings_of
 from tests.local_group import random_conditioning

@@ -13,7 +13,7 @@ from app.cluster.rank_loras import RankLoras
 from app.engine.engine import Engine
 from app.engine.lora import Loras
 from app.engine.lora_names import LoraError
-from app.messages import LoraUse
+from app.messages.loras import LoraUse
 from tests.local_group import MODEL
 from tests.lora_files import write_lora
 

@@ -11,7 +11,9 @@ import torch
 
 from app.cluster import shared_images as module
 from app.cluster.shared_images import Emit, SharedImages
-from app.messages import DenoiseJob, DenoiseReport, DenoiseResult, Progress, Reservation, Sharing
+from app.messages.jobs import DenoiseJob
+from app.messages.repetitions import Reservation, Sharing
+from app.messages.results import DenoiseReport, DenoiseResult, Progress
 from tests.local_group import job
 
 SHARING = Sharing("token", "body", 7, 1.0, "api-1", keyed=False)

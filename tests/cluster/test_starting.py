@@ -20,7 +20,7 @@ from app.cluster.group import RankGroup
 from app.cluster.rank import Rank
 from app.cluster.starting import PROGRESS_BYTES, StartReports, checkpoint_bytes, in_time, loaded
 from app.errors import GroupFailedError
-from app.messages import GroupStart
+from app.messages.results import GroupStart
 from app.settings import MagCacheSettings, Settings
 from tests.cluster.asking import wait_for
 from tests.local_group import MODEL

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from app.components.prompt_encoder import PromptEncoder, TextEncoders, temporarily_on
-from app.messages import PromptEmbeddings
+from app.messages.conditioning import PromptEmbeddings
 from app.settings import Settings
 from benchmarks.make_checkpoint import make_checkpoint
 

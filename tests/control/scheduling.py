@@ -5,7 +5,8 @@ from __future__ import annotations
 from app.control.schedule import SchedulePlanner
 from app.control.scheduler import StepScheduler
 from app.engine.sampling import FlowMatchSampler
-from app.messages import DenoiseJob, MagCacheOptions, StepPlan
+from app.messages.jobs import DenoiseJob, MagCacheOptions
+from app.messages.plans import StepPlan
 from app.settings import MagCacheSettings, Settings
 from tests.local_group import MODEL
 

@@ -10,7 +10,8 @@ from app.control.request import RequestState, RowShape
 from app.control.schedule import SchedulePlanner
 from app.control.step_costs import PlanPart
 from app.engine.sampling import FlowMatchSampler
-from app.messages import DenoiseJob, DenoiseReport, MagCacheOptions, StepResult, StepTime
+from app.messages.jobs import DenoiseJob, MagCacheOptions
+from app.messages.results import DenoiseReport, StepResult, StepTime
 from app.settings import MagCacheSettings, Settings
 from tests.local_group import MODEL, job
 

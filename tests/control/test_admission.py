@@ -8,7 +8,7 @@ import pytest
 
 from app.control.admission import default_job
 from app.errors import BusyError, DeadlineImpossibleError, InvalidRequestError
-from app.messages import MagCacheOptions
+from app.messages.jobs import MagCacheOptions
 from app.settings import ElasticSettings, KeySettings, Settings
 from magcache_core import ConfigError, fewest_steps, load_profile
 from tests.control.simulated_ranks import DEFAULT, FLOOR, TINY, SimulatedRanks, calibrated, image

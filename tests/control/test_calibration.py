@@ -16,7 +16,8 @@ from app.control.calibration import Outcome, Run, Subject, calibration, expected
 from app.control.findings import Findings, from_bytes, to_bytes
 from app.engine.engine import Engine
 from app.engine.sampling import FlowMatchSampler
-from app.messages import CalibrationJob, CalibrationRun, Conditioning
+from app.messages.calibration import CalibrationJob, CalibrationRun
+from app.messages.conditioning import Conditioning
 from app.settings import Settings
 from magcache_core import Profile
 from magcache_core import calibrate as pipelines

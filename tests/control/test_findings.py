@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from app.control.findings import Findings, from_bytes, to_bytes
-from app.messages import CalibrationJob
+from app.messages.calibration import CalibrationJob
 from magcache_core.run_sums import RunMeasurement
 
 JOB = CalibrationJob("calibration-1", ("a", "b"), 6, 64, 64, 3.5, 3, (3, 5))

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from app.messages import MagCacheOptions
+from app.messages.jobs import MagCacheOptions
 from tests.control.simulated_ranks import calibrated, image
 
 

@@ -18,7 +18,7 @@ from app.control.guard import (
     misses,
     worst_tenth,
 )
-from app.messages import ImageKind
+from app.messages.jobs import ImageKind
 from app.settings import QualityGuardSettings
 
 KIND = ImageKind("flux.1-dev@0123456789ab", 28, guided=False)

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from app.control.job_file import from_bytes, to_bytes
-from app.messages import CalibrationJob
+from app.messages.calibration import CalibrationJob
 
 JOB = CalibrationJob(
     "calibration-1",

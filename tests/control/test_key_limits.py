@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from app.errors import BusyError
-from app.messages import MagCacheOptions
+from app.messages.jobs import MagCacheOptions
 from app.settings import HttpSettings, KeySettings, MagCacheSettings, Settings
 from tests.control.simulated_ranks import SimulatedRanks
 from tests.local_group import job

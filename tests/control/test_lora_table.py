@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.control.lora_table import LoraMoves, LoraTable
-from app.messages import LoraUse
+from app.messages.loras import LoraUse
 
 
 def use(name: str, nbytes: int = 10, digest: str = "d") -> LoraUse:

@@ -7,7 +7,7 @@ import torch
 
 from app.control import progress
 from app.control.progress import ProgressBuffer
-from app.messages import Progress
+from app.messages.results import Progress
 
 
 def event(step: int, preview: bool = False) -> Progress:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from app.errors import DeadlineImpossibleError
-from app.messages import MagCacheOptions
+from app.messages.jobs import MagCacheOptions
 from magcache_core import choose, load_profile
 from tests.control.simulated_ranks import DEFAULT, FLOOR, calibrated, image
 

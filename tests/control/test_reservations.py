@@ -6,7 +6,7 @@ import pytest
 
 from app.control import reservations as module
 from app.control.reservations import Reservations
-from app.messages import Reservation
+from app.messages.repetitions import Reservation
 
 
 class Clock:

@@ -12,7 +12,7 @@ from app.control.admission import AdmissionController
 from app.control.schedule import BranchSchedule, SchedulePlanner
 from app.engine.sampling import FlowMatchSampler
 from app.errors import InvalidRequestError
-from app.messages import MagCacheOptions
+from app.messages.jobs import MagCacheOptions
 from app.settings import MagCacheSettings, Settings
 from magcache_core import fewest_steps, load_profile, save_profile, stored_profiles
 from tests.control.scheduling import DEV_PLANNER, ON

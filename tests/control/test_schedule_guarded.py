@@ -7,7 +7,7 @@ import pytest
 from app.control.quality import computed_steps
 from app.control.schedule import SchedulePlanner
 from app.engine.sampling import FlowMatchSampler
-from app.messages import ImageKind, MagCacheOptions
+from app.messages.jobs import ImageKind, MagCacheOptions
 from app.settings import MagCacheSettings, Settings
 from magcache_core import load_profile
 from tests.local_group import MODEL, job

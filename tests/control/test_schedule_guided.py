@@ -7,7 +7,7 @@ import pytest
 from app.control.admission import AdmissionController
 from app.control.schedule import BranchSchedule, SchedulePlanner
 from app.engine.sampling import FlowMatchSampler
-from app.messages import MagCacheOptions
+from app.messages.jobs import MagCacheOptions
 from app.settings import MagCacheSettings, Settings
 from magcache_core import load_profile
 from tests.local_group import MEASURED, MODEL, job

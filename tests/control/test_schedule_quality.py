@@ -10,7 +10,7 @@ import pytest
 from app.control.quality import ScheduleSelector
 from app.control.schedule import BranchSchedule, SchedulePlanner
 from app.engine.sampling import FlowMatchSampler
-from app.messages import MagCacheOptions
+from app.messages.jobs import MagCacheOptions
 from app.settings import MagCacheSettings, Settings
 from magcache_core import load_profile, save_profile
 from tests.local_group import MODEL, job

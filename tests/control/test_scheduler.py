@@ -7,11 +7,7 @@ from itertools import pairwise
 import pytest
 
 from app.control.scheduler import MAX_PLANS_PER_MESSAGE, MESSAGE_S, StepScheduler
-from app.messages import (
-    FIRST_DIGEST,
-    StepPlan,
-    plan_digest,
-)
+from app.messages.plans import FIRST_DIGEST, StepPlan, plan_digest
 from app.settings import MagCacheSettings, SamplingSettings, Settings
 from tests.control.scheduling import DEV_PLANNER, FLUX_DEV, ON, Clock, drain, rows_at_once, submit
 from tests.local_group import job

@@ -9,7 +9,9 @@ from app.control.admission import AdmissionController
 from app.control.schedule import SchedulePlanner
 from app.control.scheduler import StepScheduler
 from app.engine.sampling import FlowMatchSampler
-from app.messages import CalibrationRun, DenoiseJob, StepResult
+from app.messages.calibration import CalibrationRun
+from app.messages.jobs import DenoiseJob
+from app.messages.results import StepResult
 from app.settings import Settings
 from tests.control.simulated_ranks import SimulatedRanks
 from tests.local_group import MEASURED, MODEL, job

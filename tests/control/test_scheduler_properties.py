@@ -12,7 +12,8 @@ from app.control.request import RequestState
 from app.control.schedule import SchedulePlanner
 from app.control.scheduler import StepScheduler
 from app.engine.sampling import FlowMatchSampler
-from app.messages import DenoiseJob, MagCacheOptions, StepPlan
+from app.messages.jobs import DenoiseJob, MagCacheOptions
+from app.messages.plans import StepPlan
 from app.settings import HttpSettings, MagCacheSettings, Settings
 from magcache_core import choose, load_profile
 from tests.local_group import MODEL, job

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from app.control.schedule import SchedulePlanner
 from app.control.scheduler import StepScheduler
 from app.engine.sampling import FlowMatchSampler
-from app.messages import MagCacheOptions
+from app.messages.jobs import MagCacheOptions
 from app.settings import HttpSettings, MagCacheSettings, Settings
 from tests.local_group import MODEL, job
 

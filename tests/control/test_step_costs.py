@@ -7,7 +7,7 @@ import pytest
 from app.control.request import RowShape
 from app.control.step_costs import PlanPart, StepCosts
 from app.engine.geometry import Geometry
-from app.messages import MagCacheOptions
+from app.messages.jobs import MagCacheOptions
 from tests.control.simulated_ranks import SimulatedRanks, calibrated, image, step_seconds
 
 

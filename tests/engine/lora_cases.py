@@ -12,7 +12,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from safetensors.torch import save_file
 
-from app.messages import LoraUse
+from app.messages.loras import LoraUse
 from tests.local_group import MODEL, load_pipeline
 
 RANK = 3

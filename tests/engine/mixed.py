@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from app.messages import Conditioning, MagCacheOptions, StepPlan
+from app.messages.conditioning import Conditioning
+from app.messages.jobs import MagCacheOptions
+from app.messages.plans import StepPlan
 from tests.local_group import job, plans, random_conditioning
 
 

@@ -19,16 +19,9 @@ from app.engine.families import Edits, Family, family_of
 from app.engine.geometry import Geometry
 from app.engine.layouts import Flux2Layout, unpack
 from app.engine.source_fit import nearest_trained_size
-from app.messages import (
-    COND,
-    BranchStep,
-    Conditioning,
-    DenoiseJob,
-    PromptEmbeddings,
-    RowStep,
-    StepPlan,
-    chained,
-)
+from app.messages.conditioning import Conditioning, PromptEmbeddings
+from app.messages.jobs import COND, DenoiseJob
+from app.messages.plans import BranchStep, RowStep, StepPlan, chained
 from benchmarks.make_checkpoint import make_checkpoint
 from magcache_core import Decision
 

@@ -15,7 +15,8 @@ from app.control.schedule import SchedulePlanner
 from app.control.scheduler import StepScheduler
 from app.engine.engine import Engine
 from app.engine.geometry import Geometry
-from app.messages import BranchStep, DenoiseJob, MagCacheOptions, RowStep, StepPlan, chained
+from app.messages.jobs import DenoiseJob, MagCacheOptions
+from app.messages.plans import BranchStep, RowStep, StepPlan, chained
 from app.settings import MagCacheSettings, Settings
 from magcache_core import VELOCITY_MODES, Decision, Plan, decisions, load_profile, write_profile
 from tests.engine.models import TinyModel, image, plans, run

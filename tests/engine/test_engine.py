@@ -9,7 +9,9 @@ from app.control.schedule import SchedulePlanner
 from app.control.scheduler import StepScheduler
 from app.engine.engine import Engine
 from app.errors import PlanMismatchError
-from app.messages import BranchStep, Conditioning, MagCacheOptions, RowStep, StepPlan, chained
+from app.messages.conditioning import Conditioning
+from app.messages.jobs import MagCacheOptions
+from app.messages.plans import BranchStep, RowStep, StepPlan, chained
 from app.settings import MagCacheSettings, Settings
 from tests.local_group import embed, job, plans
 

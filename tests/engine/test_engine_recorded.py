@@ -10,7 +10,8 @@ from diffusers import FluxPipeline
 
 from app.engine.engine import Engine
 from app.engine.process_groups import RankGroups
-from app.messages import CalibrationRun, Conditioning, PromptEmbeddings
+from app.messages.calibration import CalibrationRun
+from app.messages.conditioning import Conditioning, PromptEmbeddings
 from app.settings import Settings
 from magcache_core.calibrate import CalibrationJob, calibrate
 from magcache_core.profile_data import Profile

@@ -13,7 +13,9 @@ from app.engine.graphs import Graphs, Tensors
 from app.engine.process_groups import RankGroups
 from app.engine.tuning import Tuning
 from app.engine.warmup import warm_up
-from app.messages import DenoiseJob, LoraUse, StepPlan
+from app.messages.jobs import DenoiseJob
+from app.messages.loras import LoraUse
+from app.messages.plans import StepPlan
 from magcache_core import Plan, decisions
 from tests.engine.lora_cases import flux_tiny, random_adapter, save_peft
 from tests.engine.models import TEXT_TOKENS, TinyModel, image, plans, run, together

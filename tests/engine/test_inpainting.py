@@ -20,7 +20,9 @@ from app.engine.engine import Engine
 from app.engine.families import FLUX_DEV
 from app.engine.geometry import Geometry
 from app.engine.process_groups import RankGroups
-from app.messages import Conditioning, DenoiseJob, MagCacheOptions, StepPlan, chained
+from app.messages.conditioning import Conditioning
+from app.messages.jobs import DenoiseJob, MagCacheOptions
+from app.messages.plans import StepPlan, chained
 from app.settings import Settings
 from magcache_core import Decision, Plan, apply_mag_cache, decisions, remove_mag_cache
 from tests.engine.models import TinyModel, image, plans, run

@@ -22,7 +22,10 @@ from app.engine.process_groups import RankGroups
 from app.engine.sampling import FlowMatchSampler
 from app.engine.tuning import Tuning
 from app.engine.warmup import warm_up
-from app.messages import Conditioning, DenoiseJob, LoraUse, MagCacheOptions, StepPlan
+from app.messages.conditioning import Conditioning
+from app.messages.jobs import DenoiseJob, MagCacheOptions
+from app.messages.loras import LoraUse
+from app.messages.plans import StepPlan
 from app.settings import Settings
 from magcache_core import Plan, apply_mag_cache, decisions, remove_mag_cache
 from tests.engine.lora_cases import adapted_pipeline, flux_tiny, random_adapter, save_peft, use

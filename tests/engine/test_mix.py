@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from app.engine.engine import Engine
 from app.engine.process_groups import RankGroups
-from app.messages import Conditioning, DenoiseJob, MagCacheOptions, StepPlan
+from app.messages.conditioning import Conditioning
+from app.messages.jobs import DenoiseJob, MagCacheOptions
+from app.messages.plans import StepPlan
 from app.settings import MagCacheSettings, Settings
 from magcache_core import choose, load_profile
 from tests.local_group import MODEL, Formed, decode, embed, execute, form, job, psnr, random_conditioning

@@ -12,7 +12,7 @@ from PIL import Image
 from app.control.schedule import SchedulePlanner
 from app.engine.engine import Engine
 from app.engine.sampling import FlowMatchSampler
-from app.messages import DenoiseJob, MagCacheOptions
+from app.messages.jobs import DenoiseJob, MagCacheOptions
 from app.settings import MagCacheSettings, Settings
 from magcache_core import apply_mag_cache, choose, decisions, fill, load_profile, remove_mag_cache
 from tests.engine.models import TinyModel, image, plans, run, together

@@ -11,7 +11,9 @@ import torch
 from app.engine.engine import Engine
 from app.engine.process_groups import RankGroups
 from app.engine.tuning import Tuning
-from app.messages import Conditioning, DenoiseJob, StepPlan
+from app.messages.conditioning import Conditioning
+from app.messages.jobs import DenoiseJob
+from app.messages.plans import StepPlan
 from magcache_core import Plan, apply_mag_cache, choose, decisions, load_profile, remove_mag_cache
 from tests.engine import bfl
 from tests.engine.models import TinyModel, image, plans, run

@@ -10,7 +10,9 @@ import torch
 
 from app.engine.engine import Engine
 from app.engine.modulation import BranchModulation, Recent
-from app.messages import Conditioning, DenoiseJob, LoraUse
+from app.messages.conditioning import Conditioning
+from app.messages.jobs import DenoiseJob
+from app.messages.loras import LoraUse
 from tests.engine.lora_cases import flux_tiny, random_adapter, save_peft
 from tests.engine.models import TinyModel, run
 from tests.engine.models import plans as plans_of

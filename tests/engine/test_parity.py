@@ -9,7 +9,8 @@ from app.control.schedule import BranchSchedule, SchedulePlanner
 from app.control.scheduler import StepScheduler
 from app.engine.engine import Engine
 from app.engine.sampling import FlowMatchSampler
-from app.messages import Conditioning, MagCacheOptions
+from app.messages.conditioning import Conditioning
+from app.messages.jobs import MagCacheOptions
 from app.settings import MagCacheSettings, Settings
 from magcache_core import REUSE_MODES, apply_mag_cache, decisions, fill, load_profile, remove_mag_cache
 from tests.local_group import MODEL, decode, embed, execute, job, plans, psnr, reference

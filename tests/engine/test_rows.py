@@ -6,7 +6,7 @@ import torch
 
 from app.engine.geometry import Geometry
 from app.engine.rows import Branch, Row
-from app.messages import BranchStep
+from app.messages.plans import BranchStep
 from tests.local_group import job
 
 

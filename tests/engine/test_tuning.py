@@ -10,7 +10,7 @@ from app.engine.engine import Engine
 from app.engine.fp8 import FLOAT8, Fp8Linear
 from app.engine.tuning import Tuning, UsualRow
 from app.engine.warmup import warm_up
-from app.messages import DenoiseJob
+from app.messages.jobs import DenoiseJob
 from tests.engine.models import TEXT_TOKENS, TinyModel, image, together
 from tests.local_group import job, psnr
 

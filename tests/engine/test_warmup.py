@@ -10,7 +10,7 @@ import torch
 from app.engine.checkpoint_files import CheckpointError
 from app.engine.engine import Engine
 from app.engine.warmup import warm_up
-from app.messages import Conditioning
+from app.messages.conditioning import Conditioning
 from tests.engine.models import TinyModel, plans, run
 from tests.local_group import job
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry
 
 from app.control.counters import CoordinatorCounters
-from app.messages import COND, UNCOND, BranchStep, RowStep, StepPlan
+from app.messages.jobs import COND, UNCOND
+from app.messages.plans import BranchStep, RowStep, StepPlan
 from app.metrics import ApiMetrics, CalibrationMetrics, CoordinatorMetrics, EncoderMetrics, GuardMetrics
 
 

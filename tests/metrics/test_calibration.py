@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from prometheus_client import CollectorRegistry
 
-from app.messages import CalibrationStatus
+from app.messages.calibration import CalibrationStatus
 from app.metrics import CalibrationMetrics
 from app.metrics.catalogue import MAX_PROFILES, OTHER
 

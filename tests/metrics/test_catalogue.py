@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from app.messages import CalibrationStatus, ImageKind
+from app.messages.calibration import CalibrationStatus
+from app.messages.jobs import ImageKind
 from app.metrics import CATALOGUE
 from app.metrics.catalogue import COMMON
 from tests.metrics.owners import Everything, plan_of

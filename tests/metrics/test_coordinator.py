@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from app.control.counters import CoordinatorCounters
-from app.messages import COND, UNCOND, DenoiseReport, StepPlan
+from app.messages.jobs import COND, UNCOND
+from app.messages.plans import StepPlan
+from app.messages.results import DenoiseReport
 from app.metrics.catalogue import BRANCHES
 from tests.metrics.owners import coordinator_metrics, plan_of
 

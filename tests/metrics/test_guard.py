@@ -6,7 +6,7 @@ import math
 
 from prometheus_client import CollectorRegistry
 
-from app.messages import ImageKind
+from app.messages.jobs import ImageKind
 from app.metrics import GuardMetrics
 
 KIND = ImageKind("flux-tiny@0123456789ab", 28, guided=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 
-from app.messages import DenoiseReport
+from app.messages.results import DenoiseReport
 from app.metrics import CATALOGUE, Families, merge_families
 from tests.metrics.owners import Everything
 

@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from app.engine.engine import Engine
-from app.messages import Conditioning, LoraUse
+from app.messages.conditioning import Conditioning
+from app.messages.loras import LoraUse
 from models.recipe import checker, loop, lora, scenes
 from models.recipe.scenes import Scene, Thing
 from tests.local_group import MODEL, decode, embed, execute, job, load_pipeline, plans

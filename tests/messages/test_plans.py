@@ -1,12 +1,10 @@
-"""A plan's digest covers all that ranks do; image-to-image begins where diffusers begins."""
+"""A plan's digest covers all that ranks do."""
 
 from __future__ import annotations
 
 from dataclasses import fields, replace
 
-import pytest
-
-from app.messages import FIRST_DIGEST, BranchStep, RowStep, StepPlan, first_step, plan_digest, steps_of_share
+from app.messages.plans import FIRST_DIGEST, BranchStep, RowStep, StepPlan, plan_digest
 from tests.local_group import job
 
 
@@ -31,18 +29,3 @@ def test_a_digest_depends_on_every_field() -> None:
     digests = {plan_digest(FIRST_DIGEST, one) for one in [plan, *altered]}
     assert len(digests) == 1 + len(altered)
     assert plan_digest("1" * 16, plan) not in digests
-
-
-@pytest.mark.parametrize(
-    ("steps", "strength", "first"),
-    [(28, None, 0), (28, 1.0, 0), (28, 0.6, 11), (10, 0.55, 4), (4, 0.1, 3), (1, 0.1, 0), (28, 1e-20, 27)],
-)
-def test_strength_is_a_share_of_the_steps_and_at_least_one(steps: int, strength: float | None, first: int) -> None:
-    assert first_step(steps, strength) == first
-
-
-@pytest.mark.parametrize(
-    ("share", "steps", "expected"), [(0.5, 28, 14), (0.25, 10, 3), (10 / 28, 28, 10), (0.1, 30, 3)]
-)
-def test_a_share_of_the_steps_is_rounded_up(share: float, steps: int, expected: int) -> None:
-    assert steps_of_share(share, steps) == expected

@@ -1,0 +1,1 @@
+"""Messages between the API, the coordinator and the ranks: frozen plain data."""
