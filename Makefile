@@ -28,7 +28,7 @@ demo: setup ## Serve flux-tiny, ask for an image, write out/demo.png, keep servi
 serve: setup ## Serve deployments/flux-tiny.yaml (another: CONFIG=deployments/flux.yaml)
 	@RAY_USAGE_STATS_ENABLED=0 exec $(BIN)/python -m app.serve $(or $(CONFIG),deployments/flux-tiny.yaml)
 
-test: setup ## Run the tests on two cores, about ten minutes (some of them: ARGS="tests/metrics -k merge")
+test: setup ## Run the tests on two cores, about six minutes (some of them: ARGS="tests/metrics -k merge")
 	$(BIN)/python -m pytest $(or $(ARGS),-n 2 --durations 10 -m "not faults and not nodes and not bench")
 
 test-rest: setup ## What make test leaves out: services that break, several Ray nodes (as root), benchmarks, the recipe

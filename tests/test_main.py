@@ -33,7 +33,7 @@ def test_each_process_of_the_vae_reserves_its_share() -> None:
     assert more == {"CPU": 1.0, "GPU": 0.5}
     in_api = one.model_copy(update={"vae": VaeSettings(replicas=3, placement="api")})
     assert needed_resources(in_api)["GPU"] == needed_resources(one)["GPU"] - 0.25
-    *_, encoder, decoder = build(Settings(vae=VaeSettings(replicas=3)))._bound_deployment.init_args
+    *_, encoder, decoder = build(Settings(cpus_per_helper=0.1, vae=VaeSettings(replicas=3)))._bound_deployment.init_args
     assert [part._bound_deployment.num_replicas for part in (encoder, decoder)] == [1, 3]
 
 

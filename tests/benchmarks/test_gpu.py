@@ -38,6 +38,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
+@pytest.mark.bench
 def test_it_runs_at_tiny_scale_on_the_cpu(tmp_path: Path) -> None:
     report = run(tmp_path / "gpu.json", *TINY)
     # Attention kernels that a CPU has not are all that it lacks.

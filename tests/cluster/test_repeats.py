@@ -51,6 +51,7 @@ def with_retries(service: str, body: dict[str, Any], key: str) -> dict[str, Any]
     raise AssertionError("no answer")
 
 
+@pytest.mark.faults
 @pytest.mark.usefixtures("whole")
 def test_no_image_is_lost_or_made_twice_when_an_api_process_is_killed(http: httpx.Client, service: str) -> None:
     """Eight at once, of which each process has some of both clients; the bodies are equal, the images must not be."""

@@ -55,6 +55,7 @@ def streamed(http: httpx.Client, at_first_preview: Callable[[], None] | None = N
     return events
 
 
+@pytest.mark.faults
 def test_a_killed_rank_costs_time_and_no_work(http: httpx.Client) -> None:
     """Images of every kind in one batch, a stream among them, and a calibration behind them."""
     kinds = (several, adapted, inpainted)
@@ -86,6 +87,7 @@ def test_a_killed_rank_costs_time_and_no_work(http: httpx.Client) -> None:
     assert metrics(http)["flux_group_rebuilds_total"] == rebuilds + 1
 
 
+@pytest.mark.faults
 def test_a_killed_coordinator_costs_time_and_no_image(http: httpx.Client) -> None:
     undisturbed = several(http)
     rebuilds = metrics(http)["flux_group_rebuilds_total"]
@@ -105,6 +107,7 @@ def health(http: httpx.Client) -> tuple[int, int, int]:
     return reply.status_code, details["groups_ready"], details["groups"]
 
 
+@pytest.mark.faults
 def test_an_idle_group_whose_rank_dies_is_replaced(http: httpx.Client) -> None:
     """Health tells of it before any request does, and again when the new group is whole."""
     before = metrics(http)["flux_group_rebuilds_total"]
