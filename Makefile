@@ -37,7 +37,7 @@ test-rest: setup ## What make test leaves out: services that break, several Ray 
 bench: setup ## Measure serving against diffusers' own into docs/performance.md, 12 minutes (ARGS=--quick: does it run?)
 	$(BIN)/python -m benchmarks.serving $(or $(ARGS),--page docs/performance.md)
 
-chaos: setup ## Kill, stop and starve a service's processes under load, 15 minutes (some: ARGS="--only rank --rounds 3")
+chaos: setup ## Kill, stop and starve a service's processes under load, half an hour (some: ARGS="--only rank --rounds 3")
 	@$(BIN)/python -m benchmarks.chaos $(ARGS)
 
 gpu-try: ## Run the GPU benchmark, tiny and on the CPU, with what a GPU machine has (torch 2.11, no Ray; 5 GB)

@@ -41,6 +41,11 @@ def separate(transformer: Any) -> None:
             attention.to_out[0].__class__ = attention.to_add_out.__class__ = RowParallelLinear
 
 
+def _modulation(engine: Engine, rows: int) -> Any:
+    """Some modulation, as the engine computes it ahead and hands it to the blocks."""
+    return engine._modulation.by_block(torch.randn(rows, engine._modulation.width))
+
+
 def _rank(rank: int, folder: str, rounds: int) -> None:
     torch.set_num_threads(1)
     store = FileStore(f"{folder}/store", RANKS)
@@ -52,14 +57,14 @@ def _rank(rank: int, folder: str, rounds: int) -> None:
         geometry = Geometry.of(side, side)
         width = engines["joined"].transformer.inner_dim
         hidden, context = torch.randn(rows, geometry.tokens, width), torch.randn(rows, TEXT_TOKENS, width)
-        temb, rotary = torch.randn(rows, width), engines["joined"]._rotary(geometry, TEXT_TOKENS, ())
+        modulation, rotary = _modulation(engines["joined"], rows), engines["joined"]._rotary(geometry, TEXT_TOKENS, ())
         seconds: dict[str, list[float]] = {name: [] for name in engines}
         with torch.inference_mode():
             for turn in range(rounds + WARM_UP):
                 for name, engine in engines.items():
                     torch.distributed.barrier()
                     started = time.perf_counter()
-                    engine.strategy.blocks(engine.transformer, hidden, context, temb, rotary)
+                    engine.strategy.blocks(engine.transformer, hidden, context, modulation, rotary)
                     if turn >= WARM_UP:
                         seconds[name].append(time.perf_counter() - started)
         medians = {f"{name}_ms": round(statistics.median(times) * 1e3, 2) for name, times in seconds.items()}
