@@ -77,13 +77,13 @@ def build(settings: Settings) -> Application:
         **every,
         graceful_shutdown_timeout_s=settings.api_drain_seconds,
     )
-    encoder = own_deployment(PromptEncoder, settings.encoder_runs_on)
-    decoder = own_deployment(ImageDecoder, settings.decoder_runs_on, settings.vae.replicas)
     return api.bind(
         settings,
         replica.bind(settings),
-        None if settings.encoder_is_in_api else encoder,
-        None if settings.decoder_is_in_api else decoder,
+        None if settings.encoder_is_in_api else own_deployment(PromptEncoder, settings.encoder_runs_on),
+        None
+        if settings.decoder_is_in_api
+        else own_deployment(ImageDecoder, settings.decoder_runs_on, settings.vae.replicas),
     )
 
 

@@ -23,6 +23,14 @@ class MeasuredStep:
     replay: Callable[[torch.Tensor], torch.Tensor]
 
 
+def guided(branches: Sequence[torch.Tensor], true_cfg_scale: float) -> torch.Tensor:
+    """The branches' velocities, or what these are multiplied by alike, as true CFG combines them; one is as it is."""
+    if len(branches) == 1:
+        return branches[0]
+    conditional, negative = branches
+    return negative + true_cfg_scale * (conditional - negative)
+
+
 class RowMeasurement:
     """One uncached run, measured while it runs; `sums` are whole after its last step."""
 
@@ -60,16 +68,10 @@ class RowMeasurement:
     def add(self, steps: Sequence[MeasuredStep]) -> None:
         """Measure the next step; ``steps`` are the branches', in their order."""
         # Velocities are alike and differences between them count, so they are combined in double precision.
-        moving = self._guided([step.velocity.double() for step in steps]) if len(steps) > 1 else steps[0].velocity
+        velocities = [step.velocity if len(steps) == 1 else step.velocity.double() for step in steps]
+        moving = guided(velocities, self._scale)
         for run, step in zip(self._runs.values(), steps, strict=True):
             run.add(step.residual, step.velocity, step.replay, moving)
         displacements = [run.displacement for run in self._runs.values()]
         known = [one for one in displacements if one is not None]
-        self._moved.append(self._guided(known).square().sum().item() if known else 0.0)
-
-    def _guided(self, branches: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The branches' velocities, or what these are multiplied by alike, as true CFG combines them."""
-        if len(branches) == 1:
-            return branches[0]
-        conditional, negative = branches
-        return negative + self._scale * (conditional - negative)
+        self._moved.append(guided(known, self._scale).square().sum().item() if known else 0.0)

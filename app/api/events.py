@@ -135,13 +135,13 @@ def error_event(error: ServiceError) -> bytes:
 
 def event_schema(*events: type[BaseModel]) -> dict[str, Any]:
     """One of ``events`` as OpenAPI sees it: an object of a server-sent event's fields, whose data are JSON as text."""
-    any_of = [{"$ref": f"#/components/schemas/{event.__name__}"} for event in events]
+    schemas = [{"$ref": f"#/components/schemas/{event.__name__}"} for event in events]
     return {
         "type": "object",
         "description": "Of each server-sent event.",
         "properties": {
             "event": {"type": "string", "description": "The `type` in its data."},
-            "data": {"type": "string", "contentMediaType": "application/json", "contentSchema": {"oneOf": any_of}},
+            "data": {"type": "string", "contentMediaType": "application/json", "contentSchema": {"oneOf": schemas}},
         },
         "required": ["event", "data"],
     }

@@ -157,9 +157,8 @@ class Calibrator:
 
     async def _work(self, job: CalibrationJob, folder: Path) -> None:
         try:
-            replace_file(
-                self._job_file(folder), job_file.to_bytes(job)
-            )  # at once: in a thread it might come after the file's removal
+            # At once: in a thread it might come after the file's removal.
+            replace_file(self._job_file(folder), job_file.to_bytes(job))
             profile = await self._calibrate(job, folder)
         except asyncio.CancelledError:
             self._end(replace(self._known[job.id], state="cancelled"), folder)

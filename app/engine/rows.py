@@ -14,7 +14,7 @@ from app.engine.lora_linears import RowAdapters
 from app.messages.jobs import DenoiseJob
 from app.messages.plans import BranchStep
 from magcache_core.correct import CORRECTING
-from magcache_core.row_sums import RowMeasurement
+from magcache_core.row_sums import RowMeasurement, guided
 from magcache_core.run_sums import BranchSums
 
 BatchKey = tuple[Geometry, int, tuple[Geometry, ...]]
@@ -134,10 +134,7 @@ class Row:
 
     def guided(self, velocities: Sequence[torch.Tensor]) -> torch.Tensor:
         """The branches' velocities as one, by true CFG where there are two."""
-        if len(velocities) == 1:
-            return velocities[0]
-        conditional, negative = velocities
-        return negative + self.job.true_cfg_scale * (conditional - negative)
+        return guided(velocities, self.job.true_cfg_scale)
 
     def blended(self, latents: torch.Tensor, level: int) -> torch.Tensor:
         """``latents``, outside the mask the source at the noise level before step ``level``; -1 is without noise."""
