@@ -22,6 +22,7 @@ ORDER = (
     # 8-bit weights.
     "peaks/matmul fp8",
     "fp8/1 row",
+    "fp8/kernels of a computed step",
     "fp8/4 rows",
     # Whole images of 28 steps, by schedule.
     "schedules/authors",

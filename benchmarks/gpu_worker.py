@@ -234,10 +234,10 @@ class Bench:
         work = ours.one_step(self.request(size or self.settings.size), computed=computed)
         return {"attention": kernel} | gpu_peaks.replayed(ours.engine, work, self.device)
 
-    def kernels(self) -> dict[str, Any]:
-        """Where the time of a computed step goes, kernel by kernel."""
+    def kernels(self, kind: str) -> dict[str, Any]:
+        """Where the time of a computed step goes, kernel by kernel; ``kind`` as for `ours`."""
         kernel = self.use_kernel()
-        work = self.ours("compiled").one_step(self.request(self.settings.size), computed=True)
+        work = self.ours(kind).one_step(self.request(self.settings.size), computed=True)
         return {"attention": kernel, "kernels": gpu_peaks.kernels(work, self.device)}
 
     def _least_step_s(self, size: int, rows: int) -> float | None:
@@ -279,11 +279,12 @@ def measures(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
         "bf16/4 rows": lambda: bench.step("compiled", rows=4),
         "bf16/1 row, fixed size": lambda: bench.step("fixed"),
         "bf16/1 row, eager": lambda: bench.step("eager", whole=True),
-        "bf16/kernels of a computed step": bench.kernels,
+        "bf16/kernels of a computed step": lambda: bench.kernels("compiled"),
         "diffusers/compiled": lambda: bench.diffusers(compiled=True, cached=False),
         "diffusers/compiled, its MagCache": lambda: bench.diffusers(compiled=True, cached=True),
         "diffusers/eager": lambda: bench.diffusers(compiled=False, cached=False),
         "fp8/1 row": lambda: bench.step("fp8", whole=True),
+        "fp8/kernels of a computed step": lambda: bench.kernels("fp8"),
         "fp8/4 rows": lambda: bench.step("fp8", rows=4),
         "schedules/authors": lambda: bench.schedule(None),
         "schedules/14 computed": lambda: bench.schedule(14),

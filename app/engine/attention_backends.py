@@ -1,7 +1,7 @@
 """Which kernels compute attention: by name, or the fastest of those that the device has, tried at the start.
 
-Torch has several for CUDA and picks one by an order of its own, in which flash stands before cuDNN although cuDNN's is
-nearly twice as fast on Hopper. Other packages bring kernels of their own.
+Torch has several for CUDA and picks one by an order of its own, which differs by release and card; on Hopper cuDNN's
+is nearly twice as fast as flash. Other packages bring kernels of their own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from math import inf
@@ -34,6 +34,8 @@ NO_FLOAT32 = ("cudnn", "flash", "fa3")
 """On CUDA; a CPU's flash kernel has float32."""
 TRIES = 5
 """Timed runs of each backend, of which the fastest counts; two before them do not."""
+CHECKED_TOKENS = 128
+"""Of the attention that must run before a backend is taken."""
 
 
 class AttentionError(ValueError):
@@ -98,7 +100,7 @@ def choose_attention(
         here = _fastest(dtype, measure) if groups.rank == 0 else "native"
         chosen = names[groups.of_first_rank(names.index(here), device)]
     if chosen != "native":
-        _check_runs(chosen, device, dtype, shape.channels)
+        _check_runs(chosen, device, dtype, shape)
     return chosen
 
 
@@ -171,13 +173,14 @@ def _seconds(backend: str, inputs: list[torch.Tensor]) -> float:
     return best
 
 
-def _check_runs(backend: AttentionBackend, device: torch.device, dtype: torch.dtype, channels: int) -> None:
-    token = torch.zeros(1, 1, 1, channels, device=device, dtype=dtype)
+def _check_runs(backend: AttentionBackend, device: torch.device, dtype: torch.dtype, shape: AttentionShape) -> None:
+    # cuDNN's kernel refuses a single token.
+    inputs = replace(shape, tokens=min(shape.tokens, CHECKED_TOKENS)).inputs(device, dtype)
     needs = "has no kernel for this card and precision"
     if backend in PACKAGES:
         needs = f"needs the package {PACKAGES[backend][0]!r} on every node, for this card, torch and CUDA: install it"
     try:
-        attend(backend, token, token, token)
+        attend(backend, *inputs)
     except Exception as error:  # a package may be there without kernels, and fails as it likes
         raise AttentionError(f"attention_backend {backend!r} {needs}, or set auto ({error})") from error
 

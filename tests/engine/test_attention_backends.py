@@ -174,7 +174,17 @@ def test_a_missing_package_is_named(backend: AttentionBackend, package: str, mon
 
 def test_a_kernel_that_the_card_lacks_is_said() -> None:
     with pytest.raises(AttentionError, match="'cudnn' has no kernel for this card and precision, or set auto"):
-        attention_backends._check_runs("cudnn", CPU, torch.float32, 32)
+        attention_backends._check_runs("cudnn", CPU, torch.float32, SHAPE)
+
+
+def test_a_kernel_is_not_tried_with_a_single_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    def as_cudnn(_: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        if key.shape[1] == 1:
+            raise RuntimeError("cudnn SDPA does not support key/value sequence length 1")
+        return value
+
+    monkeypatch.setattr(attention_backends, "attend", as_cudnn)
+    attention_backends._check_runs("cudnn", CPU, torch.bfloat16, SHAPE)
 
 
 def test_the_settings_name_the_same_backends() -> None:
