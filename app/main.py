@@ -14,8 +14,6 @@ from ray.serve import Application, Deployment
 
 from app.cluster.ingress import ImagesApi
 from app.cluster.replica import FluxReplica
-from app.components.prompt_encoder import PromptEncoder
-from app.components.vae import ImageDecoder
 from app.logs import configure_logging
 from app.model_files import check_local_checkpoint
 from app.settings import Settings
@@ -77,14 +75,17 @@ def build(settings: Settings) -> Application:
         **every,
         graceful_shutdown_timeout_s=settings.api_drain_seconds,
     )
-    return api.bind(
-        settings,
-        replica.bind(settings),
-        None if settings.encoder_is_in_api else own_deployment(PromptEncoder, settings.encoder_runs_on),
-        None
-        if settings.decoder_is_in_api
-        else own_deployment(ImageDecoder, settings.decoder_runs_on, settings.vae.replicas),
-    )
+    encoder = decoder = None
+    # The models' libraries, which take 2 s to load, are loaded here only where a deployment needs them.
+    if not settings.encoder_is_in_api:
+        from app.components.prompt_encoder import PromptEncoder
+
+        encoder = own_deployment(PromptEncoder, settings.encoder_runs_on)
+    if not settings.decoder_is_in_api:
+        from app.components.vae import ImageDecoder
+
+        decoder = own_deployment(ImageDecoder, settings.decoder_runs_on, settings.vae.replicas)
+    return api.bind(settings, replica.bind(settings), encoder, decoder)
 
 
 def _deployment(cls: type, **options: Any) -> Deployment:

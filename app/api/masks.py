@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from app.engine.inpainting import PAINTED
+from app.messages.conditioning import PAINTED
 
 
 def mask_of(colours: Image.Image, alpha: Image.Image | None) -> np.ndarray:

@@ -17,8 +17,8 @@ from app.api.backend import SourcePixels
 from app.api.colours import on_white, srgb_and_alpha
 from app.api.file_heads import is_held_whole, kind_of
 from app.api.masks import closed, holes_of, mask_of
-from app.engine.inpainting import PAINTED
 from app.errors import InvalidRequestError
+from app.messages.conditioning import PAINTED
 from app.settings import SamplingSettings
 
 Fit = Callable[[Image.Image], Image.Image]

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import ray
 import torch
@@ -27,8 +27,6 @@ from app.cluster.image_call import FileForm, ImageCall, OnEvent
 from app.cluster.quality_guard import GuardedImages
 from app.cluster.repeats import Repeats
 from app.cluster.request_tasks import RequestRegistry, RequestTask
-from app.components.prompt_encoder import PromptEncoder
-from app.components.vae import ImageDecoder
 from app.control.demand import CalibrationDemand, Measurable
 from app.engine.families import Family
 from app.errors import BusyError, ForbiddenError, UnavailableError
@@ -40,6 +38,10 @@ from app.messages.loras import LoraListing
 from app.messages.results import DenoiseResult
 from app.metrics import merge_families
 from app.settings import Settings
+
+if TYPE_CHECKING:
+    from app.components.prompt_encoder import PromptEncoder
+    from app.components.vae import ImageDecoder
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +73,9 @@ class ServeBackend:
     def __init__(
         self,
         settings: Settings,
-        encoder: PromptEncoder,
+        encoder: "PromptEncoder",
         replica: DeploymentHandle,
-        decoder: ImageDecoder,
+        decoder: "ImageDecoder",
         apis: ApiProcesses | None = None,
     ) -> None:
         """``apis`` are this process and the others that serve HTTP beside it; None where there are no others."""
@@ -408,7 +410,7 @@ async def _least_wait_s() -> float:
     return min((load["eta_s"] for load in await call_all_coordinators("load")), default=1.0)
 
 
-async def _is_up(part: PromptEncoder | ImageDecoder) -> bool:
+async def _is_up(part: "PromptEncoder | ImageDecoder") -> bool:
     try:
         async with asyncio.timeout(ANSWER_SECONDS):
             await part.ping()

@@ -9,6 +9,7 @@ from dataclasses import replace
 from http import HTTPStatus
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ray
 from prometheus_client import CollectorRegistry
@@ -20,14 +21,11 @@ from app.cluster.client_errors import to_service_error, unwrap_ray_error
 from app.cluster.coordinators import call_all_coordinators
 from app.cluster.handles import result_of
 from app.components.image_file import pixels_of
-from app.components.prompt_encoder import PromptEncoder
-from app.components.vae import ImageDecoder
 from app.control import job_file
 from app.control.calibration import Outcome, Run, Runs, Subject, calibration, expected_runs
 from app.control.findings import Findings, from_bytes, to_bytes
 from app.engine.checkpoint_files import read_json
 from app.engine.geometry import Geometry
-from app.engine.sampling import FlowMatchSampler
 from app.errors import InvalidRequestError, RetryLaterError
 from app.messages.calibration import CalibrationJob, CalibrationStatus
 from app.messages.conditioning import Conditioning
@@ -38,6 +36,10 @@ from app.model_files import model_folder
 from app.settings import Settings
 from magcache_core import Profile, save_profile
 from magcache_core.profile_store import replace_file
+
+if TYPE_CHECKING:
+    from app.components.prompt_encoder import PromptEncoder
+    from app.components.vae import ImageDecoder
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +57,9 @@ class Calibrator:
     def __init__(
         self,
         settings: Settings,
-        encoder: PromptEncoder,
+        encoder: "PromptEncoder",
         replica: DeploymentHandle,
-        decoder: ImageDecoder,
+        decoder: "ImageDecoder",
         process: str = "api",
     ) -> None:
         """``process`` is the API process that it is in."""
@@ -259,6 +261,8 @@ def _name_of(model: str) -> str:
 
 
 def _subject(job: CalibrationJob, settings: Settings, model: Path) -> Subject:
+    from app.engine.sampling import FlowMatchSampler  # here, as diffusers takes 2 s to load
+
     name = _name_of(settings.model)
     guidance = f"g{job.guidance_scale:g}" + ("" if job.negative_prompt is None else f"-cfg{job.true_cfg_scale:g}")
     sigmas = FlowMatchSampler(model).sigmas(job.steps, Geometry.of(job.width, job.height).tokens)

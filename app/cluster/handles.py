@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import ray
 from ray.serve.exceptions import RayServeException
@@ -92,19 +92,12 @@ async def answer_of_one(handle: DeploymentHandle, method: str, *args: object) ->
     return found[0] if found else None
 
 
-PlanPart = TypeVar("PlanPart")
-
-
-def remote(handle: DeploymentHandle, part: type[PlanPart]) -> PlanPart:
-    """The ``part`` that a deployment holds, to be used as if it were in this process; coroutine methods only.
-
-    Its methods have no effects, so that a call is made again when the deployment's process dies.
-    """
-    return cast(PlanPart, DeploymentProxy(handle))
-
-
 class DeploymentProxy:
-    """Turns a method's name into a call through the handle; each method's handle is made once."""
+    """What a deployment holds, to be used as if it were in this process; coroutine methods only.
+
+    Its methods have no effects, so that a call is made again when the deployment's process dies. Each method's handle
+    is made once.
+    """
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle

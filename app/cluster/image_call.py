@@ -5,15 +5,18 @@ import logging
 import uuid
 from collections.abc import Callable
 from contextlib import aclosing
+from typing import TYPE_CHECKING
 
 from ray.serve.handle import DeploymentHandle
 
 from app.api.backend import Preview, StreamItem
 from app.cluster.handles import answer_of_one, answers_of_all, items_of, result_of
-from app.components.vae import ImageDecoder
 from app.messages.conditioning import Conditioning
 from app.messages.jobs import DenoiseJob
 from app.messages.results import DenoiseResult, Latents, Progress
+
+if TYPE_CHECKING:
+    from app.components.vae import ImageDecoder
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +29,7 @@ class ImageCall:
     """Denoises one image; a stream's previews are decoded meanwhile, and late ones are left out."""
 
     def __init__(
-        self, replica: DeploymentHandle, decoder: ImageDecoder, form: FileForm, emit: OnEvent | None, progress: bool
+        self, replica: DeploymentHandle, decoder: "ImageDecoder", form: FileForm, emit: OnEvent | None, progress: bool
     ) -> None:
         """Without ``emit`` there are no events; ``progress`` has one for the steps as well."""
         self._replica = replica

@@ -2,7 +2,7 @@
 
 import ipaddress
 import logging
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from fastapi import FastAPI
 from prometheus_client.metrics_core import Metric
@@ -14,13 +14,15 @@ from app.api.app import create_app
 from app.api.routes import Service
 from app.cluster.api_processes import ApiProcesses
 from app.cluster.backend import ServeBackend
-from app.cluster.handles import remote
-from app.components.prompt_encoder import PromptEncoder
-from app.components.vae import ImageDecoder
+from app.cluster.handles import DeploymentProxy
 from app.logs import configure_logging
 from app.messages.calibration import CalibrationJob, CalibrationStatus
 from app.metrics import merge_families
 from app.settings import Settings
+
+if TYPE_CHECKING:
+    from app.components.prompt_encoder import PromptEncoder
+    from app.components.vae import ImageDecoder
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,25 @@ def warn_of_strangers(host: str) -> None:
         )
 
 
+# The models' libraries take 2 s of CPU to load, which a process does without whose models are elsewhere.
+
+
+def _encoder(settings: Settings, deployment: DeploymentHandle | None, process: str) -> "PromptEncoder":
+    if deployment is not None:
+        return cast("PromptEncoder", DeploymentProxy(deployment))
+    from app.components.prompt_encoder import PromptEncoder
+
+    return PromptEncoder(settings, process)
+
+
+def _decoder(settings: Settings, deployment: DeploymentHandle | None) -> "ImageDecoder":
+    if deployment is not None:
+        return cast("ImageDecoder", DeploymentProxy(deployment))
+    from app.components.vae import ImageDecoder
+
+    return ImageDecoder(settings)
+
+
 def _listens_on() -> str:
     """The address of Serve's HTTP proxies, which Serve tells its own parts only."""
     client = _get_global_client()
@@ -77,9 +98,9 @@ class ImagesApi:
         context = serve.get_replica_context()
         _backend = ServeBackend(
             settings,
-            PromptEncoder(settings, context.replica_tag) if encoder is None else remote(encoder, PromptEncoder),
+            _encoder(settings, encoder, context.replica_tag),
             replica,
-            ImageDecoder(settings) if decoder is None else remote(decoder, ImageDecoder),
+            _decoder(settings, decoder),
             ApiProcesses(serve.get_deployment_handle(context.deployment, context.app_name)),
         )
 

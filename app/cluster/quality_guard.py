@@ -5,6 +5,7 @@ import logging
 import random
 import uuid
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
@@ -12,7 +13,6 @@ from ray.serve.handle import DeploymentHandle
 
 from app.cluster.handles import result_of
 from app.components.image_file import pixels_of
-from app.components.vae import ImageDecoder
 from app.control.admission import default_job
 from app.control.guard import QualityGuard
 from app.control.likeness import psnr, ssim
@@ -22,6 +22,9 @@ from app.messages.jobs import DenoiseJob, ImageKind, MagCacheOptions
 from app.messages.results import DenoiseReport, DenoiseResult, Latents
 from app.metrics import GuardMetrics
 from app.settings import Settings
+
+if TYPE_CHECKING:
+    from app.components.vae import ImageDecoder
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +55,7 @@ class GuardedImages:
         settings: Settings,
         target_db: float,
         replica: DeploymentHandle,
-        decoder: ImageDecoder,
+        decoder: "ImageDecoder",
         process: str = "api",
     ) -> None:
         """``process`` is the API process that it is in."""

@@ -11,9 +11,8 @@ from PIL import Image
 
 from app.engine.families import Family
 from app.engine.geometry import LATENT_PIXELS
-from app.engine.inpainting import PAINTED
 from app.engine.source_fit import REFERENCE_PIXELS, fit_source
-from app.messages.conditioning import SourceImage
+from app.messages.conditioning import PAINTED, SourceImage
 
 
 class SourceEncoder:

@@ -13,9 +13,6 @@ import torch
 from app.engine.layouts import pack
 from app.engine.sampling import mix_noise
 
-PAINTED = 128
-"""A mask's pixels, 0 to 255, are painted from here on."""
-
 
 @dataclass(frozen=True)
 class Inpainting:

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+PAINTED = 128
+"""A mask's pixels, 0 to 255, are painted from here on."""
+
 
 @dataclass(frozen=True)
 class TokenCount:

@@ -18,7 +18,7 @@ from ray import serve
 from app.api.backend import ImagesJob
 from app.cluster.backend import ServeBackend
 from app.cluster.by_reference import INLINE_BYTES, by_reference
-from app.cluster.handles import remote
+from app.cluster.handles import DeploymentProxy
 from app.cluster.rank import Rank
 from app.components.vae import ImageDecoder
 from app.errors import UnavailableError
@@ -102,7 +102,7 @@ def decoder(request: pytest.FixtureRequest, service: str) -> Any:
         yield ImageDecoder(Settings())
         return
     deployment = serve.deployment(ray_actor_options={"num_cpus": 0})(ImageDecoder)
-    yield remote(serve.run(deployment.bind(Settings()), name="decoder", route_prefix=None), ImageDecoder)
+    yield DeploymentProxy(serve.run(deployment.bind(Settings()), name="decoder", route_prefix=None))
     serve.delete("decoder")
 
 

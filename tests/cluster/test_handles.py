@@ -12,7 +12,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from app.cluster import handles
-from app.cluster.handles import TRIES, items_of, remote, repeated, result_of
+from app.cluster.handles import TRIES, DeploymentProxy, items_of, repeated, result_of
 from app.errors import UnavailableError
 
 
@@ -54,7 +54,7 @@ def handle(service: str) -> Iterator[DeploymentHandle]:
 
 
 async def test_a_call_ends_with_what_awaits_it(handle: DeploymentHandle) -> None:
-    part = remote(handle, Part)
+    part = DeploymentProxy(handle)
     async with asyncio.timeout(60):
         assert await part.double(21) == 42
 
