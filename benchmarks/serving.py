@@ -21,7 +21,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,11 @@ from benchmarks.serve.peers import CachedPipeline
 from benchmarks.serve.phases import speed_up
 from benchmarks.serve.plots import draw
 from benchmarks.serve.server import add_arguments, lines, measure_server
-from benchmarks.serve.systems import MODEL, PROFILE, SYSTEMS, THREADS, cluster, ours, running, settle
+from benchmarks.serve.systems import MODEL, PROFILE, SYSTEMS, THREADS, System, cluster, ours, running, settle
 from benchmarks.serve.tables import fill, markdown
 
+PAIR = {"pipeline": "/pipeline", "ours-tp1": "/"}
+"""The two systems that are divided by each other, and below which routes they are up together."""
 # An image is in time when it comes within so many times what the bare pipeline takes for one.
 DEADLINE_FACTOR = 5.0
 
@@ -53,8 +56,9 @@ class Effort:
         open_loads: arrival rates, as multiples of what the bare pipeline makes in a second.
         turns: how often the first and the third closed loop are run in turns by the pipeline and the service.
         repetitions: images of each kind that the speed-up is the median of.
+        warm_up: images that a system makes before it is measured.
         large: shape of the random checkpoint, where it differs from `BLOCKS`.
-        systems: names of those measured.
+        alone: names of the systems measured beside `PAIR`, each while it alone is up.
     """
 
     closed: tuple[tuple[int, int], ...] = ((1, 24), (4, 48), (16, 96), (64, 192))
@@ -62,8 +66,9 @@ class Effort:
     open_loads: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
     turns: int = 3
     repetitions: int = 15
+    warm_up: int = 16
     large: tuple[tuple[str, int], ...] = ()
-    systems: tuple[str, ...] = tuple(system.name for system in SYSTEMS)
+    alone: tuple[str, ...] = tuple(system.name for system in SYSTEMS if system.name not in PAIR)
 
 
 QUICK = Effort(
@@ -72,8 +77,9 @@ QUICK = Effort(
     open_loads=(0.5,),
     turns=1,
     repetitions=1,
+    warm_up=2,
     large=(("num_layers", 1), ("num_single_layers", 1)),
-    systems=("pipeline", "ours-tp1"),
+    alone=(),
 )
 
 
@@ -99,16 +105,16 @@ def bare_loop(count: int, dtype: str) -> dict[str, float]:
     return {"p50_s": round(statistics.median(seconds), 4), "throughput": round(len(seconds) / sum(seconds), 4)}
 
 
-def warm_up(url: str) -> None:
-    """Wait for the system at ``url``, and have it make batches of several sizes."""
+def warm_up(url: str, images: int) -> None:
+    """Wait for the system at ``url``, and have it make ``images`` in batches of several sizes."""
     settle(url, workload(1, seed=9)[0])
-    asyncio.run(closed_loop(url, workload(16, seed=2), clients=4))
+    asyncio.run(closed_loop(url, workload(images, seed=2), clients=4))
 
 
 def measure(url: str, effort: Effort, bare: dict[str, float]) -> dict[str, Any]:
     """All loads on the system that listens at ``url``."""
     deadline_s = DEADLINE_FACTOR * bare["p50_s"]
-    warm_up(url)
+    warm_up(url, effort.warm_up)
     closed = []
     for clients, count in effort.closed:
         outcomes = asyncio.run(closed_loop(url, workload(count, seed=1), clients))
@@ -122,29 +128,24 @@ def measure(url: str, effort: Effort, bare: dict[str, float]) -> dict[str, Any]:
     return {"closed": closed, "open": arrivals}
 
 
-def in_turns(url: str, effort: Effort, dtype: str) -> list[dict[str, float]]:
-    """One client's latency and many clients' throughput of the pipeline and of the service, while both are up.
+def in_turns(urls: Mapping[str, str], effort: Effort) -> list[dict[str, float]]:
+    """One client's latency and many clients' throughput of the systems of `PAIR` at ``urls``, in that order.
 
     A shared machine may be half as fast a minute later, so only what was measured side by side is divided.
     """
-    urls = {"pipeline": f"{url}/pipeline", "ours-tp1": url}
-    applications = {system.name: system.application(dtype) for system in SYSTEMS if system.name in urls}
     one, many = effort.closed[0], effort.closed[min(len(effort.closed) - 1, 2)]  # 16 clients in a full run
     rounds = []
-    with running(applications["pipeline"], "pipeline", "/pipeline"), running(applications["ours-tp1"]):
-        for base in urls.values():
-            warm_up(base)
-        for _ in range(effort.turns):
-            figures: dict[str, float] = {}
-            for clients, count in (one, many):
-                for name, base in urls.items():
-                    outcomes = asyncio.run(closed_loop(base, workload(count, seed=1), clients))
-                    summary = summarise(outcomes, math.inf)
-                    figures[f"{name}, {clients} clients"] = summary["p50_s" if clients == one[0] else "throughput"]
-            pipeline_s, ours_s, pipeline_rate, ours_rate = figures.values()
-            figures |= {"latency": round(ours_s / pipeline_s, 3), "throughput": round(ours_rate / pipeline_rate, 3)}
-            print("in turns", json.dumps(figures), flush=True)
-            rounds.append(figures)
+    for _ in range(effort.turns):
+        figures: dict[str, float] = {}
+        for clients, count in (one, many):
+            for name, base in urls.items():
+                outcomes = asyncio.run(closed_loop(base, workload(count, seed=1), clients))
+                summary = summarise(outcomes, math.inf)
+                figures[f"{name}, {clients} clients"] = summary["p50_s" if clients == one[0] else "throughput"]
+        pipeline_s, ours_s, pipeline_rate, ours_rate = figures.values()
+        figures |= {"latency": round(ours_s / pipeline_s, 3), "throughput": round(ours_rate / pipeline_rate, 3)}
+        print("in turns", json.dumps(figures), flush=True)
+        rounds.append(figures)
     return rounds
 
 
@@ -179,22 +180,32 @@ def run(effort: Effort, dtype: str) -> dict[str, Any]:
         "software": f"torch {torch.__version__}, diffusers {diffusers.__version__}, Ray {ray.__version__}",
         "threads": THREADS,
         "effort": asdict(effort),
-        "systems": {},
         "denoising": {},
     }
     with cluster() as url, tempfile.TemporaryDirectory() as folder:
         document["bare"] = bare = bare_loop(effort.closed[0][1], dtype)
         document["deadline_s"] = round(DEADLINE_FACTOR * bare["p50_s"], 3)
         print("bare pipeline", json.dumps(bare), flush=True)
-        for system in (known for known in SYSTEMS if known.name in effort.systems):
-            with running(system.application(dtype)):
-                figures = measure(url, effort, bare)
-                document["systems"][system.name] = {"label": system.label, **figures}
-                for figure in (*figures["closed"], *figures["open"]):
-                    print(system.label, json.dumps(figure), flush=True)
-                if system.name == "ours-tp1":
-                    document["denoising"]["flux-tiny"] = speed_up(url, effort.repetitions)
-        document["in_turns"] = in_turns(url, effort, dtype)
+        systems = {system.name: system for system in SYSTEMS}
+        measured: dict[str, Any] = {}
+
+        def measure_one(system: System, base: str) -> None:
+            measured[system.name] = {"label": system.label, **(figures := measure(base, effort, bare))}
+            for figure in (*figures["closed"], *figures["open"]):
+                print(system.label, json.dumps(figure), flush=True)
+
+        with ExitStack() as pair:
+            urls = {name: url + route.rstrip("/") for name, route in PAIR.items()}
+            for name, route in PAIR.items():
+                pair.enter_context(running(systems[name].application(dtype), name, route))
+            for name, base in urls.items():
+                measure_one(systems[name], base)
+            document["denoising"]["flux-tiny"] = speed_up(urls["ours-tp1"], effort.repetitions)
+            document["in_turns"] = in_turns(urls, effort)
+        for name in effort.alone:
+            with running(systems[name].application(dtype)):
+                measure_one(systems[name], url)
+        document["systems"] = {name: measured[name] for name in systems if name in measured}
         large = Path(folder) / "random"
         parameters = write_checkpoint(MODEL, large, **dict(effort.large))
         with running(ours(1, 1, dtype, large)):

@@ -36,9 +36,9 @@ class ServiceProcess:
             return 0
 
     def metric(self, name: str) -> float:
-        """The first sample of a metric."""
+        """A metric, summed over its labels."""
         lines = self.client.get("/metrics").text.splitlines()
-        return float(next(line for line in lines if line.startswith(f"{name}{{")).rpartition(" ")[2])
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name}{{"))
 
     def processes(self) -> list[psutil.Process]:
         """What runs of it: Ray's processes stay in the session of the one that started them."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -58,8 +57,12 @@ def wait_for(what: Callable[[], bool], then: str, seconds: float = 60.0) -> None
         time.sleep(0.02)
 
 
-def kill_process(name: str) -> None:
-    """Kill -9 an actor's process of this test's own cluster, found by the class that its title shows."""
+def newest_process(name: str) -> psutil.Process:
+    """An actor's process of this test's own cluster, found by the class that its title shows."""
     workers = psutil.Process().children(recursive=True)
-    victims = [worker for worker in workers if "".join(worker.cmdline()).startswith(f"ray::{name}")]
-    victims[-1].send_signal(signal.SIGKILL)
+    return [worker for worker in workers if "".join(worker.cmdline()).startswith(f"ray::{name}")][-1]
+
+
+def kill_process(name: str) -> None:
+    """Kill -9 the newest actor's process of a class."""
+    newest_process(name).kill()

@@ -63,7 +63,7 @@ def service(cluster: None, profile_dir: Path, lora_dir: Path) -> Iterator[str]:
     settings = settings_of("flux-tiny.yaml")
     magcache = settings.magcache.model_copy(update={"profile_dir": str(profile_dir)})
     # Two API processes, so that each test also shows that it does not matter which one answers.
-    update = {"magcache": magcache, "api_replicas": 2, "loras": str(lora_dir)}
+    update = {"magcache": magcache, "api_replicas": 2, "loras": str(lora_dir), "hang_timeout_s": 20.0}
     serve.run(build(settings.model_copy(update=update)), name="flux", route_prefix="/")
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()

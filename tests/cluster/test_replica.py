@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from app.cluster.replica import _with_time_left
 from app.errors import DeadlinePassedError
 from magcache_core.measure import probes
-from tests.cluster.asking import IMAGES, PROMPT, ask, events_of, kill_process, metrics, pixels, wait_for
+from tests.cluster.asking import IMAGES, PROMPT, ask, events_of, kill_process, metrics, newest_process, pixels, wait_for
 from tests.cluster.test_calibrator import PROMPTS, SMALL, ended
 from tests.cluster.test_inpainting_service import encoded, source, white
 from tests.cluster.test_lora_service import with_lora
@@ -97,6 +99,20 @@ def test_a_killed_coordinator_costs_time_and_no_image(http: httpx.Client) -> Non
         for first, second in zip(disturbed.result(), undisturbed, strict=True):
             assert psnr(first, second) >= 55
     assert metrics(http)["flux_group_rebuilds_total"] == rebuilds + 1
+
+
+@pytest.mark.faults
+def test_a_rank_that_stops_in_the_middle_of_images_is_replaced_and_they_are_made_again(http: httpx.Client) -> None:
+    undisturbed = several(http)
+    with ThreadPoolExecutor(1) as pool:
+        disturbed = pool.submit(several, http)
+        wait_for(lambda: metrics(http)["flux_running_pictures"] == len(undisturbed), "both images run")
+        stopped = newest_process("Rank")
+        stopped.send_signal(signal.SIGSTOP)
+        assert not disturbed.done()
+        for first, second in zip(disturbed.result(), undisturbed, strict=True):
+            assert psnr(pixels(first), pixels(second)) >= 55
+    wait_for(lambda: not stopped.is_running() or stopped.status() == psutil.STATUS_ZOMBIE, "the stopped rank is killed")
 
 
 def health(http: httpx.Client) -> tuple[int, int, int]:
