@@ -32,18 +32,19 @@ LONG = {**UNCACHED, "num_inference_steps": 60, "response_format": "file"}
 CLIENTS = 4
 STEPS = 28
 # Logical CPUs, of the two that Ray counts on a small machine; the API takes 0.1.
-WHOLE, HALF, PART = 1.2, 0.75, 0.2
+PART, WHOLE = 0.2, 1.6
 CHANGES = [
-    (26, {"cpus_per_rank": HALF, "num_replicas": 2}),  # no room beside what runs: requests wait
-    (24, {"cpus_per_rank": PART, "num_replicas": 2}),  # two groups, one after the other
+    (26, {"cpus_per_rank": PART, "num_replicas": 2}),  # two groups, one after the other
+    (24, {"cpus_per_rank": WHOLE, "num_replicas": 1}),  # no room beside what runs: requests wait
 ]
 """Default steps, and what else changes."""
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
-    one = {"tensor_parallel_size": 1, "cpus_per_rank": WHOLE, "cpus_per_helper": 0.1, "drain_seconds": 60.0}
-    with service_process(tmp_path_factory.mktemp("serve"), **one) as service:
+    two = {"tensor_parallel_size": 1, "cpus_per_rank": PART, "num_replicas": 2}
+    more = {"cpus_per_helper": 0.1, "drain_seconds": 60.0}
+    with service_process(tmp_path_factory.mktemp("serve"), **two, **more) as service:
         yield service
 
 

@@ -183,6 +183,6 @@ def test_clients_compare_pixels_within_one_level(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.bench
 def test_a_short_run_loses_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    """Each rank and the coordinator of a real service, killed under load."""
+    """The coordinator of a real service is killed under load."""
     assert main(["--short", "--port", "8021"]) == 0
     assert "| coordinator killed | 1 | 0 | 0 | 0 | 0 |" in capsys.readouterr().out
