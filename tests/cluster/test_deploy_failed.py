@@ -92,6 +92,7 @@ def test_it_is_found_by_the_replica_where_the_head_has_no_folder(
 ) -> None:
     _truncate(model)
     monkeypatch.setattr(app.main, "check_local_checkpoint", lambda settings: None)
+    monkeypatch.setattr(app.main, "CONSTRUCTOR_ATTEMPTS", 1)
     built = app.main.build(Settings(**_small(model)))
     with pytest.raises(RuntimeError, match="failed"):
         serve.run(built, name=name, route_prefix="/broken")

@@ -111,7 +111,7 @@ def test_a_rank_that_stops_in_the_middle_of_images_is_replaced_and_they_are_made
         stopped.send_signal(signal.SIGSTOP)
         assert not disturbed.done()
         for first, second in zip(disturbed.result(), undisturbed, strict=True):
-            assert psnr(pixels(first), pixels(second)) >= 55
+            assert psnr(first, second) >= 55
     wait_for(lambda: not stopped.is_running() or stopped.status() == psutil.STATUS_ZOMBIE, "the stopped rank is killed")
 
 
