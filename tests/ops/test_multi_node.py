@@ -163,10 +163,11 @@ def test_nothing_is_lost_while_groups_change_come_and_go(cluster: Cluster) -> No
         return cluster.replicas() | cluster.replicas("ImagesApi") | cluster.replicas("PromptEncoder")
 
     before = replicas()
-    with Load(cluster.urls, clients=6, pause_s=0.05) as load:
+    # Pauses, so that what starts under load has processors, too.
+    with Load(cluster.urls, clients=4, pause_s=0.3) as load:
         wait_for(lambda: load.answered > 10, "the group serves")
         # Each group on one node from here on, and a second one under load.
-        autoscaling = {"max_replicas": 2, "target_ongoing_requests": 1, "upscale_delay_s": 1, "downscale_delay_s": 1}
+        autoscaling = {"max_replicas": 2, "target_ongoing_requests": 0.5, "upscale_delay_s": 1, "downscale_delay_s": 1}
         cluster.deploy(config(placement_group_strategy="STRICT_PACK", autoscaling=autoscaling))
         wait_for(lambda: not before & replicas() and len(cluster.replicas()) == 2, "two new groups, one by the load")
         wait_for(lambda: cluster.application().get("status") == RUNNING, "the update is over")
@@ -175,7 +176,7 @@ def test_nothing_is_lost_while_groups_change_come_and_go(cluster: Cluster) -> No
         wait_for(lambda: load.answered > served + 10, "both groups serve")
     assert load.failures == []
     assert load.answered > 50
-    with Load(cluster.urls, clients=1, pause_s=0.5) as load:
+    with Load(cluster.urls, clients=1, pause_s=1.0) as load:
         wait_for(lambda: len(cluster.replicas()) == 1, "the second group goes")
         served = load.answered
         wait_for(lambda: load.answered > served + 3, "the one that is left serves")
