@@ -84,8 +84,9 @@ class Settings(Section):
     )
     compile: bool = Field(
         default=False,
-        description="Compile the blocks: steps are faster, and a group's start waits for it, minutes the first "
-        "time. One row of the default size has kernels of its own, all others share theirs.",
+        description="Compile the blocks, and the VAE's decoder where that runs on a GPU: both are faster, and their "
+        "start waits for it, minutes the first time. One row of the default size has kernels of its own, all others "
+        "share theirs.",
     )
     cuda_graphs: bool = Field(
         default=False,
@@ -96,7 +97,7 @@ class Settings(Section):
     compile_cache_dir: str | None = Field(
         default=None,
         min_length=1,
-        description="Folder in which a rank keeps compiled kernels, so that the next start finds them; null is "
+        description="Folder in which ranks and VAE keep compiled kernels, so that the next start finds them; null is "
         "`flux-compiled` in `HF_HOME`, beside the downloaded models.",
     )
     quantization: Literal["fp8"] | None = Field(
@@ -420,6 +421,11 @@ class Settings(Section):
         """Where the VAE runs."""
         placement = self.vae.placement
         return self.device if placement is None else "cuda" if placement == "gpu" else "cpu"
+
+    @property
+    def decoder_is_compiled(self) -> bool:
+        """Whether the VAE decodes with compiled code; on a CPU its compiler takes minutes."""
+        return self.compile and self.decoder_runs_on == "cuda"
 
     @property
     def encoder_is_in_api(self) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from app.components.compiled_vae import compile_decoder
 from benchmarks.checkpoints.geometry import Part
 from benchmarks.gpu_runs import random_model
 from benchmarks.roofline import best_seconds, synchronize
@@ -29,7 +30,7 @@ def decode(
     if tiled:
         vae.enable_tiling()
     if compiled:
-        vae.decoder.compile(backend=compiler)
+        compile_decoder(vae, 8 * side, 8 * side, compiler)
     latents = torch.randn(1, vae.config.latent_channels, side, side, device=device, dtype=dtype)
     latents = latents.to(memory_format=torch.channels_last)
     if device.type == "cuda":

@@ -48,6 +48,13 @@ def test_helpers_run_where_the_ranks_run_unless_told() -> None:
     assert settings.decoder_is_in_api
 
 
+def test_the_decoder_is_compiled_where_it_runs_on_a_gpu() -> None:
+    assert Settings(device="cuda", compile=True).decoder_is_compiled
+    assert not Settings(device="cuda").decoder_is_compiled
+    for placement in ("cpu", "api"):
+        assert not Settings(device="cuda", compile=True, vae={"placement": placement}).decoder_is_compiled
+
+
 @pytest.mark.parametrize(
     ("values", "place", "words"),
     [

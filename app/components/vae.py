@@ -10,17 +10,19 @@ from diffusers import AutoModel
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+from app.components.compiled_vae import compile_decoder
 from app.components.image_file import image_file
 from app.components.source_encoder import SourceEncoder
 from app.engine.families import family_of
 from app.engine.finite import check_finite
 from app.engine.geometry import TOKEN_PIXELS, Geometry
+from app.engine.tuning import use_compile_cache
 from app.engine.weight_files import weight_variant
 from app.errors import GenerationError
 from app.logs import configure_logging
 from app.messages.conditioning import SourceImage
 from app.messages.results import Latents
-from app.model_files import model_folder
+from app.model_files import compile_cache, model_folder
 from app.settings import Settings
 
 
@@ -56,6 +58,11 @@ class ImageDecoder:
         self._finished = 0  # finished images (no previews) that are in the thread or wait for it
         self._changed = asyncio.Condition()
         self._one_preview = asyncio.Lock()
+        if settings.decoder_is_compiled:
+            use_compile_cache(compile_cache(settings), "vae")
+            usual = settings.sampling.default_width, settings.sampling.default_height
+            # In the thread that decodes: torch checks that compiled code meets the settings that it was compiled with.
+            self._thread.submit(compile_decoder, self._vae, *usual).result()
 
     async def decode(
         self,

@@ -87,13 +87,13 @@ def tune(
         block.forward = _by_size(block.forward, usual, tuning.compiler)
 
 
-def use_compile_cache(folder: Path, attention: AttentionBackend) -> None:
-    """Keep what this process compiles from now on in ``folder``, apart by attention backend.
+def use_compile_cache(folder: Path, name: str) -> None:
+    """Keep what this process compiles from now on in ``folder``, by ``name``: of an attention backend, or of the VAE.
 
     Compiled code is found again by the program that it was made of, in which attention is not yet one kernel or the
     other; torch's order of kernels is no part of it.
     """
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / attention)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / name)
 
 
 def _by_size(forward: Callable[..., Any], usual: UsualRow, compiler: str) -> Callable[..., Any]:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import threading
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.utils import counters
 
+from app.components import vae
+from app.components.compiled_vae import compile_decoder
 from app.components.vae import ImageDecoder
 from app.engine.geometry import Geometry
 from app.errors import GenerationError
@@ -52,3 +58,25 @@ async def test_latents_that_are_not_finite_are_an_error_and_no_black_image(value
     with pytest.raises(GenerationError, match="not finite") as caught:
         await ImageDecoder(Settings()).decode(latents, *FORM)
     assert (caught.value.status, caught.value.code) == (500, "generation_failed")
+
+
+async def test_a_compiled_decoder_is_up_when_all_of_it_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    images = []
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+    monkeypatch.setattr(vae, "compile_decoder", partial(compile_decoder, compiler="eager"))
+    torch._dynamo.reset()
+    for compiled in (False, True):
+        # A CPU's decoder is not compiled in service.
+        monkeypatch.setattr(Settings, "decoder_is_compiled", compiled)
+        counters.clear()
+        decoder = ImageDecoder(Settings(compile_cache_dir=str(tmp_path)))
+        graphs = counters["stats"]["unique_graphs"]
+        assert graphs == (2 if compiled else 0), "the default size and all others"
+        latents = torch.randn(8 * 8, 64, generator=torch.Generator().manual_seed(0))
+        images.append(await decoder.decode(latents, 128, 128, "png", 100))
+        assert counters["stats"]["unique_graphs"] == graphs, "its thread compiles nothing anew"
+    assert images[0] == images[1]
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "vae")
+    torch._dynamo.reset()
