@@ -192,22 +192,26 @@ def run(
         "uncached": loop.images(euler(loop.sigmas(STEPS))),
         "true": loop.images(adams_bashforth(loop.sigmas(TRUE_STEPS), 3)),
     }
-    document: dict[str, Any] = {"setup": setup, "lines": []}
+    wanted = list(lines(profile, loop, budgets))
     out.parent.mkdir(parents=True, exist_ok=True)
-    for computed, method, marks, make in lines(profile, loop, budgets):
-        line: dict[str, Any] = {"computed": computed, "method": method, "schedule": marks}
-        if _key(line) in done:
-            document["lines"].append(done[_key(line)])
+
+    def write() -> None:
+        kept = [done[line[:3]] for line in wanted if line[:3] in done]
+        out.write_text(json.dumps({"setup": setup, "lines": kept}, indent=1) + "\n")
+
+    write()
+    for computed, method, marks, make in wanted:
+        if (computed, method, marks) in done:
             continue
         images = make()
+        line: dict[str, Any] = {"computed": computed, "method": method, "schedule": marks}
         for name, reference in references.items():
             decibels = psnr(images, reference).sort().values
             worst = decibels[: max(1, prompts // 10)]
             line[name] = [round(decibels.mean().item(), 2), round(worst.mean().item(), 2)]
-        document["lines"].append(line)
-        out.write_text(json.dumps(document, indent=1) + "\n")
+        done[_key(line)] = line
+        write()
         print(f"{computed:3} {method:32} {marks} {line['uncached']} {line['true']}", flush=True)
-    out.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def _key(line: dict[str, Any]) -> tuple[int, str, str]:
