@@ -23,8 +23,8 @@ from app.cluster.ingress import ImagesApi
 
 logger = logging.getLogger("ray.serve")
 
-PROXY_CHECK = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1"}
-"""How often Serve looks whether its HTTP proxies live, in seconds; its default of 10 is time without a service."""
+PROXY_CHECK = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.3"}
+"""How often Serve looks whether its HTTP proxies live, in seconds; it starts another after three looks."""
 LOOK_S = 0.5
 """How often the API is asked what it still works on."""
 ANSWER_S = 10.0

@@ -30,15 +30,19 @@ def envoy_command(config: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def gateway(name: str, service: str, folder: Path) -> Iterator[tuple[str, int]]:
-    """Run ``nginx`` or ``envoy`` in front of ``service`` (host:port), with its files in ``folder``; its address."""
+def gateway(name: str, service: str, folder: Path, proxies: int = 1) -> Iterator[tuple[str, int]]:
+    """Run ``nginx`` or ``envoy`` in front of ``service`` (host:port), with its files in ``folder``; its address.
+
+    Args:
+        proxies: as how many nginx sees the one.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     host, service_port = service.split(":")
     if name == "nginx":
         text = (GATEWAYS / "nginx.conf").read_text(encoding="utf-8")
-        changes = {f"server {SERVICE};": f"server {service};", "listen 8080;": f"listen 127.0.0.1:{port};",
+        changes = {f"server {SERVICE};": f"server {service};" * proxies, "listen 8080;": f"listen 127.0.0.1:{port};",
                    "/tmp/nginx.pid": str(folder / "nginx.pid")}  # fmt: skip
         command = nginx_command
     else:

@@ -12,12 +12,11 @@ from starlette.requests import Request
 
 from app.api.backend import RequestIdentity
 from app.api.proxy_guard import WITHOUT_ID
+from app.api.repeating import RETRY_COUNT
 from app.errors import InvalidRequestError
 
 HEADER = "idempotency-key"
 """draft-ietf-httpapi-idempotency-key-header; quotes around the key, as the draft has them, are a part of it here."""
-RETRY_COUNT = "x-stainless-retry-count"
-"""OpenAI's clients send it with each attempt, from 0; no header of theirs names the request itself."""
 
 
 def body_digest(fields: Mapping[str, Any], files: Iterable[bytes | str] = ()) -> str:

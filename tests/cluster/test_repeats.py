@@ -1,75 +1,21 @@
-"""A request that comes again through the running service, with the API process that had it killed in between."""
+"""A request that comes again through the running service."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import httpx
-import openai
-import pytest
 from ray import serve
 from starlette.requests import Request
 
 from app.api.proxy_guard import WITHOUT_ID
-from tests.cluster.asking import IMAGES, PROMPT, ask, events_of, kill_process, metrics, pixels, wait_for
-from tests.cluster.test_api_processes import ok_by_process
+from tests.cluster.asking import IMAGES, PROMPT, ask, events_of, metrics, pixels, wait_for
 
 LONG = {"prompt": PROMPT, "num_inference_steps": 100, "magcache": {"enabled": False}}
 
 
-@pytest.fixture
-def whole(http: httpx.Client) -> Iterator[None]:
-    """Both API processes are there, before a test and again after it."""
-
-    def both() -> bool:
-        return len(ok_by_process(http.get("/metrics").text)) == 2
-
-    wait_for(both, "both API processes are there", 120)
-    yield
-    wait_for(both, "the killed API process is replaced", 120)
-
-
 def finished(http: httpx.Client) -> float:
     return metrics(http)["flux_pictures_finished_total"]
-
-
-def with_retries(service: str, body: dict[str, Any], key: str) -> dict[str, Any]:
-    """A plain client of its own: the same key until there is an answer."""
-    until = time.monotonic() + 120
-    while time.monotonic() < until:
-        try:
-            reply = httpx.post(f"{service}{IMAGES}", json=body, headers={"Idempotency-Key": key}, timeout=120)
-        except httpx.TransportError:
-            continue
-        if reply.status_code == 200:
-            answer: dict[str, Any] = reply.json()
-            return answer
-        time.sleep(0.2)
-    raise AssertionError("no answer")
-
-
-@pytest.mark.faults
-@pytest.mark.usefixtures("whole")
-def test_no_image_is_lost_or_made_twice_when_an_api_process_is_killed(http: httpx.Client, service: str) -> None:
-    """Eight at once, of which each process has some of both clients; the bodies are equal, the images must not be."""
-    before, official = finished(http), openai.OpenAI(base_url=f"{service}/v1", api_key="unused", timeout=120)
-    options = {name: value for name, value in LONG.items() if name != "prompt"}
-
-    def make(number: int) -> dict[str, Any]:
-        if number % 2:
-            return with_retries(service, LONG, f"killed-{number}")
-        return official.images.generate(prompt=PROMPT, extra_body=options).model_dump()
-
-    with official, ThreadPoolExecutor(8) as pool:
-        made = [pool.submit(make, number) for number in range(8)]
-        wait_for(lambda: metrics(http)["flux_running_pictures"] == 8, "all eight run")
-        kill_process("ServeReplica:flux:ImagesApi")
-        seeds = [reply.result()["data"][0]["seed"] for reply in made]
-    assert len(set(seeds)) == 8
-    assert finished(http) - before == 8
 
 
 def test_a_repetition_joins_the_image_under_way_or_gets_the_finished_one(http: httpx.Client) -> None:
