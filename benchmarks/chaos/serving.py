@@ -19,6 +19,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from benchmarks.chaos.faults import WEIGHTS, Served
+from scripts.envoy import envoy
 from scripts.serve_process import ROOT, DemoError, Service, check_port
 
 CONFIG = ROOT / "deployments" / "flux-tiny.yaml"
@@ -88,6 +89,16 @@ def serving(folder: Path, placement: Placement, port: int) -> Iterator[Served]:
         yield Served(service, folder)
     finally:
         service.stop()
+
+
+@contextmanager
+def behind(through: str, served: Served) -> Iterator[str]:
+    """Where clients reach the service: at its own URL, or ``through`` is ``envoy`` at Envoy's."""
+    if not through:
+        yield served.service.url
+        return
+    with envoy(served.service.url.removeprefix("http://"), served.folder) as (host, port):
+        yield f"http://{host}:{port}"
 
 
 def refusal_of_nan(folder: Path, port: int) -> str | None:

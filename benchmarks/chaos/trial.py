@@ -11,6 +11,9 @@ from typing import Any
 from benchmarks.chaos.clients import Crowd, Outcome, Result
 from benchmarks.chaos.faults import Fault, Served
 
+Faults = tuple[Fault, ...]
+"""One, or several within one recovery."""
+
 SETTLED = 2
 """Right images that each kind of client must have after a fault before it counts as overcome."""
 BEFORE_S = 1.0
@@ -31,6 +34,7 @@ class Trial:
         gap_s: the longest time in which no image came.
         by_hand: it did not heal by itself within `PATIENCE_S`.
         details: of requests without an image, each kind of answer once.
+        through: what stood before the service, ``envoy`` or nothing.
     """
 
     fault: str
@@ -41,24 +45,30 @@ class Trial:
     gap_s: float
     by_hand: bool
     details: list[str]
+    through: str = ""
 
 
-def kind_of(faults: Sequence[Fault]) -> str:
+def kind_of(faults: Faults) -> str:
     """For the goals, and for ``--only``."""
     kinds = [fault.kind for fault in faults]
     return "pause" if "pause" in kinds else "twice" if len(kinds) > 1 else kinds[0]
 
 
 def run(
-    served: Served, faults: Sequence[Fault], bodies: list[dict[str, Any]], expected: list[Any], watched_s: float = 0.0
+    served: Served,
+    url: str,
+    faults: Faults,
+    bodies: list[dict[str, Any]],
+    expected: list[Any],
+    watched_s: float = 0.0,
 ) -> Trial:
-    """Have clients ask, commit ``faults`` one after another, and wait until images come as before.
+    """Have clients ask at ``url``, commit ``faults`` one after another, and wait until images come as before.
 
     Args:
         watched_s: how long afterwards images must still come, of a fault whose effect is late.
     """
     _wait(lambda: served.has_spares, PATIENCE_S)
-    crowd = Crowd(served.service.url, bodies, expected)
+    crowd = Crowd(url, bodies, expected)
     crowd.start()
     started = time.monotonic()
     _wait(lambda: min(crowd.right_since(started).values()) > 0, PATIENCE_S)

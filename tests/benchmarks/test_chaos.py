@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ import pytest
 from PIL import Image
 
 from benchmarks.chaos import clients, faults
-from benchmarks.chaos.__main__ import main, plan
+from benchmarks.chaos.__main__ import Session, main, plan
 from benchmarks.chaos.clients import Crowd, Outcome, Result
 from benchmarks.chaos.faults import WEIGHTS, CutWeights, FullDisk, Kill, Pause, Served
-from benchmarks.chaos.report import broken, late, line, table
-from benchmarks.chaos.trial import judge
+from benchmarks.chaos.report import broken, late, line, merged, table
+from benchmarks.chaos.trial import Trial, judge
 from benchmarks.chaos.victims import VICTIMS
 
 OFFICIAL, PLAIN = clients.KINDS
@@ -51,13 +52,37 @@ def test_a_trial_is_judged_by_what_its_clients_saw() -> None:
     assert "| rank 0 killed | 2 | 0 | 2 | 2 | 2 | 8.5 s | 8 s | no |" in table([found, found])
 
 
-@pytest.mark.parametrize(("kind", "broken_by"), [("api", 2), ("gcs", 0)])
+@pytest.mark.parametrize(("kind", "broken_by"), [("rank", 2), ("gcs", 0)])
 def test_what_must_never_happen_is_named(kind: str, broken_by: int) -> None:
     lost = [Outcome(OFFICIAL, 1.0, 3.0, Result.LOST, "500"), Outcome(OFFICIAL, 3.0, 4.0, Result.REFUSED, "500")]
     found = judge("a kill", kind, lost, fault_s=2.0, by_hand=True)
     assert found.gap_s == float("inf")
     expected = ["a kill: 2 images that OpenAI's client did not get", "a kill: does not heal by itself"]
     assert broken([found]) == expected[:broken_by], "a machine's service ends with its GCS"
+
+
+@pytest.mark.parametrize(
+    ("kind", "through", "broken_by"),
+    [("rank", "", 0), ("api", "", 1), ("proxy", "", 0), ("proxy", "envoy", 1)],
+)
+def test_a_plain_client_loses_nothing_where_a_part_of_the_service_asks_again(
+    kind: str, through: str, broken_by: int
+) -> None:
+    lost = judge("a kill", kind, [Outcome(PLAIN, 1.0, 3.0, Result.LOST, "503")], fault_s=2.0, by_hand=False)
+    assert len(broken([replace(lost, through=through)])) == broken_by
+
+
+def test_rows_that_are_measured_again_replace_their_own() -> None:
+    def trial(fault: str, gap_s: float, through: str = "") -> Trial:
+        return Trial(fault, "api", {}, {}, 0, gap_s, by_hand=False, details=[], through=through)
+
+    known = [trial("a", 1.0), trial("b", 1.0), trial("a", 2.0), trial("b", 1.0, "envoy")]
+    made = [trial("a", 3.0), trial("b", 2.0, "envoy"), trial("a", 1.0, "envoy")]
+    kept = merged(known, made)
+    assert [(one.fault, one.through, one.gap_s) for one in kept] == [
+        ("a", "", 3.0), ("a", "envoy", 1.0), ("b", "", 1.0), ("b", "envoy", 2.0),
+    ]  # fmt: skip
+    assert "| a, behind Envoy | 1 |" in table(kept)
 
 
 @pytest.fixture
@@ -145,16 +170,19 @@ def test_files_are_whole_again_after_a_fault(
 
 def test_trials_are_of_every_kind_of_process() -> None:
     services = plan(rounds=10, only=[], pause_s=60.0)
-    single = [trial[0] for _, wanted in services for trial in wanted if len(trial) == 1]
+    direct = [trial for session in services if not session.through for trial in session.trials]
+    single = [trial[0] for trial in direct if len(trial) == 1]
     kills = [fault for fault in single if isinstance(fault, Kill)]
     assert {kill.victim for kill in kills} == set(VICTIMS)
     assert sum(kill.victim == "rank" and kill.number == 1 for kill in kills) == 10
-    twice = [trial for _, wanted in services for trial in wanted if len(trial) == 2 and isinstance(trial[1], Kill)]
+    twice = [trial for trial in direct if len(trial) == 2 and isinstance(trial[1], Kill)]
     assert len(kills) + 2 * len(twice) >= 100
-    assert plan(1, ["rank"], 60.0) == [("api", [(Kill("rank", 0),), (Kill("rank", 1),)])]
-    assert plan(2, ["decoder"], 60.0) == [("cpu", [(Kill("decoder"),)] * 2)]
-    (services,) = plan(1, ["pause", "weights"], 5.0)
-    assert [type(trial[-1]) for trial in services[1]] == [Pause] * 5 + [CutWeights]
+    assert plan(1, ["rank"], 60.0) == [Session("api", [(Kill("rank", 0),), (Kill("rank", 1),)])]
+    assert plan(2, ["decoder"], 60.0) == [Session("cpu", [(Kill("decoder"),)] * 2)]
+    proxies = [(Kill("proxy"),)]
+    assert plan(1, ["proxy"], 60.0) == [Session("api", proxies), Session("api", proxies, through="envoy")]
+    (session,) = plan(1, ["pause", "weights"], 5.0)
+    assert [type(trial[-1]) for trial in session.trials] == [Pause] * 5 + [CutWeights]
 
 
 def test_clients_compare_pixels_within_one_level(monkeypatch: pytest.MonkeyPatch) -> None:

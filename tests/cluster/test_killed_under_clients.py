@@ -9,9 +9,9 @@ import httpx
 import numpy as np
 import pytest
 
+from scripts.envoy import envoy
 from tests.cluster.asking import IMAGES, PROMPT, kill_process, metrics, pixels, wait_for
 from tests.cluster.test_api_processes import ok_by_process
-from tests.gateways import gateway
 
 pytestmark = pytest.mark.faults
 
@@ -28,8 +28,8 @@ def expected(service: str) -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def envoy(service: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with gateway("envoy", service.removeprefix("http://"), tmp_path_factory.mktemp("envoy")) as (host, port):
+def gateway(service: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with envoy(service.removeprefix("http://"), tmp_path_factory.mktemp("envoy")) as (host, port):
         yield f"http://{host}:{port}"
 
 
@@ -59,12 +59,12 @@ def joined(replies: list[httpx.Response], expected: list[np.ndarray]) -> int:
     return sum("idempotent-replayed" in reply.headers for reply in replies)
 
 
-def test_an_api_process_is_killed(service: str, envoy: str, expected: list[np.ndarray]) -> None:
+def test_an_api_process_is_killed(service: str, gateway: str, expected: list[np.ndarray]) -> None:
     """Ray's proxy asks another one, with a gateway in front or without."""
-    replies = made(service, [service, service, envoy, envoy], killed="ServeReplica:flux:ImagesApi")
+    replies = made(service, [service, service, gateway, gateway], killed="ServeReplica:flux:ImagesApi")
     assert joined(replies, expected) > 0, "the process that was killed had some of them"
 
 
-def test_the_proxy_is_killed(service: str, envoy: str, expected: list[np.ndarray]) -> None:
+def test_the_proxy_is_killed(service: str, gateway: str, expected: list[np.ndarray]) -> None:
     """Envoy asks again until Serve has started another one."""
-    assert joined(made(service, [envoy] * 4, killed="ProxyActor"), expected) == len(BODIES)
+    assert joined(made(service, [gateway] * 4, killed="ProxyActor"), expected) == len(BODIES)

@@ -13,7 +13,8 @@ import pytest
 
 from app.api.access import PROXY_HEADERS
 from app.settings import Settings
-from tests.gateways import GATEWAYS, gateway
+from scripts.envoy import GATEWAYS
+from tests.gateways import gateway
 
 LARGE = 5 << 20
 """Bytes of a body, beyond what the gateways keep by default."""
