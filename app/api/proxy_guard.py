@@ -14,6 +14,7 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from app.api.proxy_routes import AwaitRoutes
 from app.api.repeating import Repeating
 from app.api.slow_readers import SlowReaders
 from app.errors import InvalidRequestError
@@ -23,8 +24,8 @@ WITHOUT_ID = "x-flux-without-request-id"
 
 
 def middlewares() -> list[Middleware]:
-    """What Ray's proxies put around themselves."""
-    return [Middleware(Repeating), Middleware(SlowReaders), Middleware(ProxyGuard)]
+    """What Ray's proxies put around themselves, the innermost first."""
+    return [Middleware(AwaitRoutes), Middleware(Repeating), Middleware(SlowReaders), Middleware(ProxyGuard)]
 
 
 class ProxyGuard:

@@ -85,7 +85,7 @@ class Client:
 
 
 def test_rays_proxies_have_it() -> None:
-    assert middlewares()[0].cls is Repeating, "inside of all others: what they refuse or cut off is not made again"
+    assert middlewares()[1].cls is Repeating, "inside of those that refuse or cut off: that is not made again"
 
 
 @pytest.mark.parametrize(("method", "path"), [("POST", IMAGES), ("POST", "//images/edits/"), ("DELETE", "/v1/a")])
