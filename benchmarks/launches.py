@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-PRODUCTS = ("addmm", "mm", "_scaled_mm")
+PRODUCTS = ("addmm", "mm", "_scaled_mm", "_addmm_activation")
 VIEWS = ("_unsafe_view", "detach", "alias")
 """Operators that move nothing although they do not say so."""
 LINEAR, ONE_ROW, ATTENTION, OTHER = "linears", "linears of one vector per row", "attention", "elementwise and copies"
@@ -130,7 +130,8 @@ def launch(func: Any, args: Any, kwargs: Any, made: Any, size: int, rows: int) -
     name = packet.__name__
     if "scaled_dot_product" in name:
         return Launch(ATTENTION, name, size, sdpa_flop_count(*(tensor.shape for tensor in args[:3])))
-    flops = flop_registry[packet](*args, **kwargs, out_val=made) if packet in flop_registry else 0
+    counted = torch.ops.aten.addmm if name == "_addmm_activation" else packet
+    flops = flop_registry[counted](*args, **kwargs, out_val=made) if counted in flop_registry else 0
     if name in PRODUCTS:
         return Launch(ONE_ROW if made.shape[0] == rows else LINEAR, name, size, flops)
     return Launch(OTHER, name, size, flops)

@@ -48,16 +48,20 @@ class FusedSingleBlock(FluxSingleTransformerBlock):
         text_tokens = encoder_hidden_states.shape[1]
         joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         normed, gate = self.norm(joint, emb=temb)
-        projected = getattr(self, QKV_MLP)(normed)
-        del normed  # its memory is attention's
         # This rank's heads: the rest of the output projection's input is the MLP's.
-        width = (projected.shape[-1] - self.proj_out.in_features) // 2
-        qkv, mlp = projected.tensor_split([3 * width], dim=-1)
+        width = (getattr(self, QKV_MLP).weight.shape[0] - self.proj_out.in_features) // 2
+        qkv, mlp = self.projected(normed, width)
+        del normed  # its memory is attention's
         attended = self.attn.processor.attend(self.attn, qkv, None, image_rotary_emb)
-        made = joint + gate[:, None] * self.proj_out(torch.cat([attended, self.act_mlp(mlp)], dim=2))
+        made = joint + gate[:, None] * self.proj_out(torch.cat([attended, mlp], dim=2))
         if made.dtype is torch.float16:
             made = made.clip(-65504, 65504)
         return made[:, :text_tokens], made[:, text_tokens:]
+
+    def projected(self, normed: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows, tokens, dim) -> queries, keys and values, (rows, tokens, 3 width), and the activated MLP's input."""
+        qkv, mlp = getattr(self, QKV_MLP)(normed).tensor_split([3 * width], dim=-1)
+        return qkv, self.act_mlp(mlp)
 
 
 def fuse(model: nn.Module) -> dict[str, Slot]:
