@@ -22,15 +22,19 @@ def decode(
     device: torch.device,
     dtype: torch.dtype,
     compiler: str,
-    compiled: bool = False,
+    compiled_for: int | None = None,
     tiled: bool = False,
 ) -> dict[str, Any]:
-    """Decode latents of ``side`` x ``side`` as the service does, whose weights lie with the channels last."""
+    """Decode latents of ``side`` x ``side`` as the service does, whose weights lie with the channels last.
+
+    With ``compiled_for`` the decoder is compiled, and images of that many latents a side are the usual ones.
+    """
     vae = random_model(part, device, dtype).to(memory_format=torch.channels_last)
     if tiled:
         vae.enable_tiling()
-    if compiled:
-        compile_decoder(vae, 8 * side, 8 * side, compiler)
+    if compiled_for is not None:
+        torch._dynamo.reset()  # code of the variant before would serve
+        compile_decoder(vae, 8 * compiled_for, 8 * compiled_for, compiler)
     latents = torch.randn(1, vae.config.latent_channels, side, side, device=device, dtype=dtype)
     latents = latents.to(memory_format=torch.channels_last)
     if device.type == "cuda":

@@ -41,6 +41,7 @@ ORDER = (
     # The other models, whole or in tiles.
     "vae/decode",
     "vae/decode, compiled",
+    "vae/decode, compiled for any size",
     "vae/decode, tiled",
     "t5/1 prompt",
     "t5/4 prompts",

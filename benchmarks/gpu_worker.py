@@ -264,7 +264,8 @@ def measures(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
     device, dtype, settings = bench.device, bench.dtype, bench.settings
     shape = bench.attention(settings.size)
     vae, t5 = bench.parts["vae"], bench.parts["text_encoder_2"]
-    decode = {"side": settings.size // 8, "device": device, "dtype": dtype, "compiler": settings.compiler}
+    side = settings.size // 8
+    decode = {"side": side, "device": device, "dtype": dtype, "compiler": settings.compiler}
     return {
         "peaks/matmul": lambda: gpu_peaks.matmul(device, dtype),
         "peaks/copy": lambda: gpu_peaks.copy(device),
@@ -297,7 +298,8 @@ def measures(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
         "graphs/computed step, small": lambda: bench.graph(computed=True, size=settings.small),
         "graphs/reused step": lambda: bench.graph(computed=False),
         "vae/decode": lambda: gpu_parts.decode(vae, **decode),
-        "vae/decode, compiled": lambda: gpu_parts.decode(vae, **decode, compiled=True),
+        "vae/decode, compiled": lambda: gpu_parts.decode(vae, **decode, compiled_for=side),
+        "vae/decode, compiled for any size": lambda: gpu_parts.decode(vae, **decode, compiled_for=side // 2),
         "vae/decode, tiled": lambda: gpu_parts.decode(vae, **decode, tiled=True),
         "t5/1 prompt": lambda: gpu_parts.encode(t5, 1, settings.text_tokens, device, dtype),
         "t5/4 prompts": lambda: gpu_parts.encode(t5, 4, settings.text_tokens, device, dtype),
