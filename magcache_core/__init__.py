@@ -6,9 +6,9 @@ hooks and the strategies work on diffusers' models.
 
 from magcache_core.choice import choose
 from magcache_core.config import ConfigError, MagCacheConfig
-from magcache_core.correct import VELOCITY_MODES, VelocityStep, evenly_corrected, velocity_steps
+from magcache_core.correct import VELOCITY_MODES, evenly_corrected, velocity_steps
 from magcache_core.hooks import apply_mag_cache, remove_mag_cache
-from magcache_core.plan_data import Plan, Trial
+from magcache_core.plan_data import Plan, Trial, VelocityStep
 from magcache_core.planner import evenly_spaced, fewest_steps, fill, plan
 from magcache_core.profile_data import BranchCurve, Profile, ProfileError, write_profile
 from magcache_core.profile_store import (

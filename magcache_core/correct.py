@@ -16,35 +16,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from magcache_core.plan_data import COMPUTE
+import torch
 
-VELOCITY_MODES = ("corrected", "integrated")
+from magcache_core.plan_data import COMPUTE, Products, VelocityStep, Weights
+from magcache_core.velocity_fit import fitted_steps
+
+LEAST_SQUARES = "least_squares"
+VELOCITY_MODES = ("corrected", "integrated", LEAST_SQUARES)
 """``corrected`` sums what the uncached run sums, and is the uncached run where every step computes. ``integrated``
 takes the polynomials' integrals over noise levels instead: nearer to the differential equation's solution, which is not
-what the uncached run yields."""
+what the uncached run yields. ``least_squares`` weighs velocities by calibration's inner products, where they are known
+(`magcache_core.velocity_fit`), and is ``corrected`` where they are not."""
 PREDICTING = 2
 CORRECTING = 3
-"""Most velocities that a prediction and a correction are put through; so many of them are kept."""
-
-Weights = tuple[float, ...]
-"""Factors of the last computed velocities, newest first."""
-
-
-@dataclass(frozen=True)
-class VelocityStep:
-    """What one step of a predicted and corrected run does with the velocities at hand, its own among them.
-
-    Attributes:
-        velocity: the weighted sum that stands for the step's velocity in an Euler step; at a computed step it holds the
-            correction of the steps before.
-        move: the same for a whole segment at once: what a computed step adds to the latents so that they are where the
-            next computed step takes them up; empty at reused steps, which add nothing then.
-        estimate: what is added to the latents after ``move`` for an estimate of the finished image at this step.
-    """
-
-    velocity: Weights
-    move: Weights
-    estimate: Weights
+"""Most velocities that a prediction and a correction are put through."""
 
 
 def lagrange(at: Any, nodes: Sequence[Any]) -> tuple[Any, ...]:
@@ -65,14 +50,19 @@ def mean_over(begin: Any, end: Any, nodes: Sequence[Any]) -> tuple[Any, ...]:
     return tuple((a + 4 * b + c) / 6 for a, b, c in zip(*at, strict=True))
 
 
-def velocity_steps(schedule: str, sigmas: Sequence[float], mode: str = "corrected") -> tuple[VelocityStep, ...]:
+def velocity_steps(
+    schedule: str, sigmas: Sequence[float], mode: str = "corrected", products: Products = ()
+) -> tuple[VelocityStep, ...]:
     """A whole run ahead.
 
     Args:
         schedule: ``C`` and ``.``, one character per step, that begins with ``C``.
         sigmas: the noise level of each step and the final one, falling, steps + 1 values.
         mode: one of `VELOCITY_MODES`.
+        products: inner products of the velocities of two steps, steps x steps, for ``least_squares``.
     """
+    if mode == LEAST_SQUARES and products:
+        return fitted_steps(schedule, sigmas, torch.tensor(products, dtype=torch.float64))
     run = _Run(sigmas, mode == "integrated")
     computed = [step for step, mark in enumerate(schedule) if mark == COMPUTE]
     steps: list[VelocityStep] = []

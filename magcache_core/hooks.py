@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from magcache_core.config import ConfigError, MagCacheConfig
-from magcache_core.correct import VELOCITY_MODES
+from magcache_core.correct import VELOCITY_MODES, velocity_steps
 from magcache_core.diffusers_bridge import StatefulHook, attach, detach, enter_default_context, new_states
 from magcache_core.plan_data import COMPUTE, Plan
 from magcache_core.residual_stats import StepStatistics
@@ -170,7 +170,9 @@ class MagCacheHook(StatefulHook):
             config = self.config
             marks = config.schedule if isinstance(config, Plan) else schedule(config.resampled(run.steps))
             marks = COMPUTE + marks[position.step + 1 :]
-            run.ahead = VelocityRun(marks, levels[position.step :], self._mode, position.step)
+            first = position.step
+            products = tuple(row[first:] for row in config.products[first:]) if isinstance(config, Plan) else ()
+            run.ahead = VelocityRun(velocity_steps(marks, levels[first:], self._mode, products), first)
         return run.ahead.take(position.step, forward)
 
     @property

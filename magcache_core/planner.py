@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 
 from magcache_core.config import ConfigError, MagCacheConfig
-from magcache_core.correct import VELOCITY_MODES, evenly_corrected
+from magcache_core.correct import LEAST_SQUARES, VELOCITY_MODES, evenly_corrected
 from magcache_core.costs import CostTable
 from magcache_core.fit import fitted_weights, resample_gram
 from magcache_core.plan_data import COMPUTE, REUSE, Plan
@@ -78,7 +78,7 @@ def plan(
     while max_error is not None and search.error(count) > max_error:
         count += 1
     found = search.plan(count, reuse)
-    return replace(found, weights=_weights(profile, found.schedule, branch)) if reuse == "fitted" else found
+    return _filled(profile, found, branch)
 
 
 def _check_budget(budget: int, fewest: int, steps: int) -> None:
@@ -166,13 +166,13 @@ def fill(profile: Profile, schedule: str, reuse: str, branch: str = "cond") -> P
     longest = max(len(run) for run in schedule.split(COMPUTE))
     config = profile.config(len(schedule), branch=branch, max_skip_steps=longest)
     costs = segment_costs(profile, config, reuse, branch)
-    return replace(
+    made = replace(
         made,
         ratios=config.ratios,
         predicted_error=costs.error(sum(costs.estimate(*segment) for segment in segments(schedule))),
-        weights=_weights(profile, schedule, branch) if reuse == "fitted" else (),
         unit=costs.unit,
     )
+    return _filled(profile, made, branch)
 
 
 def evenly_spaced(steps: int, budget: int) -> str:
@@ -189,11 +189,18 @@ def segments(schedule: str) -> list[tuple[int, int, int]]:
     return [(a, gap, end - a - 1) for a, gap, end in zip(computed, gaps, ends, strict=True)]
 
 
-def _weights(profile: Profile, schedule: str, branch: str) -> tuple[tuple[float, ...], ...]:
+def _filled(profile: Profile, made: Plan, branch: str) -> Plan:
+    """``made`` with what its reuse mode takes from measured costs."""
     table = profile.branch(branch).costs
-    if table is None:
-        raise ConfigError("reuse", "fitted", f"another mode: profile {profile.name!r} has ratios only")
-    return fitted_weights(resample_gram(table.gram, len(schedule)), schedule)
+    steps = len(made.schedule)
+    if made.reuse == "fitted":
+        if table is None:
+            raise ConfigError("reuse", "fitted", f"another mode: profile {profile.name!r} has ratios only")
+        return replace(made, weights=fitted_weights(resample_gram(table.gram, steps), made.schedule))
+    if made.reuse == LEAST_SQUARES and table is not None and table.velocities is not None:
+        products = resample_gram(table.velocities, steps).tolist()
+        return replace(made, products=tuple(tuple(row) for row in products))
+    return made
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from magcache_core.state import Decision, MagCacheState
 REUSE_MODES = ("residual", "scaled", "linear", "fitted", *VELOCITY_MODES)
 """``residual``: the last computed residual as it is. ``scaled``: times the product of ratios since. ``linear``: first
 order in sigma through the last two computed residuals. ``fitted``: the mix of the last three that was closest in
-calibration, which a `Plan` carries; where nothing was fitted (a bare config) it is ``linear``. ``corrected`` and
-``integrated`` reuse velocities: see `magcache_core.correct`."""
+calibration, which a `Plan` carries; where nothing was fitted (a bare config) it is ``linear``. ``corrected``,
+``integrated`` and ``least_squares`` reuse velocities: see `magcache_core.correct`."""
 
 EXTRAPOLATING = ("linear", "fitted", *VELOCITY_MODES)
 """Modes whose formula needs noise levels."""
@@ -76,7 +76,8 @@ def decisions(
     levels = _levels(sigmas, len(steps), mode)
     if mode in VELOCITY_MODES:
         schedule = "".join(COMPUTE if decision.compute else REUSE for decision in steps)
-        moves = velocity_steps(schedule, [*levels, 0.0][: len(steps) + 1], mode)
+        products = source.products if isinstance(source, Plan) else ()
+        moves = velocity_steps(schedule, [*levels, 0.0][: len(steps) + 1], mode, products)
         return tuple(replace(step, weights=(), velocity=move) for step, move in zip(steps, moves, strict=True))
     return _with_weights(steps, levels, source.ratios, mode)
 

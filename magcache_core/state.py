@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from magcache_core.config import ConfigError, MagCacheConfig
-from magcache_core.correct import VelocityStep
-from magcache_core.plan_data import COMPUTE, REUSE
+from magcache_core.plan_data import COMPUTE, REUSE, VelocityStep
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from magcache_core.correct import VELOCITY_MODES, evenly_corrected
+from magcache_core.correct import LEAST_SQUARES, VELOCITY_MODES, evenly_corrected
 from magcache_core.hooks import apply_mag_cache, remove_mag_cache
 from magcache_core.plan_data import COMPUTE, REUSE, Plan, Trial
 from magcache_core.planner import corrected_plans, evenly_spaced, fewest_steps, fill, plan
 from magcache_core.profile_data import Profile
 
-MODES = ("linear", "corrected")
+MODES = ("linear", "corrected", LEAST_SQUARES)
 """Reuse modes that are tried; plain reuse was never the closest, and ``fitted`` at one number of computed steps."""
 GUIDED_MODES = (*MODES, "residual")
 """The same under true CFG, which multiplies what an extrapolation gets wrong: there plain reuse may be the closest."""

@@ -8,23 +8,21 @@ from typing import Any
 
 import torch
 
-from magcache_core.correct import CORRECTING, velocity_steps
+from magcache_core.plan_data import VelocityStep
 
 
 class VelocityRun:
     """What is ahead of one CFG branch's run, and the velocities at hand."""
 
-    def __init__(self, schedule: str, sigmas: Sequence[float], mode: str, first: int) -> None:
+    def __init__(self, steps: Sequence[VelocityStep], first: int) -> None:
         """
         Args:
-            schedule: from the run's step ``first`` on.
-            sigmas: the noise levels of these steps and the final one.
-            mode: one of `VELOCITY_MODES`.
-            first: index of the step that ``schedule`` begins with.
+            steps: from the run's step ``first`` on, which computes.
+            first: index of the run's step that ``steps`` begins with.
         """
-        self._steps = velocity_steps(schedule, sigmas, mode)
+        self._steps = steps
         self._first = first
-        self._known: deque[torch.Tensor] = deque(maxlen=CORRECTING)  # newest first
+        self._known: deque[torch.Tensor] = deque(maxlen=max(len(step.move) for step in steps))  # newest first
         self._answer: Callable[[torch.Tensor], Any]
 
     def take(self, step: int, forward: Callable[[], Any]) -> Any:

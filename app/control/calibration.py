@@ -18,7 +18,7 @@ from app.control.findings import Findings
 from app.control.preset_budgets import next_budget
 from app.messages.calibration import CalibrationJob, CalibrationRun
 from app.messages.jobs import COND
-from magcache_core import Profile, Trial, fewest_steps
+from magcache_core import Profile, Trial, fewest_steps, fill
 from magcache_core.measure import growth, probe_schedule, probes
 from magcache_core.plan_data import COMPUTE
 from magcache_core.run_sums import BranchSums
@@ -80,14 +80,14 @@ Runs = Generator[Run, Outcome, Any]
 
 
 def expected_runs(job: CalibrationJob) -> int:
-    """About how many images a calibration runs: each number of computed steps has some six candidates.
+    """About how many images a calibration runs: each number of computed steps has some eight candidates.
 
     Each floor is taken to need two more numbers.
     """
     recorded = len(job.recorded_prompts)
     compared = min(job.trial_runs, recorded)
     judging = FINALISTS * job.judge_runs if compared else 0
-    each = (6 + job.moves) * compared + judging
+    each = (8 + job.moves) * compared + judging
     references = job.judge_runs if compared else 0
     return recorded + references + len(probes(job.steps)) + (len(job.budgets) + 2 * len(job.floors_db)) * each
 
@@ -192,7 +192,7 @@ class _Calibration:
             closest = yield from self._search(profile, budget)
             if not closest:
                 break
-            best = yield from self._judge(closest)
+            best = yield from self._judge(profile, closest)
             profile = replace(profile, trials=never_rising([*profile.trials, best]))
         if not profile.trials:
             return profile
@@ -205,7 +205,7 @@ class _Calibration:
         candidate = next(trying)
         chosen_on = self._chosen_on
         while self._in_time:
-            run = CalibrationRun(candidate.schedule, candidate.reuse)
+            run = CalibrationRun(candidate.schedule, candidate.reuse, products=candidate.products)
             errors = yield from self._errors(self._findings.errors, run, chosen_on)
             if len(errors) < len(chosen_on):
                 break
@@ -220,7 +220,7 @@ class _Calibration:
         ]
         return finalists(tried, budget)
 
-    def _judge(self, closest: Sequence[Trial]) -> Generator[Run, Outcome, Trial]:
+    def _judge(self, profile: Profile, closest: Sequence[Trial]) -> Generator[Run, Outcome, Trial]:
         """The best of ``closest`` on the held-out prompts; when time is over the first is the only one that is run."""
         if not self._judged_on:
             return closest[0]
@@ -228,7 +228,8 @@ class _Calibration:
         for trial in closest:
             if judged and not self._in_time:
                 break
-            run = CalibrationRun(trial.schedule, trial.reuse)
+            products = fill(profile, trial.schedule, trial.reuse).products
+            run = CalibrationRun(trial.schedule, trial.reuse, products=products)
             errors = yield from self._errors(self._findings.judged, run, self._judged_on, hurried=False)
             judged.append(replace(trial, error=mean_error(torch.tensor(errors))))
         return min(judged, key=lambda trial: trial.error)

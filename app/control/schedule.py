@@ -194,7 +194,7 @@ class SchedulePlanner:
     def _dictated(self, job: DenoiseJob, run: CalibrationRun) -> BranchSchedule:
         """The schedule that a calibration wants to be run; one that is recorded keeps each step's residual."""
         sigmas = self._noise.sigmas(job.num_inference_steps, Geometry.of(job.width, job.height).tokens).tolist()
-        decided = decisions(Plan(run.schedule, run.reuse), sigmas)
+        decided = decisions(Plan(run.schedule, run.reuse, products=run.products), sigmas)
         return BranchSchedule(decided, max(int(run.record), *(len(one.weights) for one in decided)), 0.0)
 
     def _with_budget(self, job: DenoiseJob, options: MagCacheOptions) -> MagCacheOptions:

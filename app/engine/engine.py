@@ -289,7 +289,7 @@ class Engine:
         """Move a row that predicts and corrects, from a computed step to the next; the estimate if one is wanted."""
         if row_step.move:
             # A copy, so that a kept row does not hold the whole batch's memory.
-            row.velocities.appendleft(row.guided(made).clone())
+            row.keep(row.guided(made).clone(), len(row_step.move))
             row.latents = row.displaced(row_step.move).to(self.dtype)
         return row.displaced(row_step.estimate) if row_step.preview else None
 

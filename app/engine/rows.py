@@ -13,7 +13,6 @@ from app.engine.inpainting import Inpainting
 from app.engine.lora_linears import RowAdapters
 from app.messages.jobs import DenoiseJob
 from app.messages.plans import BranchStep
-from magcache_core.correct import CORRECTING
 from magcache_core.row_sums import RowMeasurement, guided
 from magcache_core.run_sums import BranchSums
 
@@ -104,7 +103,7 @@ class Row:
     inpainting: Inpainting | None = None
     adapters: RowAdapters | None = None
     measurement: RowMeasurement | None = None
-    velocities: deque[torch.Tensor] = field(default_factory=lambda: deque(maxlen=CORRECTING))
+    velocities: deque[torch.Tensor] = field(default_factory=deque)
 
     @property
     def batch_key(self) -> BatchKey:
@@ -139,6 +138,12 @@ class Row:
     def blended(self, latents: torch.Tensor, level: int) -> torch.Tensor:
         """``latents``, outside the mask the source at the noise level before step ``level``; -1 is without noise."""
         return latents if self.inpainting is None else self.inpainting.blend(latents, self.sigmas[level])
+
+    def keep(self, velocity: torch.Tensor, kept: int) -> None:
+        """Keep ``velocity`` (image_tokens, channels) as the newest of at most ``kept``."""
+        self.velocities.appendleft(velocity)
+        while len(self.velocities) > kept:
+            self.velocities.pop()
 
     def displaced(self, weights: Sequence[float]) -> torch.Tensor:
         """The latents and the weighted sum of stored velocities, (image_tokens, channels) in float32.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from magcache_core.plan_data import Products
+
 
 @dataclass(frozen=True)
 class CalibrationRun:
@@ -14,12 +16,14 @@ class CalibrationRun:
     Attributes:
         schedule: one character per step, ``C`` computes, ``.`` reuses.
         reuse: how reused steps are filled in, one of `magcache_core.REUSE_MODES` but ``fitted``.
+        products: of velocities, that ``least_squares`` weighs them by.
         record: its steps are measured (`magcache_core.run_sums`); all of them compute.
     """
 
     schedule: str
     reuse: str = "residual"
     record: bool = False
+    products: Products = ()
 
 
 @dataclass(frozen=True)

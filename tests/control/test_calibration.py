@@ -145,6 +145,10 @@ def test_held_out_prompts_judge_and_nothing_else() -> None:
     assert profile.provenance["runs"] == 3
     assert profile.provenance["trials"] == {"chosen_on_first": 2, "judged_on_last": 2}
     assert all(run.decoded for run in by_judges)
+    for asked in (runs.asked, by_judges):
+        fitted = [run.calibration for run in asked if run.calibration.reuse == "least_squares"]
+        assert fitted
+        assert all(len(run.products) == STEPS for run in fitted)
     assert len(by_judges) == 2 + 2 * 2 * FINALISTS, "the uncached images, and three schedules of two budgets"
     assert len(runs.asked) <= expected_runs(JUDGED)
     for trial in profile.trials:

@@ -8,13 +8,16 @@ from hypothesis import strategies as st
 from app.control.admission import AdmissionController
 from app.control.schedule import SchedulePlanner
 from app.control.scheduler import StepScheduler
+from app.engine.geometry import Geometry
 from app.engine.sampling import FlowMatchSampler
 from app.messages.calibration import CalibrationRun
 from app.messages.jobs import DenoiseJob
 from app.messages.results import StepResult
 from app.settings import Settings
+from magcache_core import Plan, decisions
 from tests.control.simulated_ranks import SimulatedRanks
 from tests.local_group import MEASURED, MODEL, job
+from tests.magcache_core.slow_least_squares import products
 
 LIMITS = Settings(max_batch_rows=2)
 PLANNER = SchedulePlanner(LIMITS, FlowMatchSampler(MODEL))
@@ -115,5 +118,9 @@ def test_a_run_follows_the_schedule_that_it_names() -> None:
     assert corrected.text == "C.C.CC"
     assert corrected.residuals_kept == 0
     assert corrected.decisions[0].velocity is not None
+    fitted = job("a/0", steps=6, calibration=CalibrationRun("C.C.CC", "least_squares", products=products(6)))
+    sigmas = FlowMatchSampler(MODEL).sigmas(6, Geometry.of(fitted.width, fitted.height).tokens).tolist()
+    expected = decisions(Plan("C.C.CC", "least_squares", products=products(6)), sigmas)
+    assert PLANNER.schedules(fitted)["cond"].decisions == expected != corrected.decisions
     recorded = job("a/0", steps=3, calibration=CalibrationRun("CCC", record=True))
     assert PLANNER.schedules(recorded)["cond"].residuals_kept == 1

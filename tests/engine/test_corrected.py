@@ -22,6 +22,7 @@ from magcache_core import VELOCITY_MODES, Decision, Plan, decisions, load_profil
 from tests.engine.models import TinyModel, image, plans, run
 from tests.local_group import job
 from tests.magcache_core.slow_corrector import SlowRun
+from tests.magcache_core.slow_least_squares import SlowLeastSquares, products
 
 SCHEDULE = "C..C.C...CC."
 IMAGE = image(80, 64, seed=1)
@@ -46,7 +47,8 @@ def levels(engine: Engine, asked: DenoiseJob) -> list[float]:
 
 
 def decided(engine: Engine, asked: DenoiseJob, mode: str, schedule: str = SCHEDULE) -> dict[str, Sequence[Decision]]:
-    return dict.fromkeys(asked.branches, decisions(Plan(schedule, mode), levels(engine, asked)))
+    known = products(len(schedule)) if mode == "least_squares" else ()
+    return dict.fromkeys(asked.branches, decisions(Plan(schedule, mode, products=known), levels(engine, asked)))
 
 
 def slow(
@@ -59,7 +61,12 @@ def slow(
     """
     transformer = model.pipeline.transformer
     original = transformer.forward
-    runs = [SlowRun(sigmas, SCHEDULE, mode == "integrated") for _ in asked.branches]
+    runs = [
+        SlowLeastSquares(sigmas, SCHEDULE)
+        if mode == "least_squares"
+        else SlowRun(sigmas, SCHEDULE, mode == "integrated")
+        for _ in asked.branches
+    ]
     tokens = Geometry.of(asked.width, asked.height).tokens
     ran = 0
 
@@ -101,14 +108,17 @@ def test_equals_the_slow_loop_on_diffusers_transformer(case: str, mode: str, mod
     assert (made - uncached).norm() > 20 * (made - expected).norm(), "the oracle must tell them apart"
 
 
-def test_previews_are_the_slow_loops_estimates_at_computed_and_reused_steps(models: dict[str, TinyModel]) -> None:
+@pytest.mark.parametrize("mode", ["corrected", "least_squares"])
+def test_previews_are_the_slow_loops_estimates_at_computed_and_reused_steps(
+    mode: str, models: dict[str, TinyModel]
+) -> None:
     model = models["flux.1-dev"]
     asked = CASES["flux.1-dev"][1]
     engine = Engine(model.folder)
-    _, (estimates,), _ = slow(model, asked, (), levels(engine, asked), "corrected")
+    _, (estimates,), _ = slow(model, asked, (), levels(engine, asked), mode)
     wanted = range(11)
     conditioning = model.conditioning(asked)
-    for plan in plans(asked, decided(engine, asked, "corrected"), wanted):
+    for plan in plans(asked, decided(engine, asked, mode), wanted):
         shown = engine.execute(plan, [conditioning for _ in plan.admit]).previews
         step = plan.rows[0].step
         assert set(shown) == ({"a/0"} if step in wanted else set())
@@ -119,11 +129,12 @@ def test_previews_are_the_slow_loops_estimates_at_computed_and_reused_steps(mode
 def test_neighbours_with_other_modes_and_schedules_change_nothing(models: dict[str, TinyModel]) -> None:
     model = models["flux.1-dev"]
     engine = Engine(model.folder)
-    jobs = [replace(CASES["flux.1-dev"][1], row_id=f"{letter}/0", seed=seed) for seed, letter in enumerate("abcd")]
+    jobs = [replace(CASES["flux.1-dev"][1], row_id=f"{letter}/0", seed=seed) for seed, letter in enumerate("abcde")]
     follows = [
         decided(engine, jobs[0], "corrected"),
         decided(engine, jobs[1], "linear", "CC.C..C.C.C."),
         decided(engine, jobs[2], "integrated", "CC.C..C.C.C."),
+        decided(engine, jobs[3], "least_squares", "CC.CC.C.C.C."),
         None,
     ]
     formed = [plans(one, follow) for one, follow in zip(jobs, follows, strict=True)]
@@ -147,8 +158,9 @@ def _restarted(engine: Engine, formed: list[StepPlan]) -> list[StepPlan]:
     return formed
 
 
-def test_a_reused_step_runs_nothing_and_three_velocities_are_kept(
-    models: dict[str, TinyModel], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("mode", "kept"), [("corrected", 3), ("least_squares", 4)])
+def test_a_reused_step_runs_nothing_and_no_more_velocities_are_kept_than_are_weighed(
+    mode: str, kept: int, models: dict[str, TinyModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = models["flux.1-dev"]
     engine = Engine(model.folder)
@@ -162,13 +174,13 @@ def test_a_reused_step_runs_nothing_and_three_velocities_are_kept(
     conditioning = model.conditioning(asked)
     velocity = 20 * engine.transformer.config.in_channels * 4  # tokens x channels in float32
     computed = 0
-    for plan, mark in zip(plans(asked, decided(engine, asked, "corrected")), SCHEDULE, strict=True):
+    for plan, mark in zip(plans(asked, decided(engine, asked, mode)), SCHEDULE, strict=True):
         calls.clear()
         result = engine.execute(plan, [conditioning for _ in plan.admit])
         assert calls.count("project") == calls.count("blocks") == (mark == "C")
         assert bool(calls) == (mark == "C")
         computed += mark == "C"
-        assert result.residual_bytes == (0 if plan.rows[0].last else min(computed, 3) * velocity)
+        assert result.residual_bytes == (0 if plan.rows[0].last else min(computed, kept) * velocity)
 
 
 def test_weighing_velocities_that_were_never_computed_is_an_error(models: dict[str, TinyModel]) -> None:

@@ -18,6 +18,7 @@ from magcache_core import Plan, apply_mag_cache, choose, decisions, load_profile
 from tests.engine import bfl
 from tests.engine.models import TinyModel, image, plans, run
 from tests.local_group import job, psnr
+from tests.magcache_core.slow_least_squares import products
 from tests.ranks import on_ranks, relative_error
 
 CASES: dict[str, tuple[DenoiseJob, int]] = {
@@ -42,7 +43,8 @@ def _cached(asked: DenoiseJob) -> list[Plan]:
     if asked.num_inference_steps <= 8:
         return []
     plan = choose(load_profile("flux.1-dev"), asked.num_inference_steps)
-    return [plan, replace(plan, reuse="corrected")]
+    fitted = replace(plan, reuse="least_squares", products=products(asked.num_inference_steps))
+    return [plan, replace(plan, reuse="corrected"), fitted]
 
 
 def _run_all(groups: RankGroups, folder: Path, work: dict[str, Work]) -> dict[str, list[torch.Tensor]]:

@@ -20,6 +20,7 @@ from magcache_core import (
 )
 from tests.magcache_core.hooked import call_flux
 from tests.magcache_core.slow_corrector import SlowRun
+from tests.magcache_core.slow_least_squares import SlowLeastSquares, products
 
 Generate = Callable[..., torch.Tensor]
 SCHEDULE = "CC..C...C."
@@ -36,7 +37,10 @@ def ran(flux: FluxTransformer2DModel) -> list[int]:
 def by_hand(pipe: FluxPipeline, sigmas: list[float], marks: str, mode: str, branches: int) -> Callable[..., Any]:
     """A forward that answers so that the pipeline's Euler steps are the slow loop's."""
     forward = pipe.transformer.forward
-    runs = [SlowRun(sigmas, marks, mode == "integrated") for _ in range(branches)]
+    runs = [
+        SlowLeastSquares(sigmas, marks) if mode == "least_squares" else SlowRun(sigmas, marks, mode == "integrated")
+        for _ in range(branches)
+    ]
 
     def answer(**arguments: Any) -> tuple[torch.Tensor]:
         run = min(runs, key=lambda one: one.step)
@@ -53,7 +57,8 @@ def test_equals_the_slow_loop(pipe: FluxPipeline, generate: Generate, ran: list[
     uncached = generate(10, cfg)
     branches = 2 if cfg > 1 else 1
     ran.clear()
-    apply_mag_cache(pipe.transformer, Plan(SCHEDULE, mode))
+    known = products(len(SCHEDULE)) if mode == "least_squares" else ()
+    apply_mag_cache(pipe.transformer, Plan(SCHEDULE, mode, products=known))
     hooked = generate(10, cfg)
     assert len(ran) == branches * SCHEDULE.count("C")
     torch.testing.assert_close(generate(10, cfg), hooked)  # a run leaves nothing to the next

@@ -19,6 +19,7 @@ from magcache_core import (
     evenly_spaced,
     fewest_steps,
     fill,
+    load_profile,
     plan,
     remove_mag_cache,
 )
@@ -193,3 +194,22 @@ def test_a_search_cut_short_goes_on_where_it_was(tried: Profile) -> None:
             assert found == whole
             assert most > 10
             return
+
+
+def test_least_squares_are_tried_with_the_profiles_inner_products() -> None:
+    profile = replace(load_profile("flux-tiny"), trials=())
+    found = [plan(profile, budget=10, reuse="least_squares")]
+    trying = search(profile, moves=3, budgets=[10])
+    candidate = next(trying)
+    trials: tuple[Trial, ...] = ()
+    while not trials:
+        found.append(candidate)
+        try:
+            candidate = trying.send(0.1 if candidate.reuse == "least_squares" else 0.2)
+        except StopIteration as end:
+            trials = end.value
+    fitted = [one for one in found if one.reuse == "least_squares"]
+    assert len(fitted) > 3, "planned, evenly spaced, and moved"
+    assert {one.products for one in fitted} == {found[0].products}
+    assert [trial.reuse for trial in trials] == ["least_squares"]
+    assert found[0].schedule in {one.schedule for one in fitted[1:]}

@@ -10,7 +10,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from magcache_core import Plan, apply_mag_cache
+from magcache_core import Plan, apply_mag_cache, velocity_steps
 from magcache_core.velocity_run import VelocityRun, sample_of
 from tests.magcache_core.hooked import call_flux
 
@@ -24,7 +24,7 @@ def test_answers_keep_the_form_of_the_models(flux: FluxTransformer2DModel) -> No
 
 @pytest.mark.parametrize("form", [lambda sample: (sample,), lambda sample: Transformer2DModelOutput(sample=sample)])
 def test_the_model_runs_where_the_schedule_computes(form: Callable[[torch.Tensor], Any]) -> None:
-    run = VelocityRun("C.C", [1.0, 0.6, 0.3, 0.0], "corrected", first=4)
+    run = VelocityRun(velocity_steps("C.C", [1.0, 0.6, 0.3, 0.0]), first=4)
     velocities = iter([torch.ones(1, 2, 3, dtype=torch.bfloat16), torch.full((1, 2, 3), 2.0, dtype=torch.bfloat16)])
     left = []
     for step in (4, 5, 6):
