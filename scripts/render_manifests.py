@@ -1,6 +1,7 @@
 """Writes the parts of k8s/ that repeat another file, which kustomize cannot put into a field by itself.
 
-``python -m scripts.render_manifests`` after a change to deployments/flux.yaml or k8s/base/rules.yaml; a test compares.
+``python -m scripts.render_manifests`` after a change to deployments/flux.yaml, deployments/gateways/envoy.yaml or
+k8s/base/rules.yaml; a test compares.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ _AUTOSCALING = """\
         upscale_delay_s: 30
         downscale_delay_s: 600    # loading the model again takes minutes
 """
+
+_SERVICE = "address: 127.0.0.1"
 
 
 def multi_node_config(flux: str) -> str:
@@ -51,6 +54,20 @@ def prometheus_rule(rules: str) -> str:
     ) + _indented(rules, 2)
 
 
+def gateway_config(envoy: str) -> str:
+    """Envoy's configuration in front of the Service.
+
+    Raises:
+        ValueError: the text has no address of the service, or more than one.
+    """
+    if envoy.count(_SERVICE) != 1:
+        raise ValueError(f"deployments/gateways/envoy.yaml has {envoy.count(_SERVICE)} times {_SERVICE}; one is needed")
+    return (
+        "# deployments/gateways/envoy.yaml, written by scripts/render_manifests.py: edit it there.\n"
+        + envoy.replace(_SERVICE, "address: flux-serve-svc.flux.svc.cluster.local")
+    )
+
+
 def _indented(text: str, spaces: int) -> str:
     return "".join(" " * spaces + line if line.strip() else line for line in text.splitlines(keepends=True))
 
@@ -60,10 +77,12 @@ def rendered(root: Path = ROOT) -> dict[str, str]:
     flux = (root / "deployments/flux.yaml").read_text(encoding="utf-8")
     multi_node = multi_node_config(flux)
     rules = (root / "k8s/base/rules.yaml").read_text(encoding="utf-8")
+    envoy = (root / "deployments/gateways/envoy.yaml").read_text(encoding="utf-8")
     return {
         "deployments/flux-multi-node.yaml": multi_node,
         "k8s/base/serve-config.yaml": serve_config_patch(flux, "deployments/flux.yaml"),
         "k8s/overlays/multi-node/serve-config.yaml": serve_config_patch(multi_node, "deployments/flux-multi-node.yaml"),
+        "k8s/components/gateway/envoy.yaml": gateway_config(envoy),
         "k8s/overlays/monitoring/prometheus-rule.yaml": prometheus_rule(rules),
     }
 

@@ -28,11 +28,23 @@ Object = dict[str, Any]
 @functools.cache
 def build(overlay: str) -> list[Object]:
     """The objects of an overlay."""
+    return _built(OVERLAYS / overlay)
+
+
+def with_component(component: str, folder: Path) -> list[Object]:
+    """The objects of an overlay in ``folder`` that adds one of k8s/components to single-node."""
+    parts = {"resources": "overlays/single-node", "components": f"components/{component}"}
+    overlay = {key: [os.path.relpath(ROOT / "k8s" / path, folder)] for key, path in parts.items()}
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(overlay), encoding="utf-8")
+    return _built(folder)
+
+
+def _built(folder: Path) -> list[Object]:
     kubectl, kustomize = shutil.which("kubectl"), shutil.which("kustomize")
     if kubectl is None and kustomize is None:
         missing("neither kubectl nor kustomize is installed")
     command = [kubectl, "kustomize"] if kubectl else [str(kustomize), "build"]
-    built = subprocess.run([*map(str, command), OVERLAYS / overlay], capture_output=True, text=True, check=False)
+    built = subprocess.run([*map(str, command), folder], capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
     assert "deprecated" not in built.stderr, built.stderr
     return list(yaml.safe_load_all(built.stdout))

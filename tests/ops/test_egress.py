@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
-import yaml
 
-from tests.ops.manifests import ROOT, Object, build, validate
+from tests.ops.manifests import Object, build, validate, with_component
 
 HUB, PRIVATE, METADATA, INSIDE = "3.165.102.58", "192.168.7.7", "169.254.169.254", "fd00::7"
 HEAD = {"app.kubernetes.io/name": "flux", "ray.io/node-type": "head"}
@@ -88,14 +85,7 @@ def test_only_the_autoscalers_pod_reaches_the_kubernetes_api() -> None:
 
 
 def test_traces_have_a_component(tmp_path: Path) -> None:
-    def here(folder: str) -> str:
-        return os.path.relpath(ROOT / folder, tmp_path)
-
-    overlay = {"resources": [here("k8s/overlays/single-node")], "components": [here("k8s/components/otlp")]}
-    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(overlay), encoding="utf-8")
-    command = ["kubectl", "kustomize", tmp_path]
-    built = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    objects = list(yaml.safe_load_all(built))
+    objects = with_component("otlp", tmp_path)
     assert may_reach(objects, WORKER, {"app": "collector"}, 4318, "observability")
     for item in objects:
         if item["kind"] == "NetworkPolicy":

@@ -12,7 +12,7 @@ import yaml
 
 from app.main import needed_resources
 from app.settings import Settings
-from scripts.render_manifests import multi_node_config, rendered
+from scripts.render_manifests import gateway_config, multi_node_config, rendered
 from tests.ops.manifests import OVERLAYS, ROOT, Object, build, named, validate
 
 SERVING = {"single-node": "flux.yaml", "multi-node": "flux-multi-node.yaml"}
@@ -106,6 +106,11 @@ def test_the_multi_node_config_is_flux_with_autoscaling() -> None:
 def test_a_config_that_the_renderer_does_not_know_is_an_error(text: str) -> None:
     with pytest.raises(ValueError, match="exactly one"):
         multi_node_config(text)
+
+
+def test_a_gateway_without_the_services_address_is_an_error() -> None:
+    with pytest.raises(ValueError, match="one is needed"):
+        gateway_config("")
 
 
 @pytest.mark.parametrize(("overlay", "config"), SERVING.items())
