@@ -48,7 +48,7 @@ def test_a_row_weighs_its_branches_as_true_cfg_does() -> None:
 def test_a_row_moves_by_its_last_velocities_in_float32() -> None:
     moved = row(cond=branch())
     for value in (1.0, 2.0, 3.0, 4.0):
-        moved.velocities.appendleft(torch.full((4, 2), value, dtype=torch.bfloat16))
+        moved.keep(torch.full((4, 2), value, dtype=torch.bfloat16), 3)
     displaced = moved.displaced((0.001, 0.0, 1.0))  # of 4, 3 and 2
     assert displaced.dtype is torch.float32
     torch.testing.assert_close(displaced, torch.full((4, 2), 3.004))
