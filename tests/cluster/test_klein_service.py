@@ -59,8 +59,8 @@ def clients(service: str, checkpoint: Path, tmp_path_factory: pytest.TempPathFac
     serve.delete("klein")
 
 
-def ask(client: httpx.Client, **headers: str) -> int:
-    body = {"prompt": PROMPT, "size": "128x128", "num_inference_steps": 100}
+def ask(client: httpx.Client, n: int = 1, **headers: str) -> int:
+    body = {"prompt": PROMPT, "size": "128x128", "num_inference_steps": 100, "n": n}
     return client.post(IMAGES, json=body, headers=headers).status_code
 
 
@@ -82,8 +82,9 @@ def test_one_client_does_not_starve_the_other(clients: Clients) -> None:
 def test_only_the_key_that_made_a_request_cancels_it(clients: Clients) -> None:
     assert ask(clients["eve"]) == 401
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(ask, clients["alice"], **{"X-Request-Id": "mine"})
-        wait_for(lambda: metrics(clients["eve"])["flux_running_pictures"] == 1, "the image runs")
+        # Several, one after another, so that they are under way for as long as two clients take to ask.
+        asked = pool.submit(ask, clients["alice"], n=8, **{"X-Request-Id": "mine"})
+        wait_for(lambda: metrics(clients["eve"])["flux_running_pictures"] == 1, "the first image runs")
         assert clients["bob"].delete("/v1/requests/mine").status_code == 403
         assert clients["alice"].delete("/v1/requests/mine").status_code == 200
         assert asked.result() == 409
