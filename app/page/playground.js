@@ -209,10 +209,12 @@ async function meet() {
   try {
     const [schema, models] = await Promise.all([get("openapi.json"), get("v1/models")]);
     const [card] = models.data;
+    const loras = "/v1/loras" in schema.paths ? await get("v1/loras").catch(() => ({ data: [] })) : { data: [] };
+    // From here on without a pause: the model's name never stands above a form that still changes.
     $("model").textContent = card.id;
     $("model").hidden = false;
     showLimits(schema.components.schemas.ImagesRequest.properties);
-    if ("/v1/loras" in schema.paths) showLoras((await get("v1/loras").catch(() => ({ data: [] }))).data);
+    showLoras(loras.data);
     capabilities = card.capabilities;
     if (capabilities === null) {
       setTimeout(meet, 3000);

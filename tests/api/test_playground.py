@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -132,14 +133,21 @@ def give_key(page: Browser, key: str) -> None:
 class TestWithLoras:
     @pytest.fixture
     def app(self, settings: Settings, backend: FakeBackend) -> FastAPI:
-        """Lists two adapters, whatever the service itself has."""
+        """Lists two adapters, after a while, whatever the service itself has."""
+
+        async def listing() -> dict[str, Any]:
+            await asyncio.sleep(0.5)
+            return LORAS
+
         app = create_app(settings, lambda: backend)
-        app.add_api_route("/v1/loras", lambda: LORAS)
+        app.add_api_route("/v1/loras", listing)
         app.router.routes.insert(0, app.router.routes.pop())
         return app
 
     def test_adapters_are_chosen_with_their_scale(self, page: Browser) -> None:
-        page.wait(lambda: page["loras"].is_displayed(), "the adapters")
+        assert all(page[part].is_displayed() for part in ("loras", "negative", "edit")), (
+            "once the model's name is there"
+        )
         page.script(SENT)
         _, _, box, scale = page.all("#lora-list input")
         assert not scale.is_enabled()
