@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from scripts.serve_process import ROOT
+from scripts.serve_process import ROOT, free_port
 
 GATEWAYS = ROOT / "deployments" / "gateways"
 PROGRAM = Path(sys.executable).with_name("envoy")
@@ -30,13 +30,6 @@ def envoy(service: str, folder: Path) -> Iterator[tuple[str, int]]:
     quiet = ("--disable-hot-restart", "--concurrency", "1", "--log-level", "warning")
     with running([str(PROGRAM), "-c", str(config), *quiet], port):
         yield "127.0.0.1", port
-
-
-def free_port() -> int:
-    """A port of this machine on which nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def replaced(text: str, changes: dict[str, str]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
@@ -15,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from scripts.serve_process import open_url
+from scripts.serve_process import free_port, open_url
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "k8s/prometheus.yml"
@@ -53,7 +52,7 @@ class Prometheus:
         """``folder`` takes the config, the data and the log; without ``port`` a free one is taken."""
         self._folder = folder
         self._config = config
-        self._port = port or _free_port()
+        self._port = port or free_port()
         self.url = f"http://127.0.0.1:{self._port}"
         self._child: subprocess.Popen[bytes] | None = None
 
@@ -126,10 +125,3 @@ def ask(url: str, path: str, **parameters: str | float) -> Any:
             return json.load(response)["data"]
     except urllib.error.HTTPError as error:
         raise PrometheusError(f"{parameters}: {error.read().decode(errors='replace')[:500]}") from None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -54,6 +54,13 @@ def check_port(host: str, port: int) -> None:
             ) from None
 
 
+def free_port() -> int:
+    """A port of this machine on which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def other_ray_processes() -> list[int]:
     """Ray nodes that already run on this machine."""
     return [pid for pid, name, _ in _processes() if name in ("raylet", "gcs_server")]

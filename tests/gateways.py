@@ -7,7 +7,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from scripts.envoy import GATEWAYS, envoy, free_port, replaced, running
+from scripts.envoy import GATEWAYS, envoy, replaced, running
+from scripts.serve_process import free_port
 from tests.ops.needs import missing
 
 SERVICE = "127.0.0.1:8000"  # where the configurations expect it

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,8 @@ from pathlib import Path
 import httpx
 import psutil
 import yaml
+
+from scripts.serve_process import free_port
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,9 +54,7 @@ class ServiceProcess:
 @contextmanager
 def service_process(folder: Path, **settings: object) -> Iterator[ServiceProcess]:
     """Start it with ``settings`` and wait until it is ready; it leaves nothing running. Its files are in ``folder``."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     config = yaml.safe_load((ROOT / "deployments/flux-tiny.yaml").read_text())
     config["http_options"]["port"] = port
     config["applications"][0]["args"] |= settings

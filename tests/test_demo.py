@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from scripts import demo, serve_process
+from scripts.serve_process import free_port
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,12 +52,9 @@ http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 
 
-@pytest.fixture
-def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        number: int = probe.getsockname()[1]
-        return number
+@pytest.fixture(name="port")
+def choose_port() -> int:
+    return free_port()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from app.settings import Settings
 from benchmarks.serve.load import Wish
 from benchmarks.serve.peers import Batched, OneAtATime, application
 from magcache_core import load_profile
+from scripts.serve_process import free_port
 
 MODEL = Path("models/flux-tiny").resolve()
 PROFILE = "flux-tiny"
@@ -77,9 +77,7 @@ SYSTEMS = (
 @contextlib.contextmanager
 def cluster() -> Iterator[str]:
     """A Ray of its own with Serve's proxy on a free port; yields the URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     # Room for two systems at once; what counts is what the machine has, and each system's own threads.
     ray.init(num_cpus=4, num_gpus=0, include_dashboard=False, log_to_driver=False)
     try:

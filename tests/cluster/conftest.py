@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from ray import serve
 from app.main import build
 from app.serve import PROXY_CHECK, PROXY_GUARD
 from app.settings import Settings
+from scripts.serve_process import free_port
 from tests.local_group import load_pipeline
 from tests.lora_files import write_lora
 
@@ -56,9 +56,7 @@ def lora_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def service(cluster: None, profile_dir: Path, lora_dir: Path) -> Iterator[str]:
     """The service's URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
     settings = settings_of("flux-tiny.yaml")
     magcache = settings.magcache.model_copy(update={"profile_dir": str(profile_dir)})
