@@ -6,7 +6,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import ray
@@ -21,7 +21,8 @@ from app.cluster.api_processes import ApiProcesses
 from app.cluster.calibrator import Calibrator
 from app.cluster.client_errors import to_service_error, unwrap_ray_error
 from app.cluster.coordinators import call_all_coordinators
-from app.cluster.handles import ANSWER_SECONDS, answers_of_all, repeated, result_of
+from app.cluster.handles import ANSWER_SECONDS, repeated, result_of
+from app.cluster.health import Health
 from app.cluster.idle import calibrate_when_idle
 from app.cluster.image_call import FileForm, ImageCall, OnEvent
 from app.cluster.quality_guard import GuardedImages
@@ -45,8 +46,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LOOK_S = 1.0
-"""How long a look at the parts answers for /health."""
 _LEAST_LEFT_S = 1e-3
 _NEWEST_SHARE = 0.2
 _NO_PROMPT = PromptEmbeddings(torch.empty(0))
@@ -84,6 +83,7 @@ class ServeBackend:
         self._encoder = encoder
         self._replica = replica
         self._decoder = decoder
+        self._health = Health(settings, encoder, replica, decoder)
         self._repeats = Repeats(replica, self._apis)
         self._calibrator = Calibrator(settings, encoder, replica, decoder, self._apis.this)
         self._demand = CalibrationDemand(settings)
@@ -98,8 +98,6 @@ class ServeBackend:
         )
         self._requests = RequestRegistry()
         self._family: Family | None = None
-        self._look: asyncio.Task[HealthReport] | None = None
-        self._looked_s = -float("inf")
         self._decode_s: dict[int, float] = {}  # running mean by pixels, to be kept free before a deadline
 
     async def reserve(self, job: ImagesJob, identity: RequestIdentity) -> ImagesJob:
@@ -341,32 +339,8 @@ class ServeBackend:
         return common_listing(listings)
 
     async def health(self) -> HealthReport:
-        """Ready when the encoder, the decoder and at least one whole group are; looked at once a second at most."""
-        if self._look is None or (self._look.done() and time.monotonic() - self._looked_s > LOOK_S):
-            self._look = asyncio.create_task(self._look_around())
-        return await asyncio.shield(self._look)
-
-    async def _look_around(self) -> HealthReport:
-        groups, starts, troubles, encoder, decoder = await asyncio.gather(
-            call_all_coordinators("ready"),
-            call_all_coordinators("starting"),
-            answers_of_all(self._replica, "trouble"),
-            _is_up(self._encoder),
-            _is_up(self._decoder),
-        )
-        self._looked_s = time.monotonic()
-        return HealthReport(
-            ready=any(groups) and encoder and decoder,
-            details={
-                "model": self.settings.model_name,
-                "groups_ready": sum(groups),
-                "groups": max(len(groups), self.settings.num_replicas),
-                "encoder_ready": encoder,
-                "decoder_ready": decoder,
-                "troubles": [trouble for trouble in troubles if trouble is not None],
-                "starting": [asdict(start) for start in starts if start is not None],
-            },
-        )
+        """See `app.cluster.health.Health.report`."""
+        return await self._health.report()
 
     async def metric_families(self) -> list[Metric]:
         """All families but this API process's own, merged; those that do not answer in time are left out."""
@@ -408,12 +382,3 @@ def _file_form(job: ImagesJob) -> FileForm:
 async def _least_wait_s() -> float:
     """When the first of the groups will have room, by their own estimates."""
     return min((load["eta_s"] for load in await call_all_coordinators("load")), default=1.0)
-
-
-async def _is_up(part: "PromptEncoder | ImageDecoder") -> bool:
-    try:
-        async with asyncio.timeout(ANSWER_SECONDS):
-            await part.ping()
-    except (TimeoutError, ray.exceptions.RayError, RayServeException):
-        return False
-    return True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import weakref
 from dataclasses import replace
 from threading import Event
@@ -25,126 +24,34 @@ from app.errors import BusyError
 from app.messages.conditioning import PromptEmbeddings, SourceImage
 from app.messages.jobs import DenoiseJob, MagCacheOptions
 from app.messages.loras import LoraUse
-from app.messages.results import GroupStart
 from app.settings import Settings
 
 
 class Part:
     """Stands for the encoder or the decoder."""
 
-    def __init__(self) -> None:
-        self.asked = 0
-        self.hangs = False
-
     async def ping(self) -> None:
-        self.asked += 1
-        if self.hangs:
-            await asyncio.Event().wait()
+        await asyncio.Event().wait()
 
 
 class Replicas:
-    """Stands for the replicas' handle: what all of them answer to a broadcast."""
-
-    def __init__(self) -> None:
-        self.troubles: list[str | None] = [None]
-        self.hangs = False
+    """Stands for the replicas' handle, which answer to no broadcast."""
 
     def broadcast(self, method: str) -> Replicas:
         assert method == "trouble"
         return self
 
     async def results_async(self, return_exceptions: bool) -> list[object]:
-        if self.hangs:
-            await asyncio.Event().wait()
-        return [*self.troubles, ray.exceptions.ActorDiedError()]
+        return [ray.exceptions.ActorDiedError()]
 
 
-@pytest.fixture
-def replicas() -> Replicas:
-    return Replicas()
-
-
-@pytest.fixture
-def part() -> Part:
-    return Part()
-
-
-@pytest.fixture
-def backend(part: Part, replicas: Replicas) -> ServeBackend:
-    return ServeBackend(Settings(num_replicas=2), part, replicas, part)
-
-
-async def test_health_tells_why_groups_are_not_ready(
-    backend: ServeBackend, replicas: Replicas, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def call(method: str) -> list[Any]:
-        return []
-
-    monkeypatch.setattr(module, "call_all_coordinators", call)  # which would start a Ray
-    monkeypatch.setattr(module, "LOOK_S", -1.0)
-    monkeypatch.setattr(module, "ANSWER_SECONDS", 0.01)
-    assert (await backend.health()).details["troubles"] == []
-    replicas.troubles = [None, "rebuild 1 of 3 is under way: a rank hangs"]
-    assert (await backend.health()).details["troubles"] == ["rebuild 1 of 3 is under way: a rank hangs"]
-    replicas.hangs = True
-    assert (await asyncio.wait_for(backend.health(), 60)).details["troubles"] == []
-
-
-@pytest.mark.parametrize(
-    ("answers", "ready", "counted"),
-    [([True, True], True, (2, 2)), ([True], True, (1, 2)), ([False, True, True], True, (2, 3)),
-     ([False, False], False, (0, 2)), ([], False, (0, 2))],
-)  # fmt: skip
-async def test_one_whole_group_is_enough(
-    backend: ServeBackend, monkeypatch: pytest.MonkeyPatch, answers: list[bool], ready: bool, counted: tuple[int, int]
-) -> None:
-    async def call(method: str) -> list[Any]:
-        return answers if method == "ready" else []
-
-    monkeypatch.setattr(module, "call_all_coordinators", call)
-    report = await backend.health()
-    assert report.ready == ready
-    assert (report.details["groups_ready"], report.details["groups"]) == counted
-
-
-async def test_health_tells_how_far_starting_groups_are(backend: ServeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    start = GroupStart("r0", "loading", (3, 5), checkpoint_bytes=9)
-
-    async def call(method: str) -> list[Any]:
-        return [start, None] if method == "starting" else [True]
-
-    monkeypatch.setattr(module, "call_all_coordinators", call)
-    report = await backend.health()
-    assert (report.ready, report.details["groups_ready"]) == (True, 1)
-    (told,) = json.loads(json.dumps(report.details))["starting"]
-    assert told == {"replica": "r0", "phase": "loading", "read_bytes": [3, 5], "checkpoint_bytes": 9}
-
-
-async def test_probes_share_a_look(backend: ServeBackend, part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def call(method: str) -> list[Any]:
-        await asyncio.sleep(0)
-        return [True] if method == "ready" else []
-
-    monkeypatch.setattr(module, "call_all_coordinators", call)
-    monkeypatch.setattr(module, "LOOK_S", 3600.0)
-    reports = [*await asyncio.gather(*(backend.health() for _ in range(9))), await backend.health()]
-    assert part.asked == 2, "the encoder's and the decoder's"
-    assert all(report.ready for report in reports)
-    monkeypatch.setattr(module, "LOOK_S", -1.0)
-    part.hangs = True
-    monkeypatch.setattr(module, "ANSWER_SECONDS", 0.01)
-    late = await asyncio.wait_for(backend.health(), 60)
-    assert (late.ready, late.details["encoder_ready"], late.details["decoder_ready"]) == (False, False, False)
-
-
-async def test_health_and_metrics_do_not_wait_for_a_dead_control_store(
-    backend: ServeBackend, part: Part, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_health_and_metrics_do_not_wait_for_a_dead_control_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    part = Part()
+    backend = ServeBackend(Settings(), part, Replicas(), part)
     answered = Event()
     monkeypatch.setattr(ray.util, "list_named_actors", lambda all_namespaces: answered.wait() and [])
-    monkeypatch.setattr("app.cluster.coordinators.ANSWER_SECONDS", 0.01)
-    monkeypatch.setattr(module, "ANSWER_SECONDS", 0.01)
-    part.hangs = True
+    for place in ("backend", "health", "coordinators"):
+        monkeypatch.setattr(f"app.cluster.{place}.ANSWER_SECONDS", 0.01)
     try:
         assert not (await asyncio.wait_for(backend.health(), 60)).ready
         part.metric_families = part.ping
@@ -166,9 +73,9 @@ class Replica:
         return FLUX2_KLEIN
 
 
-async def test_a_replica_says_once_what_model_is_served(part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_replica_says_once_what_model_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has checked the checkpoint's files; the API's own node need not have them, nor the decoder tell."""
-    replica = Replica()
+    part, replica = Part(), Replica()
     backend = ServeBackend(Settings(), part, replica, part)
     monkeypatch.setattr(module, "result_of", lambda response: response)
     assert [await backend.family() for _ in range(3)] == [FLUX2_KLEIN] * 3
