@@ -7,7 +7,6 @@ import contextlib
 import logging
 import re
 import time
-import uuid
 from collections.abc import Callable, Iterator
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -15,6 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.replies import error_response
+from app.api.request_ids import sane_request_id
 from app.errors import ServiceError
 from app.metrics import ApiMetrics
 from app.telemetry import REQUEST_ID, Tracing
@@ -27,12 +27,6 @@ EDITS_PATH = "/v1/images/edits"
 CLIENT_CLOSED_REQUEST = 499
 CLIENT_LEFT = "client_left"  # its error code, which only metrics get to see
 _OTHER_PATHS = re.compile(r"(?:/openai(?:/v1|/deployments/(?P<model>.+?))?)?(?P<route>/images/(?:generations|edits))")
-_SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-
-
-def sane_request_id(given: str | None) -> str:
-    """The client's id when it is safe to log and to send back, else a new one."""
-    return given if given is not None and _SANE_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 def outcome(status: int) -> str:

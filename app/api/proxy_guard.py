@@ -8,12 +8,10 @@ little, since every proxy loads it.
 
 from __future__ import annotations
 
-import uuid
-
 from starlette.middleware import Middleware
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from app.api.proxy_replies import proxy_reply
 from app.api.proxy_routes import AwaitRoutes
 from app.api.repeating import Repeating
 from app.api.slow_readers import SlowReaders
@@ -46,8 +44,7 @@ class ProxyGuard:
         error = InvalidRequestError(
             f"the header {wrong} is not UTF-8; send ASCII, or leave it out", param=wrong, code="header_not_allowed"
         )
-        headers = {"X-Request-Id": uuid.uuid4().hex}
-        await JSONResponse(error.envelope, error.status, headers)(scope, receive, send)
+        await proxy_reply(error, scope)(scope, receive, send)
 
 
 def _undecodable(headers: list[tuple[bytes, bytes]]) -> str | None:

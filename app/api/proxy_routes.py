@@ -9,9 +9,9 @@ import asyncio
 import time
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.api.proxy_replies import proxy_reply
 from app.errors import UnavailableError
 
 BETWEEN_TRIES_S = 0.1
@@ -46,7 +46,7 @@ class AwaitRoutes:
             await self._app(scope, receive, send_if_known)  # whole: Ray reads no body before it has a route
         if unknown:
             error = UnavailableError("no application is served at this path yet; ask again", retry_after_s=1.0)
-            await JSONResponse(error.envelope, error.status, error.headers)(scope, receive, send)
+            await proxy_reply(error, scope)(scope, receive, send)
 
 
 def _is_rays_404(message: Message) -> bool:

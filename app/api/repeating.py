@@ -10,10 +10,10 @@ import asyncio
 import re
 from collections import deque
 
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
+from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.api.proxy_replies import proxy_reply
 from app.errors import UnavailableError
 
 TRIES = 4
@@ -56,7 +56,8 @@ class Repeating:
                     break
                 MutableHeaders(scope=scope)[RETRY_COUNT] = "1"
                 await asyncio.sleep(BETWEEN_TRIES_S)
-            await _lost(scope, receive, send)
+            error = UnavailableError("the process that served this request died; ask again", retry_after_s=1.0)
+            await proxy_reply(error, scope)(scope, receive, send)
         finally:
             body.close()
 
@@ -141,10 +142,3 @@ class KeptBody:
 def _may_repeat(scope: Scope) -> bool:
     """Whether a request that may have been served means the same when it comes again."""
     return scope["method"] != "POST" or _IMAGES.search(scope["path"]) is not None
-
-
-async def _lost(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer a request that found no living process."""
-    error = UnavailableError("the process that served this request died; ask again", retry_after_s=1.0)
-    request_id = Headers(scope=scope).get("x-request-id", "")
-    await JSONResponse(error.envelope, error.status, error.headers | {"X-Request-Id": request_id})(scope, receive, send)

@@ -48,6 +48,11 @@ async def test_bytes_that_are_no_utf8(header: tuple[bytes, bytes], named: str) -
     assert named in error["message"]
 
 
+async def test_a_refusal_keeps_the_requests_own_id() -> None:
+    start, _ = await reply_to([(b"x-request-id", b"mine"), (b"user-agent", b"\xff")])
+    assert httpx.Headers(start["headers"])["x-request-id"] == "mine"
+
+
 async def test_others_pass() -> None:
     start, body = await reply_to([(b"x-request-id", b"a"), (b"user-agent", "café ☕".encode())])
     assert (start["status"], body["body"]) == (200, b"ok")

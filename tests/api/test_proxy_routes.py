@@ -47,6 +47,7 @@ async def test_without_an_application_the_reply_is_a_503_in_the_envelope() -> No
     async with client(AwaitRoutes(Proxy(without_routes=1000), patience_s=0.2)) as http:
         reply = await http.get("/")
     assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
+    assert len(reply.headers["x-request-id"]) == 32
     assert reply.json()["error"]["code"] == "unavailable"
 
 
