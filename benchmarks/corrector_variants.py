@@ -1,7 +1,7 @@
 """Variants of predict and correct, for what they are worth: ``python -m benchmarks.corrector_variants``.
 
 Other orders of prediction and correction and blends of them, residuals that predict where velocities correct, and
-weights that are the least squares over calibration's velocities instead of polynomials'. All in the sampling loop of
+the service's least squares over calibration's velocities, of three velocities and of four. All in the sampling loop of
 `benchmarks.correctors` with moves that are worked out here, on given schedules, against the uncached 28 Euler steps.
 Options and results are those of `benchmarks.correctors`.
 """
@@ -18,6 +18,7 @@ import torch
 from benchmarks.correctors import RESIDUALS, STEPS, Line, Loop, Sampler, Velocity, main
 from magcache_core import Plan, Profile, apply_mag_cache, plan, remove_mag_cache
 from magcache_core.correct import lagrange
+from magcache_core.velocity_fit import fitted_steps
 
 Orders = Mapping[int, float]
 """By number of velocities that a polynomial goes through, its share in a blend."""
@@ -56,24 +57,14 @@ def blended(schedule: str, sigmas: Sequence[float], predict: Orders, correct: Or
 
 
 def least_squares(schedule: str, sigmas: Sequence[float], gram: torch.Tensor, kept: int) -> Moves:
-    """The moves of the last ``kept`` velocities that bring the latents nearest to an uncached run's at their end.
-
-    Whatever earlier moves left in the latents is made good as far as it can be.
+    """The service's own fit, of as many of the last velocities as are to be tried.
 
     Args:
         gram: mean inner products of the velocities of two steps, (steps, steps).
     """
     computed = [step for step, mark in enumerate(schedule) if mark == "C"]
-    deltas = torch.tensor([b - a for a, b in pairwise(sigmas)], dtype=gram.dtype)
-    moves: Moves = []
-    missing = torch.zeros_like(deltas)
-    for index, (step, end) in enumerate(pairwise([*computed, len(schedule)])):
-        missing[step:end] += deltas[step:end]
-        known = computed[max(0, index + 1 - kept) : index + 1]
-        weights = torch.linalg.solve(gram[known][:, known], gram[known] @ missing)
-        missing[known] -= weights
-        moves.append(dict(zip(known, weights.tolist(), strict=True)))
-    return moves
+    steps = fitted_steps(schedule, sigmas, gram.double(), kept)
+    return [dict(zip(computed[index::-1], steps[step].move, strict=False)) for index, step in enumerate(computed)]
 
 
 def moved(schedule: str, sigmas: Sequence[float], moves: Moves) -> Sampler:

@@ -21,13 +21,16 @@ PRECISION = 1e-12
 """Differences between velocities that are smaller than this, squared and relative to a velocity, are rounding."""
 
 
-def fitted_steps(schedule: str, sigmas: Sequence[float], products: torch.Tensor) -> tuple[VelocityStep, ...]:
+def fitted_steps(
+    schedule: str, sigmas: Sequence[float], products: torch.Tensor, kept: int = FITTING
+) -> tuple[VelocityStep, ...]:
     """A whole run ahead.
 
     Args:
         schedule: ``C`` and ``.``, one character per step, that begins with ``C``.
         sigmas: the noise level of each step and the final one, falling, steps + 1 values.
         products: inner products of the velocities of two steps, (steps, steps) in float64.
+        kept: most velocities that are weighed.
     """
     deltas = torch.tensor([after - before for before, after in pairwise(sigmas)], dtype=products.dtype)
     unit = torch.eye(len(schedule), dtype=products.dtype)
@@ -35,7 +38,7 @@ def fitted_steps(schedule: str, sigmas: Sequence[float], products: torch.Tensor)
     lacking = torch.zeros_like(deltas)  # by step, what of its velocity the latents lack
     steps: list[VelocityStep] = []
     for index, (step, end) in enumerate(pairwise([*computed, len(schedule)])):
-        known = computed[max(0, index + 1 - FITTING) : index + 1][::-1]
+        known = computed[max(0, index + 1 - kept) : index + 1][::-1]
         nearest = torch.linalg.pinv(products[known][:, known], rtol=PRECISION, hermitian=True) @ products[known]
         lacking[step:end] += deltas[step:end]
         move = nearest @ lacking
