@@ -7,18 +7,14 @@ unusable.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import platform
 import sys
-import tempfile
 import time
 import traceback
 from argparse import Namespace
 from collections.abc import Callable
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 # Compiled code is also kept by the program it was made of, before attention is one kernel or the other: the second
@@ -29,136 +25,37 @@ import diffusers
 import torch
 import transformers
 
-from app.engine.attention_backends import AttentionBackend, AttentionShape, prefer, set_attention
-from app.engine.engine import Engine
-from app.engine.fp8 import quantize
-from app.engine.fused import fuse
+from app.engine.attention_backends import AttentionBackend, prefer, set_attention
 from app.engine.geometry import Geometry
-from app.engine.parallel import planned_linears
-from app.engine.tuning import Tuning, UsualRow, tune
-from app.messages.conditioning import PromptEmbeddings
 from benchmarks import gpu_parts, gpu_peaks, gpu_ranks
-from benchmarks.checkpoints import weights
-from benchmarks.checkpoints.geometry import repository
+from benchmarks.gpu_models import GRAPHS, Models, clean
 from benchmarks.gpu_peaks import Unavailable
-from benchmarks.gpu_runs import Bare, Ours, Request, random_model, timed
-from benchmarks.make_checkpoint import make_checkpoint
+from benchmarks.gpu_runs import Bare, timed
 from benchmarks.roofline import step_flops
-from magcache_core import Plan, choose, load_profile
+from magcache_core import Plan
 
-MODEL = "flux.1-dev"
 ERROR_LENGTH = 300
 """Of what an error says; the whole is in the log."""
-KERNELS: tuple[AttentionBackend, ...] = ("flash", "cudnn", "fa3")
-GRAPHS = 64
-"""Per kind of block; several engines and diffusers' own pipeline compile the same functions in this process."""
 
 
 class Bench:
-    """The models on the device, each made when the first variant needs it, and the variants that run them."""
+    """The variants that run models, timed."""
 
     def __init__(self, settings: Namespace, results: dict[str, Any]) -> None:
         self.settings = settings
         self.results = results
-        self.device = torch.device(settings.device)
-        self.dtype: torch.dtype = getattr(torch, settings.dtype)
-        self.parts = repository(MODEL, settings.scale).parts
-        self._ours: tuple[str, Any] = ("", None)
-        self._kernel: AttentionBackend = "auto"
+        self.models = Models(settings, results)
+        self.device = self.models.device
         self._uncached: torch.Tensor | None = None
-
-    @cached_property
-    def folder(self) -> Path:
-        """A checkpoint's configuration without weights."""
-        folder = Path(tempfile.mkdtemp(prefix="flux-gpu-"))
-        make_checkpoint(MODEL, self.settings.scale, folder, components=["scheduler"])
-        model: Any = weights.build(self.parts["transformer"])
-        model.save_config(folder / "transformer")
-        return folder
-
-    @cached_property
-    def drawn(self) -> Any:
-        """The transformer's random weights."""
-        return random_model(self.parts["transformer"], self.device, self.dtype)
-
-    def request(self, size: int) -> Request:
-        """One image of ``size`` x ``size``."""
-        config: Any = weights.build(self.parts["transformer"]).config  # type: ignore[attr-defined]
-        generator = torch.Generator().manual_seed(1)
-        tokens = torch.randn(self.settings.text_tokens, config.joint_attention_dim, generator=generator)
-        pooled = torch.randn(config.pooled_projection_dim, generator=generator)
-        prompt = PromptEmbeddings(tokens.to(self.dtype), pooled.to(self.dtype))
-        return Request(size, self.settings.steps, prompt)
-
-    def plan(self, computed: int | None = None) -> Plan:
-        """The authors' schedule, or the best one with ``computed`` steps at this number of steps."""
-        profile = load_profile(MODEL)
-        if computed is None:
-            return choose(profile, self.settings.steps)
-        return choose(profile, self.settings.steps, budget=max(2, round(computed * self.settings.steps / 28)))
-
-    def twin(self) -> Any:
-        """The same weights in modules of their own: kernels and compilation are set on modules."""
-        twin: Any = weights.build(self.parts["transformer"])
-        twin.load_state_dict(self.drawn.state_dict(), assign=True)
-        return twin.requires_grad_(False).eval()
-
-    def attention(self, size: int) -> AttentionShape:
-        """The joint attention of an image of ``size`` x ``size``."""
-        config: Any = weights.build(self.parts["transformer"]).config  # type: ignore[attr-defined]
-        tokens = Geometry.of(size, size).tokens + self.settings.text_tokens
-        return AttentionShape(tokens, config.num_attention_heads, config.attention_head_dim)
-
-    def kernel(self) -> AttentionBackend:
-        """The attention kernel with which a compiled step took least, so far; until one has, flash."""
-        took = {kernel: self.results.get(f"bf16/1 row, {kernel}", {}).get("computed_step_s") for kernel in KERNELS}
-        known = {kernel: seconds for kernel, seconds in took.items() if seconds}
-        return min(known, key=known.__getitem__) if known else "flash"
-
-    def use_kernel(self, kernel: AttentionBackend | None = None) -> AttentionBackend:
-        """Make attention run by ``kernel``, or by the fastest; what was compiled for another one is dropped."""
-        kernel = kernel or self.kernel()
-        gpu_peaks.check_kernel(kernel, self.attention(self.settings.size), self.device, self.dtype)
-        if kernel != self._kernel:
-            torch._dynamo.reset()
-            self._ours = ("", None)
-            self._kernel = kernel
-        return kernel
-
-    def ours(self, kind: str) -> Ours:
-        """This repository's engine, the last one of them is kept.
-
-        Args:
-            kind: ``compiled`` as the service does it, ``fixed`` (for the size that comes), ``fp8`` (compiled) or
-                ``eager``.
-        """
-        if self._ours[0] != kind:
-            if "fixed" in (kind, self._ours[0]):
-                torch._dynamo.reset()  # the code for any size would be taken for a fixed one
-            self._ours = ("", None)
-            clean(self.device)
-            transformer = self.twin()
-            fuse(transformer)
-            if kind == "fp8":
-                for _, linear in planned_linears(transformer):
-                    quantize(linear)
-            # Sizes are fixed in one kind only: elsewhere no row is the usual one.
-            usual = UsualRow(self.settings.size**2 // 256 if kind == "fixed" else 0, self.settings.text_tokens)
-            tuning = Tuning(self._kernel, kind != "eager", usual=usual, compiler=self.settings.compiler)
-            tune(transformer, tuning)
-            torch._dynamo.config.recompile_limit = GRAPHS
-            engine = Engine(self.folder, device=self.device, dtype=self.dtype, tuning=tuning, transformer=transformer)
-            self._ours = (kind, Ours(engine))
-        ours: Ours = self._ours[1]
-        return ours
 
     def step(
         self, kind: str, *, rows: int = 1, size: int = 0, kernel: AttentionBackend | None = None, whole: bool = False
     ) -> dict[str, Any]:
         """Times of a computed and of a reused step of ``rows`` equal rows; with ``whole``, of uncached images, too."""
-        kernel = self.use_kernel(kernel)
+        kernel = self.models.use_kernel(kernel)
         one_row = "small/1 row" if size else {"fp8": "fp8/1 row"}.get(kind, f"bf16/1 row, {kernel}")
-        ours, request, plan = self.ours(kind), self.request(size or self.settings.size), self.plan()
+        ours, plan = self.models.ours(kind), self.models.plan()
+        request = self.models.request(size or self.settings.size)
         started = time.perf_counter()
         ours.run(request, plan, rows=rows)  # compiles, and settles the allocator
         first_s = time.perf_counter() - started
@@ -187,16 +84,15 @@ class Bench:
 
     def diffusers(self, *, compiled: bool, cached: bool) -> dict[str, Any]:
         """An image by diffusers' own pipeline, with its own MagCache or without any."""
-        kernel = self.use_kernel()
-        self._ours = ("", None)
-        clean(self.device)
-        transformer, request = self.twin(), self.request(self.settings.size)
+        kernel = self.models.use_kernel()
+        self.models.drop_ours()
+        transformer, request = self.models.twin(), self.models.request(self.settings.size)
         set_attention(transformer, kernel)
         if compiled:
             torch._dynamo.config.recompile_limit = GRAPHS
             # Its hooks are excluded from compilation, and one graph per block is impossible with them.
             transformer.compile_repeated_blocks(fullgraph=not cached, backend=self.settings.compiler)
-        bare = Bare(self.folder, transformer, self.device)
+        bare = Bare(self.models.folder, transformer, self.device)
         started = time.perf_counter()
         with prefer(kernel):
             bare.run(request, cached=cached)
@@ -215,8 +111,9 @@ class Bench:
 
     def schedule(self, computed: int | None) -> dict[str, Any]:
         """An image by one schedule."""
-        kernel = self.use_kernel()
-        ours, request, plan = self.ours("compiled"), self.request(self.settings.size), self.plan(computed)
+        kernel = self.models.use_kernel()
+        ours, plan = self.models.ours("compiled"), self.models.plan(computed)
+        request = self.models.request(self.settings.size)
         ours.run(request, plan)
         best = self._best(lambda: ours.run(request, plan))
         return {
@@ -229,15 +126,15 @@ class Bench:
 
     def graph(self, *, computed: bool, size: int = 0) -> dict[str, Any]:
         """A step launched operator by operator, and with its pass replayed as one CUDA graph."""
-        kernel = self.use_kernel()
-        ours = self.ours("compiled")
-        work = ours.one_step(self.request(size or self.settings.size), computed=computed)
+        kernel = self.models.use_kernel()
+        ours = self.models.ours("compiled")
+        work = ours.one_step(self.models.request(size or self.settings.size), computed=computed)
         return {"attention": kernel} | gpu_peaks.replayed(ours.engine, work, self.device)
 
     def kernels(self, kind: str) -> dict[str, Any]:
         """Where the time of a computed step goes, kernel by kernel; ``kind`` as for `ours`."""
-        kernel = self.use_kernel()
-        work = self.ours(kind).one_step(self.request(self.settings.size), computed=True)
+        kernel = self.models.use_kernel()
+        work = self.models.ours(kind).one_step(self.models.request(self.settings.size), computed=True)
         return {"attention": kernel, "kernels": gpu_peaks.kernels(work, self.device)}
 
     def _least_step_s(self, size: int, rows: int) -> float | None:
@@ -245,7 +142,7 @@ class Bench:
         rate = self.results.get("peaks/matmul", {}).get("tflops_per_s")
         if rate is None:
             return None
-        flops = step_flops(self.parts["transformer"], Geometry.of(size, size), self.settings.text_tokens)
+        flops = step_flops(self.models.parts["transformer"], Geometry.of(size, size), self.settings.text_tokens)
         return rows * flops / (rate * 1e12)
 
     def _best(self, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -261,9 +158,9 @@ class Bench:
 
 def measures(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
     """How each of `gpu_variants.ORDER` is measured."""
-    device, dtype, settings = bench.device, bench.dtype, bench.settings
-    shape = bench.attention(settings.size)
-    vae, t5 = bench.parts["vae"], bench.parts["text_encoder_2"]
+    models, settings = bench.models, bench.settings
+    device, dtype, shape = models.device, models.dtype, models.attention(settings.size)
+    vae, t5 = models.parts["vae"], models.parts["text_encoder_2"]
     side = settings.size // 8
     decode = {"side": side, "device": device, "dtype": dtype, "compiler": settings.compiler}
     return {
@@ -310,13 +207,6 @@ def measures(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
 def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """Norm of the difference of two images' latents over the norm of the second."""
     return float((ours - theirs).norm() / theirs.norm())
-
-
-def clean(device: torch.device) -> None:
-    """Give back the memory of what is no longer referred to."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def machine(device: torch.device) -> str:

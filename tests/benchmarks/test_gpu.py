@@ -16,6 +16,7 @@ import torch
 from app.engine.geometry import Geometry
 from benchmarks import gpu, gpu_process
 from benchmarks.checkpoints.geometry import repository
+from benchmarks.gpu_models import Models
 from benchmarks.gpu_runs import random_model
 from benchmarks.gpu_variants import ORDER, chosen
 from benchmarks.gpu_worker import Bench, measures
@@ -152,12 +153,12 @@ def test_variants_are_chosen_by_how_they_begin() -> None:
 
 
 def test_the_faster_attention_is_taken_once_both_are_known() -> None:
-    bench = Bench(Namespace(**vars(gpu.parse(TINY))), {})
-    assert bench.kernel() == "flash"
-    bench.results["bf16/1 row, flash"] = {"computed_step_s": 2.0}
-    assert bench.kernel() == "flash"
-    bench.results["bf16/1 row, cudnn"] = {"computed_step_s": 1.0}
-    assert bench.kernel() == "cudnn"
+    models = Models(Namespace(**vars(gpu.parse(TINY))), {})
+    assert models.kernel() == "flash"
+    models.results["bf16/1 row, flash"] = {"computed_step_s": 2.0}
+    assert models.kernel() == "flash"
+    models.results["bf16/1 row, cudnn"] = {"computed_step_s": 1.0}
+    assert models.kernel() == "cudnn"
 
 
 def test_the_script_takes_what_is_missing_from_the_wheels_that_it_is_given(tmp_path: Path) -> None:
