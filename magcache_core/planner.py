@@ -25,6 +25,7 @@ from magcache_core.profile_data import Profile
 from magcache_core.resample import interpolate, positions
 from magcache_core.reuse import check_reuse
 from magcache_core.velocity_costs import velocity_costs
+from magcache_core.velocity_plan import best_as_a_whole
 
 
 def plan(
@@ -135,6 +136,12 @@ def _forced(config: MagCacheConfig) -> list[bool]:
     """For each step, whether it must compute: the first, the retained and the protected ones."""
     retained = max(config.retained_steps, 1)
     return [step < retained or step in config.protected for step in range(config.num_inference_steps)]
+
+
+def _allows(schedule: str, forced: Sequence[bool], longest: int) -> bool:
+    """Whether every step computes that must, and no more than ``longest`` in a row reuse."""
+    computes = all(mark == COMPUTE for mark, must in zip(schedule, forced, strict=True) if must)
+    return computes and max(map(len, schedule.split(COMPUTE))) <= longest
 
 
 def _fewest(forced: Sequence[bool], longest: int) -> int:
@@ -249,13 +256,24 @@ def segment_costs(profile: Profile, config: MagCacheConfig, reuse: str, branch: 
 
 
 def corrected_plans(profile: Profile, budget: int) -> Iterator[Plan]:
-    """Plans at the profile's step count that weigh predictions differently; none where velocities weren't measured."""
+    """Plans at the profile's step count, none where velocities weren't measured.
+
+    Those of segments that weigh predictions differently, and the one that is the best as a whole.
+    """
     config, table = _bounds(profile, None, None, None, "cond"), profile.branch().costs
     if table is None or table.velocities is None:
         return
+    starts = []
     for weighing in ((0.3, False), (1.0, False), (3.0, False), (5.0, True), (10.0, True)):
         values = _corrected_costs(table, profile.sigmas, profile.steps, config.max_skip_steps + 1, *weighing)
-        yield _Search(SegmentCosts(values, "latent"), config).plan(budget, "corrected")
+        yield (made := _Search(SegmentCosts(values, "latent"), config).plan(budget, "corrected"))
+        starts.append(made.schedule)
+    gram, levels = table.velocities.double(), [*profile.sigmas, 0.0]
+    forced, longest = _forced(config), config.max_skip_steps
+    if _allows(even := evenly_corrected(profile.steps, budget), forced, longest):
+        starts.append(even)
+    whole = best_as_a_whole(gram, levels, starts, longest, forced)
+    yield fill(profile, whole, "corrected")
 
 
 @lru_cache(maxsize=64)

@@ -123,7 +123,7 @@ def test_refining_tries_only_what_is_named_and_never_forgets_a_better_one(pipe: 
 
 def test_candidates_weigh_predictions_differently(tried: Profile) -> None:
     found = list(corrected_plans(tried, 4))
-    assert len(found) == 5
+    assert len(found) == 6
     assert {(one.computed, one.reuse) for one in found} == {(4, "corrected")}
     assert plan(replace(tried, trials=()), budget=4, reuse="corrected") in found
     bare = replace(tried, branches={"cond": replace(tried.branch(), costs=None)})

@@ -8,8 +8,8 @@ import random
 import pytest
 import torch
 
-from magcache_core.velocity_costs import velocity_costs
-from tests.magcache_core.slow_corrector import levels
+from magcache_core.velocity_costs import FOLLOWED, run_costs, segment_errors, velocity_costs
+from tests.magcache_core.slow_corrector import SlowRun, levels
 
 
 def test_costs_are_what_the_segments_leave_in_the_latents() -> None:
@@ -48,3 +48,25 @@ def test_costs_are_what_the_segments_leave_in_the_latents() -> None:
             assert math.isinf(found)
         else:
             assert found == pytest.approx(cost(a, g, length), rel=1e-6, abs=1e-9)
+
+
+def test_a_whole_run_costs_what_it_leaves_and_what_its_evaluations_see() -> None:
+    """Against a run written out, whose velocities don't depend on its latents."""
+    steps = 12
+    sigmas = levels(steps)
+    torch.manual_seed(0)
+    velocities = torch.randn(steps, 9, dtype=torch.float64).cumsum(dim=0)
+    errors = segment_errors(sigmas, steps)
+    for marks in ("C" * steps, "C...CC..C...", "CC.....C.C..", "C.........C.", "C..........."):
+        computed = [step for step, mark in enumerate(marks) if mark == "C"]
+        run, reused, euler = SlowRun(sigmas, marks), torch.zeros(9, dtype=torch.float64), torch.zeros(9).double()
+        expected = 0.0
+        for step in range(steps):
+            if step in computed[1:]:
+                end = ([*computed, steps])[computed.index(step) + 1]
+                expected += (FOLLOWED * (sigmas[step] - sigmas[end])) ** 2 * (reused - euler).square().sum().item()
+            reused = run.advance(reused, lambda step=step: velocities[step])
+            euler = euler + (sigmas[step + 1] - sigmas[step]) * velocities[step]
+        expected += (reused - euler).square().sum().item()
+        found = run_costs(velocities @ velocities.T, sigmas, errors, torch.tensor([computed]))
+        assert found.tolist() == pytest.approx([expected], rel=1e-6, abs=1e-9)
