@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -17,3 +18,13 @@ def test_the_example_of_make_test_selects_tests() -> None:
     collected = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert collected.returncode == 0, collected.stdout + collected.stderr
     assert re.search(r"^\d+/\d+ tests collected", collected.stdout, re.MULTILINE)
+
+
+def test_what_it_runs_may_keep_compiled_files() -> None:
+    """Else each of a service's processes compiles the service anew when it starts."""
+    show = "show: ; @echo [$$PYTHONDONTWRITEBYTECODE]"
+    shown = subprocess.run(
+        ["make", f"--eval={show}", "show"],
+        cwd=ROOT, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert shown.stdout == "[]\n"
