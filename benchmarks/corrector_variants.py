@@ -1,7 +1,7 @@
 """Variants of predict and correct, for what they are worth: ``python -m benchmarks.corrector_variants``.
 
 Other orders of prediction and correction and blends of them, residuals that predict where velocities correct, and
-the service's least squares over calibration's velocities, of three velocities and of four. All in the sampling loop of
+the service's least squares over calibration's velocities, of two to four velocities. All in the sampling loop of
 `benchmarks.correctors` with moves that are worked out here, on given schedules, against the uncached 28 Euler steps.
 Options and results are those of `benchmarks.correctors`.
 """
@@ -137,7 +137,7 @@ def lines(profile: Profile, loop: Loop, budgets: Sequence[int]) -> Iterator[Line
         yield line("residuals predict", tried, residuals_predict(loop.generator.transformer, tried, sigmas))
         planned = plan(profile, STEPS, budget=budget, reuse="corrected").schedule
         for whose, marks in (("tried", tried), ("planned", planned), ("residuals'", RESIDUALS[budget])):
-            for kept in (3, 4):
+            for kept in (2, 3, 4):
                 moves = least_squares(marks, sigmas, table.velocities, kept)
                 yield line(f"least squares of {kept}, {whose} schedule", marks, moved(marks, sigmas, moves))
 

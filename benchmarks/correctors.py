@@ -25,6 +25,7 @@ from app.control.likeness import psnr
 from benchmarks.pictures import BATCH, SEED, Generator, draw_prompts
 from magcache_core import Plan, Profile, apply_mag_cache, fill, load_profile, plan, remove_mag_cache
 from magcache_core.correct import evenly_corrected, mean_over, velocity_steps
+from magcache_core.planner import whole_plan
 
 STEPS = 28
 TRUE_STEPS = 56
@@ -163,6 +164,9 @@ def lines(profile: Profile, loop: Loop, budgets: Sequence[int]) -> Iterator[Line
         yield budget, "tried, integrated", tried.schedule, partial(moved, tried.schedule, "integrated")
         yield budget, "planned, corrected", planned.schedule, partial(moved, planned.schedule, "corrected")
         yield budget, "planned, integrated", planned.schedule, partial(moved, planned.schedule, "integrated")
+        if (whole := whole_plan(profile, budget)) is not None:
+            yield budget, "as a whole, corrected", whole.schedule, partial(moved, whole.schedule, "corrected")
+            yield budget, "as a whole, integrated", whole.schedule, partial(moved, whole.schedule, "integrated")
         yield budget, "even, corrected", even, partial(moved, even, "corrected")
         yield budget, "even, integrated", even, partial(moved, even, "integrated")
         yield budget, "AB2", every, partial(loop.images, adams_bashforth(own, 2))

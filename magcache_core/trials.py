@@ -22,7 +22,7 @@ from torch import nn
 from magcache_core.correct import LEAST_SQUARES, VELOCITY_MODES, evenly_corrected
 from magcache_core.hooks import apply_mag_cache, remove_mag_cache
 from magcache_core.plan_data import COMPUTE, REUSE, Plan, Trial
-from magcache_core.planner import corrected_plans, evenly_spaced, fewest_steps, fill, plan
+from magcache_core.planner import corrected_plans, evenly_spaced, fewest_steps, fill, plan, whole_plan
 from magcache_core.profile_data import Profile
 
 MODES = ("linear", "corrected", LEAST_SQUARES)
@@ -171,6 +171,8 @@ def _candidates(profile: Profile, budget: int, before: Trial | None, known: Tria
     if known is not None:
         yield fill(profile, known.schedule, known.reuse)
     yield from corrected_plans(profile, budget)
+    if (whole := whole_plan(profile, budget)) is not None:
+        yield whole
     halved = []
     if before is not None and before.computed == budget - 1:
         longest = max(before.schedule.split(COMPUTE), key=len)

@@ -10,8 +10,8 @@ import torch
 from magcache_core.correct import lagrange
 
 FOLLOWED = 2.0
-"""What `run_costs` multiplies spans by. On flux-tiny schedules of 8 computed steps that are found with 1.5 are 3 dB worse,
-and those of 10 that are found with 3 are 1 dB worse."""
+"""What `run_costs` multiplies spans by. On flux-tiny schedules of 8 computed steps that are found with 1.5 are 3 dB
+worse, and those of 10 that are found with 3 are 1 dB worse."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from functools import wraps
 from typing import Any
@@ -25,7 +26,7 @@ from magcache_core import (
 )
 from magcache_core.calibrate import calibrate, try_out
 from magcache_core.correct import evenly_corrected
-from magcache_core.planner import corrected_plans
+from magcache_core.planner import corrected_plans, whole_plan
 from magcache_core.profile_data import ProfileError, parse, to_json
 from magcache_core.trials import FINALISTS, finalists, never_rising, search
 from tests.magcache_core.prompt_pipe import STEPS, PromptPipe, embeddings, job
@@ -123,11 +124,25 @@ def test_refining_tries_only_what_is_named_and_never_forgets_a_better_one(pipe: 
 
 def test_candidates_weigh_predictions_differently(tried: Profile) -> None:
     found = list(corrected_plans(tried, 4))
-    assert len(found) == 6
+    assert len(found) == 5
     assert {(one.computed, one.reuse) for one in found} == {(4, "corrected")}
     assert plan(replace(tried, trials=()), budget=4, reuse="corrected") in found
     bare = replace(tried, branches={"cond": replace(tried.branch(), costs=None)})
     assert list(corrected_plans(bare, 4)) == []
+    assert whole_plan(bare, 4) is None
+    whole = whole_plan(tried, 4)
+    assert (whole.computed, whole.reuse, whole.schedule[0]) == (4, "corrected", "C")
+
+
+def test_a_plan_that_is_the_best_as_a_whole_is_tried(tried: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = fill(tried, "CC....CC", "corrected")
+    monkeypatch.setattr("magcache_core.trials.whole_plan", lambda profile, budget: whole)
+    trying = search(replace(tried, trials=()), moves=0, budgets=[4])
+    asked = [next(trying)]
+    with suppress(StopIteration):
+        while True:
+            asked.append(trying.send(1.0))
+    assert whole in asked
 
 
 def test_other_step_counts_are_even_below_two_fifths_and_planned_beyond(tried: Profile) -> None:
