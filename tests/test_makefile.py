@@ -24,7 +24,7 @@ def test_what_it_runs_may_keep_compiled_files() -> None:
     """Else each of a service's processes compiles the service anew when it starts."""
     show = "show: ; @echo [$$PYTHONDONTWRITEBYTECODE]"
     shown = subprocess.run(
-        ["make", f"--eval={show}", "show"],
+        ["make", "--no-print-directory", f"--eval={show}", "show"],
         cwd=ROOT, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert shown.stdout == "[]\n"
