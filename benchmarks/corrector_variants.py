@@ -18,6 +18,7 @@ import torch
 from benchmarks.correctors import RESIDUALS, STEPS, Line, Loop, Sampler, Velocity, main
 from magcache_core import Plan, Profile, apply_mag_cache, plan, remove_mag_cache
 from magcache_core.correct import lagrange
+from magcache_core.plan_data import computed_steps
 from magcache_core.velocity_fit import fitted_steps
 
 Orders = Mapping[int, float]
@@ -41,7 +42,7 @@ Moves = list[dict[int, float]]
 
 def blended(schedule: str, sigmas: Sequence[float], predict: Orders, correct: Orders | None) -> Moves:
     """The moves of a prediction and correction that are blends of polynomials."""
-    computed = [step for step, mark in enumerate(schedule) if mark == "C"]
+    computed = computed_steps(schedule)
     moves: Moves = []
     predicted: dict[int, float] = {}
     for index, (step, end) in enumerate(pairwise([*computed, len(schedule)])):
@@ -62,7 +63,7 @@ def least_squares(schedule: str, sigmas: Sequence[float], gram: torch.Tensor, ke
     Args:
         gram: mean inner products of the velocities of two steps, (steps, steps).
     """
-    computed = [step for step, mark in enumerate(schedule) if mark == "C"]
+    computed = computed_steps(schedule)
     steps = fitted_steps(schedule, sigmas, gram.double(), kept)
     return [dict(zip(computed[index::-1], steps[step].move, strict=False)) for index, step in enumerate(computed)]
 
@@ -72,7 +73,7 @@ def moved(schedule: str, sigmas: Sequence[float], moves: Moves) -> Sampler:
 
     def sample(latents: torch.Tensor, velocity: Velocity) -> torch.Tensor:
         known: dict[int, torch.Tensor] = {}
-        computed = [step for step, mark in enumerate(schedule) if mark == "C"]
+        computed = computed_steps(schedule)
         for step, move in zip(computed, moves, strict=True):
             known[step] = velocity(latents, sigmas[step])
             latents = latents + sum(weight * known[q] for q, weight in move.items())

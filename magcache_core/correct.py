@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from magcache_core.plan_data import COMPUTE, Products, VelocityStep, Weights
+from magcache_core.plan_data import Products, VelocityStep, Weights, computed_steps, schedule_of
 from magcache_core.velocity_fit import fitted_steps
 
 LEAST_SQUARES = "least_squares"
@@ -64,7 +64,7 @@ def velocity_steps(
     if mode == LEAST_SQUARES and products:
         return fitted_steps(schedule, sigmas, torch.tensor(products, dtype=torch.float64))
     run = _Run(sigmas, mode == "integrated")
-    computed = [step for step, mark in enumerate(schedule) if mark == COMPUTE]
+    computed = computed_steps(schedule)
     steps: list[VelocityStep] = []
     for index, (step, end) in enumerate(zip(computed, [*computed[1:], len(schedule)], strict=True)):
         known = computed[max(0, index + 1 - CORRECTING) : index + 1][::-1]
@@ -87,7 +87,7 @@ def evenly_corrected(steps: int, budget: int) -> str:
     The step before the last computes, because no later one corrects what is predicted from the last computed step on.
     """
     computed = {round(i * (steps - 2) / max(budget - 1, 1)) for i in range(budget)} if budget < steps else range(steps)
-    return "".join(COMPUTE if step in computed else "." for step in range(steps))
+    return schedule_of(computed, steps)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from magcache_core.config import ConfigError
@@ -13,6 +14,17 @@ Weights = tuple[float, ...]
 """Factors of the last computed residuals or velocities, newest first."""
 Products = tuple[tuple[float, ...], ...]
 """Inner products of the velocities of two steps, steps x steps; empty where they are not known."""
+
+
+def computed_steps(schedule: str) -> list[int]:
+    """The steps of a schedule that compute, rising."""
+    return [step for step, mark in enumerate(schedule) if mark == COMPUTE]
+
+
+def schedule_of(computed: Iterable[int], steps: int) -> str:
+    """The schedule of ``steps`` steps of which those compute."""
+    kept = set(computed)
+    return "".join(COMPUTE if step in kept else REUSE for step in range(steps))
 
 
 @dataclass(frozen=True)

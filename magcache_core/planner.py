@@ -20,7 +20,7 @@ from magcache_core.config import ConfigError, MagCacheConfig
 from magcache_core.correct import LEAST_SQUARES, VELOCITY_MODES, evenly_corrected
 from magcache_core.costs import CostTable
 from magcache_core.fit import fitted_weights, resample_gram
-from magcache_core.plan_data import COMPUTE, REUSE, Plan
+from magcache_core.plan_data import COMPUTE, REUSE, Plan, computed_steps, schedule_of
 from magcache_core.profile_data import Profile
 from magcache_core.resample import interpolate, positions
 from magcache_core.reuse import check_reuse
@@ -184,13 +184,12 @@ def fill(profile: Profile, schedule: str, reuse: str, branch: str = "cond") -> P
 
 def evenly_spaced(steps: int, budget: int) -> str:
     """The schedule whose ``budget`` computed steps are as evenly spaced as whole steps allow."""
-    computed = {i * steps // budget for i in range(budget)}
-    return "".join(COMPUTE if i in computed else REUSE for i in range(steps))
+    return schedule_of((i * steps // budget for i in range(budget)), steps)
 
 
 def segments(schedule: str) -> list[tuple[int, int, int]]:
     """(computed step, gap to the one before or 0, reused steps after it) of each segment of a schedule."""
-    computed = [step for step, mark in enumerate(schedule) if mark == COMPUTE]
+    computed = computed_steps(schedule)
     ends = [*computed[1:], len(schedule)]
     gaps = [0, *(b - a for a, b in pairwise(computed))]
     return [(a, gap, end - a - 1) for a, gap, end in zip(computed, gaps, ends, strict=True)]

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import torch
 
-from magcache_core.plan_data import COMPUTE, VelocityStep
+from magcache_core.plan_data import VelocityStep, computed_steps
 
 FITTING = 4
 """Most velocities that are weighed. With three, `corrected` is nearer (docs/magcache.md has the figures)."""
@@ -34,7 +34,7 @@ def fitted_steps(
     """
     deltas = torch.tensor([after - before for before, after in pairwise(sigmas)], dtype=products.dtype)
     unit = torch.eye(len(schedule), dtype=products.dtype)
-    computed = [step for step, mark in enumerate(schedule) if mark == COMPUTE]
+    computed = computed_steps(schedule)
     lacking = torch.zeros_like(deltas)  # by step, what of its velocity the latents lack
     steps: list[VelocityStep] = []
     for index, (step, end) in enumerate(pairwise([*computed, len(schedule)])):

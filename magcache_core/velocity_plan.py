@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from magcache_core.plan_data import COMPUTE, REUSE
+from magcache_core.plan_data import computed_steps, schedule_of
 from magcache_core.velocity_costs import run_costs, segment_errors
 
 
@@ -34,7 +34,7 @@ def best_as_a_whole(
 
     found: list[tuple[float, torch.Tensor]] = []
     for start in starts:
-        best = torch.tensor([[step for step, mark in enumerate(start) if mark == COMPUTE]])
+        best = torch.tensor([computed_steps(start)])
         cost = float(costs(best))
         while len(moved := _moved(best[0], len(gram), longest, forced)):
             tried = costs(moved)
@@ -43,8 +43,7 @@ def best_as_a_whole(
                 break
             best, cost = moved[index : index + 1], float(tried[index])
         found.append((cost, best[0]))
-    computed = set(min(found, key=lambda one: one[0])[1].tolist())
-    return "".join(COMPUTE if step in computed else REUSE for step in range(len(gram)))
+    return schedule_of(min(found, key=lambda one: one[0])[1].tolist(), len(gram))
 
 
 def _moved(computed: torch.Tensor, steps: int, longest: int, forced: Sequence[bool]) -> torch.Tensor:
