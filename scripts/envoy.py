@@ -15,7 +15,7 @@ from scripts.serve_process import ROOT, free_port
 
 GATEWAYS = ROOT / "deployments" / "gateways"
 PROGRAM = Path(sys.executable).with_name("envoy")
-START_S = 30.0
+START_S = 120.0
 
 
 @contextmanager

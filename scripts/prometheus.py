@@ -18,7 +18,7 @@ from scripts.serve_process import free_port, open_url
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "k8s/prometheus.yml"
-_PATIENCE_S = 30.0
+_PATIENCE_S = 120.0
 
 
 class PrometheusError(Exception):

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray would run services at nice 15: a test that computes beside them would leave them three percent of the processors.
+os.environ.setdefault("RAY_worker_niceness", "0")
 # No test needs the network: the model ships with the repository.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # several workers share the cores

@@ -60,7 +60,7 @@ def service_process(folder: Path, **settings: object) -> Iterator[ServiceProcess
     config["applications"][0]["args"] |= settings
     path, log = folder / "config.yaml", folder / "log"
     path.write_text(yaml.safe_dump(config))
-    with log.open("wb") as output, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+    with log.open("wb") as output, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=400) as client:
         process = subprocess.Popen(
             [sys.executable, "-m", "app.serve", str(path), "--address", "local"],
             cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=output, stderr=output, start_new_session=True,
@@ -76,7 +76,7 @@ def service_process(folder: Path, **settings: object) -> Iterator[ServiceProcess
             process.wait()
 
 
-def wait_until(what: Callable[[], bool], seconds: float = 240.0) -> None:
+def wait_until(what: Callable[[], bool], seconds: float = 600.0) -> None:
     """Wait until ``what`` holds; fail when it does not in time."""
     until = time.monotonic() + seconds
     while not what():

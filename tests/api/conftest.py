@@ -50,10 +50,10 @@ def base_url(app: FastAPI) -> Iterator[str]:
         thread.start()
         yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
         server.should_exit = True
-        thread.join(timeout=10)
+        thread.join(timeout=60)
 
 
 @pytest.fixture
 def openai_client(base_url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=base_url, api_key="unused", max_retries=0, timeout=10) as client:
+    with openai.OpenAI(base_url=base_url, api_key="unused", max_retries=0, timeout=60) as client:
         yield client

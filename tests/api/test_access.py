@@ -152,7 +152,7 @@ async def test_only_the_key_that_made_a_request_cancels_it(client: httpx.AsyncCl
 
 
 def test_the_official_client(base_url: str) -> None:
-    with openai.OpenAI(base_url=base_url, api_key=ALICE, max_retries=0, timeout=10) as client:
+    with openai.OpenAI(base_url=base_url, api_key=ALICE, max_retries=0, timeout=60) as client:
         assert client.images.generate(prompt="a").data
         with pytest.raises(openai.AuthenticationError):
             client.with_options(api_key="sk-eve").images.generate(prompt="a")

@@ -48,7 +48,7 @@ def test_a_image(openai_client: openai.OpenAI) -> None:
 
 
 async def test_the_async_client(base_url: str, backend: FakeBackend) -> None:
-    async with openai.AsyncOpenAI(base_url=base_url, api_key="unused", max_retries=0, timeout=10) as client:
+    async with openai.AsyncOpenAI(base_url=base_url, api_key="unused", max_retries=0, timeout=60) as client:
         await asyncio.gather(*(client.images.generate(prompt=f"image {index}") for index in range(8)))
     assert {job.prompt for job in backend.jobs} == {f"image {index}" for index in range(8)}
 
@@ -88,7 +88,7 @@ def test_errors_become_the_clients_exceptions(openai_client: openai.OpenAI, back
 def test_the_clients_own_retries_get_through(base_url: str, backend: FakeBackend) -> None:
     backend.error = BusyError(1)
     threading.Timer(0.3, lambda: setattr(backend, "error", None)).start()
-    with openai.OpenAI(base_url=base_url, api_key="unused", max_retries=2, timeout=10) as client:
+    with openai.OpenAI(base_url=base_url, api_key="unused", max_retries=2, timeout=60) as client:
         assert client.images.generate(prompt="a").data
     assert len(backend.jobs) == 2
 
@@ -98,7 +98,7 @@ def test_the_client_does_not_ask_again_for_what_was_ended(
     base_url: str, backend: FakeBackend, error: ServiceError
 ) -> None:
     with (
-        openai.OpenAI(base_url=base_url, api_key="unused", max_retries=2, timeout=10) as client,
+        openai.OpenAI(base_url=base_url, api_key="unused", max_retries=2, timeout=60) as client,
         backend.failing(error),
         pytest.raises(openai.APIStatusError) as caught,
     ):

@@ -42,7 +42,7 @@ block = torch.ones(128 << 20, dtype=torch.uint8)
 print(loading.peak_mb() - before)
 """
     result = subprocess.run(
-        [sys.executable, "-c", grown], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", grown], cwd=ROOT, capture_output=True, text=True, check=True, timeout=400
     )
     assert 120 <= float(result.stdout) <= 160
 
@@ -56,7 +56,7 @@ def test_loading_takes_the_shard_and_little_more(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=840,
     )
     assert result.returncode == 0, result.stderr
     whole_mb, shard_mb, grown_mb = map(float, result.stdout.split())

@@ -48,7 +48,7 @@ def events_of(reply: httpx.Response) -> Iterator[dict[str, Any]]:
             yield json.loads(line.removeprefix("data: "))
 
 
-def wait_for(what: Callable[[], bool], then: str, seconds: float = 60.0) -> None:
+def wait_for(what: Callable[[], bool], then: str, seconds: float = 300.0) -> None:
     """Wait until ``what`` holds, and fail with what should have come when it does not."""
     until = time.monotonic() + seconds
     while not what():

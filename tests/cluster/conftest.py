@@ -61,7 +61,7 @@ def service(cluster: None, profile_dir: Path, lora_dir: Path) -> Iterator[str]:
     settings = settings_of("flux-tiny.yaml")
     magcache = settings.magcache.model_copy(update={"profile_dir": str(profile_dir)})
     # Two API processes, so that each test also shows that it does not matter which one answers.
-    update = {"magcache": magcache, "api_replicas": 2, "loras": str(lora_dir), "hang_timeout_s": 20.0}
+    update = {"magcache": magcache, "api_replicas": 2, "loras": str(lora_dir), "hang_timeout_s": 30.0}
     serve.run(build(settings.model_copy(update=update)), name="flux", route_prefix="/")
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
@@ -69,13 +69,13 @@ def service(cluster: None, profile_dir: Path, lora_dir: Path) -> Iterator[str]:
 
 @pytest.fixture
 def client(service: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{service}/v1", api_key="unused", max_retries=0, timeout=120) as client:
+    with openai.OpenAI(base_url=f"{service}/v1", api_key="unused", max_retries=0, timeout=400) as client:
         yield client
 
 
 @pytest.fixture
 def http(service: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=service, timeout=120) as client:
+    with httpx.Client(base_url=service, timeout=400) as client:
         yield client
 
 

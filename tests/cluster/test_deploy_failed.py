@@ -53,7 +53,7 @@ def _keep(model: Path) -> None:
 
 def _failure(name: str) -> str:
     """Wait for the application's failure; its message."""
-    until = time.monotonic() + 120
+    until = time.monotonic() + 400
     while (application := serve.status().applications.get(name)) is None or application.status != "DEPLOY_FAILED":
         assert time.monotonic() < until, application
         time.sleep(0.2)

@@ -29,7 +29,7 @@ def address(
 
 @pytest.fixture
 def through(address: tuple[str, int]) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url="http://{}:{}".format(*address), timeout=120) as client:
+    with httpx.Client(base_url="http://{}:{}".format(*address), timeout=400) as client:
         yield client
 
 

@@ -35,12 +35,12 @@ def gateway(service: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 def made(service: str, urls: list[str], killed: str | None) -> list[httpx.Response]:
     """The replies to `BODIES`, each from one of ``urls``, a process of the service having been killed meanwhile."""
-    with httpx.Client(base_url=service, timeout=120) as http:
+    with httpx.Client(base_url=service, timeout=400) as http:
         wait_for(lambda: len(ok_by_process(http.get("/metrics").text)) == 2, "both API processes are there")
         before = metrics(http)["flux_pictures_finished_total"]
         with ThreadPoolExecutor(len(BODIES)) as pool:
             asked = [
-                pool.submit(httpx.post, f"{url}{IMAGES}", json=body, timeout=120)
+                pool.submit(httpx.post, f"{url}{IMAGES}", json=body, timeout=400)
                 for url, body in zip(urls, BODIES, strict=True)
             ]
             wait_for(lambda: metrics(http)["flux_running_pictures"] == len(BODIES), "all run")

@@ -52,7 +52,7 @@ def clients(service: str, checkpoint: Path, tmp_path_factory: pytest.TempPathFac
     )
     serve.run(build(settings), name="klein", route_prefix="/klein")
     headers = {name: {"Authorization": f"Bearer {key}"} for name, key in KEYS.items()} | {"eve": {}}
-    made = {name: httpx.Client(base_url=f"{service}/klein", headers=own, timeout=120) for name, own in headers.items()}
+    made = {name: httpx.Client(base_url=f"{service}/klein", headers=own, timeout=400) for name, own in headers.items()}
     yield made
     for client in made.values():
         client.close()

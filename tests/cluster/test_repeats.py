@@ -54,7 +54,7 @@ def test_a_repeated_stream_gets_progress_from_then_on_and_the_image(http: httpx.
 
 def test_the_last_of_those_who_share_an_image_ends_it(http: httpx.Client, service: str) -> None:
     headers = {"X-Request-Id": "shared-and-left"}
-    impatient = httpx.Client(base_url=service, timeout=120)
+    impatient = httpx.Client(base_url=service, timeout=400)
     body = {**LONG, "stream": True, "progress": True}
     with impatient.stream("POST", IMAGES, json=body, headers=headers) as one:
         assert next(events_of(one))["type"] == "flux.progress"

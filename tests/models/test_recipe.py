@@ -18,7 +18,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that `--quick` writes."""
     folder = tmp_path_factory.mktemp("recipe")
     command = [sys.executable, "-m", "models.recipe", "--quick", "--work", f"{folder}/work", "--out", f"{folder}/out"]
-    subprocess.run(command, check=True, cwd=Path(__file__).parents[2], timeout=600)
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[2], timeout=840)
     return folder / "out"
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 NETWORK = "10.213.77"
-PATIENCE_S = 10.0
+PATIENCE_S = 30.0
 
 
 @dataclass(frozen=True)

@@ -40,13 +40,13 @@ class Load:
     ) -> None:
         self._stop.set()
         for thread in self._threads:
-            thread.join(timeout=120)
+            thread.join(timeout=400)
         assert not any(thread.is_alive() for thread in self._threads), "a request hangs"
 
     def _ask(self) -> None:
         # No retries, and a new connection each time: what is lost must show.
         limits = httpx.Limits(max_keepalive_connections=0)
-        with httpx.Client(timeout=90, trust_env=False, limits=limits) as client:
+        with httpx.Client(timeout=300, trust_env=False, limits=limits) as client:
             while not self._stop.wait(self._pause_s):
                 with self._lock:
                     seed = next(self._seeds)
@@ -71,6 +71,6 @@ class Load:
         in_turn = self._urls[start:] + self._urls[:start]
         for url in in_turn:
             with contextlib.suppress(httpx.HTTPError):
-                if client.get(f"{url}/-/healthz", timeout=5).status_code == 200:
+                if client.get(f"{url}/-/healthz", timeout=30).status_code == 200:
                     return url
         return in_turn[0]

@@ -27,10 +27,10 @@ from tests.ops.load import PROMPT, Load
 from tests.ops.needs import missing
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = [pytest.mark.nodes, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.nodes, pytest.mark.timeout(2400)]
 
 RAY = str(Path(sys.executable).parent / "ray")
-PATIENCE_S = 240.0
+PATIENCE_S = 600.0
 RUNNING = "RUNNING"
 
 
@@ -122,7 +122,7 @@ def cluster() -> Iterator[Cluster]:
     environment |= {"PATH": f"{Path(RAY).parent}{os.pathsep}{environment['PATH']}"}
     with (
         hosts(3) as (head, *workers),
-        httpx.Client(base_url=f"http://{head.address}:8265", timeout=30, trust_env=False) as dashboard,
+        httpx.Client(base_url=f"http://{head.address}:8265", timeout=120, trust_env=False) as dashboard,
     ):
         dashboard.headers["Authorization"] = f"Bearer {token}"
         environment["RAY_ADDRESS"] = f"{head.address}:6379"  # as KubeRay sets it
@@ -151,7 +151,7 @@ def test_a_group_spans_two_nodes_and_serves_from_both(cluster: Cluster) -> None:
     assert cluster.actors("ServeReplica")
     assert cluster.head.address not in {address for address, _ in cluster.actors("ServeReplica")}
     body = {"prompt": PROMPT, "seed": 7, "size": "64x64", "num_inference_steps": 4}
-    with httpx.Client(timeout=90, trust_env=False) as client:
+    with httpx.Client(timeout=300, trust_env=False) as client:
         replies = [client.post(f"{url}/v1/images/generations", json=body) for url in cluster.urls]
     assert [reply.status_code for reply in replies] == [200, 200], [reply.text for reply in replies]
     first, second = (reply.json()["data"][0]["b64_json"] for reply in replies)
@@ -189,7 +189,7 @@ def test_a_node_leaves_and_its_group_moves_first(cluster: Cluster) -> None:
     (leaving,) = [host for host in cluster.workers if host.address == address]
     (staying,) = [host for host in cluster.workers if host is not leaving]
     with Load(cluster.urls, clients=1, pause_s=0.2) as load:
-        left = leaving.run(["bash", "scripts/leave_cluster.sh", "90"], cluster.environment, timeout_s=120)
+        left = leaving.run(["bash", "scripts/leave_cluster.sh", "300"], cluster.environment, timeout_s=400)
         assert (left.returncode, "still running" in left.stderr) == (0, False), left.stderr
         assert {address for address, _ in cluster.actors("Rank")} == {staying.address}
         leaving.stop_everything()
