@@ -11,7 +11,7 @@ from . import distill, evaluate, export, latents, layout, loop, polish, text, tr
 # Minutes on two CPU cores, as the shipped weights took them.
 MINUTES = {"vae": 15.0, "text": 8.0, "layout": 6.0, "transformer": 42.0, "distill": 9.0, "polish": 9.0}
 STAGES = ("vae", "text", "layout", "latents", "transformer", "distill", "polish", "export", "evaluate")
-QUICK_STEPS = 3
+QUICK_STEPS = 2
 
 
 def arguments() -> argparse.Namespace:
