@@ -226,7 +226,12 @@ async def answer(request: Request, resolved: ResolvedRequest, body: str, kind: K
     "/v1/requests/{request_id}",
     summary="Cancel a request",
     tags=["images"],
-    responses=_errors(s401=_NO_KEY, s403="Another API key made the request.", s404="No such request is under way."),
+    responses=_errors(
+        s401=_NO_KEY,
+        s403="Another API key made the request.",
+        s404="No such request is under way.",
+        s503="It is not known whether it is; `Retry-After` says when to ask again.",
+    ),
 )
 async def cancel(request_id: str, request: Request) -> CancelReply:
     """End every request whose `X-Request-Id` is this; a client that waits for one gets 409."""

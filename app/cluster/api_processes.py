@@ -20,6 +20,11 @@ class ApiProcesses:
         return "api" if self._handle is None else serve.get_replica_context().replica_tag
 
     @property
+    def is_alone(self) -> bool:
+        """Whether there are no others to ask."""
+        return self._handle is None
+
+    @property
     def is_first(self) -> bool:
         """Whether this is the one that does what only one may do; another becomes it when it ends."""
         return self._handle is None or serve.get_replica_context().rank.rank == 0

@@ -132,10 +132,13 @@ class ServeBackend:
     async def cancel(self, request_id: str, key_name: str = "") -> int:
         """End it at the coordinators, and in the API processes also before and after its time there."""
         at_coordinators = await call_all_coordinators("cancel_request", request_id, key_name)
-        here = await self._apis.ask("cancel_here", request_id, key_name) or [self.cancel_here(request_id, key_name)]
+        at_apis = await self._apis.ask("cancel_here", request_id, key_name)
+        here = at_apis or [self.cancel_here(request_id, key_name)]
         ended: int = max(sum(ended for ended, _ in at_coordinators), sum(ended for ended, _ in here))
         if not ended and any(others for _, others in (*at_coordinators, *here)):
             raise ForbiddenError("the request was made with another API key, which alone can cancel it")
+        if not ended and not at_apis and not self._apis.is_alone:
+            raise UnavailableError("an API process that may have the request does not answer; ask again", 1.0)
         return ended
 
     def cancel_here(self, request_id: str, key_name: str) -> tuple[int, int]:

@@ -17,10 +17,11 @@ import torch
 from app.api.backend import ImagesJob, SourcePixels
 from app.cluster import backend as module
 from app.cluster import image_call
+from app.cluster.api_processes import ApiProcesses
 from app.cluster.backend import ServeBackend
 from app.control.demand import Measurable
 from app.engine.families import FLUX2_KLEIN, Family
-from app.errors import BusyError
+from app.errors import BusyError, UnavailableError
 from app.messages.conditioning import PromptEmbeddings, SourceImage
 from app.messages.jobs import DenoiseJob, MagCacheOptions
 from app.messages.loras import LoraUse
@@ -144,6 +145,32 @@ async def test_pixels_are_dropped_once_they_are_encoded(monkeypatch: pytest.Monk
     assert refused.value.retry_after_s == 7
     assert replica.jobs[1].source_tokens == 0
     waits.cancel()
+    await asyncio.wait({waits})
+
+
+class ApisOfWhichOneHangs(ApiProcesses):
+    """Two processes: what they are asked together has no answer."""
+
+    is_alone = False
+
+    async def ask(self, method: str, *args: object) -> list[Any]:
+        return []
+
+
+async def test_a_request_that_may_be_under_way_is_not_called_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def nothing(*_: object) -> list[tuple[int, int]]:
+        return [(0, 0)]
+
+    monkeypatch.setattr(module, "call_all_coordinators", nothing)
+    part, replica = Sources(), Taker()
+    assert await ServeBackend(Settings(), part, replica, part).cancel("unknown") == 0
+    monkeypatch.setattr(image_call, "result_of", lambda response: response)
+    backend = ServeBackend(Settings(), part, replica, part, ApisOfWhichOneHangs())
+    with pytest.raises(UnavailableError, match="does not answer"):
+        await backend.cancel("unknown")
+    waits = asyncio.create_task(backend.generate(edit_job()))
+    await replica.taken.wait()
+    assert await backend.cancel(edit_job().request_id) == 1, "its own it ends in any case"
     await asyncio.wait({waits})
 
 
