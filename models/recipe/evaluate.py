@@ -22,8 +22,8 @@ def captions(count: int, seed: int = 40) -> list[tuple[scenes.Scene, str]]:
 
 
 def load(folder: Path, device: torch.device) -> FluxPipeline:
-    """In the dtype that was exported."""
-    pipe = FluxPipeline.from_pretrained(folder, dtype=torch.bfloat16).to(device)
+    """In the dtype that was exported, where the device multiplies it."""
+    pipe = FluxPipeline.from_pretrained(folder, dtype=loop.dtype(device)).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

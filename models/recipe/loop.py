@@ -18,12 +18,17 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 where the processor multiplies it; others would take ten times as long as in float32."""
+def dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the processor multiplies it, else float32: emulating it takes several times as long."""
     known = torch.cpu.get_capabilities()
-    fast = device.type != "cpu" or any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    multiplies = device.type != "cpu" or any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if multiplies else torch.float32
+
+
+def autocast(device: torch.device) -> torch.autocast:
     # Without the cache of cast weights, which threads would share; each weight is used once in a forward anyway.
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast, cache_enabled=False)
+    enabled = dtype(device) is torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
 @dataclass

@@ -15,6 +15,8 @@ import psutil
 
 NETWORK = "10.213.77"
 PATIENCE_S = 30.0
+AGAIN = 'trap exit TERM; until "$@"; do sleep 1; done'
+"""As Kubernetes does with a pod's container: a node of Ray's gives itself thirty seconds to start."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Host:
     booted: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def boot(self, command: list[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
-        """Run ``command`` as this host's first process; the others end with it.
+        """Run ``command`` as this host's first process, again when it fails; the others end with it.
 
         Args:
             folder: where this host sees an empty folder of its own, though the path is the same on all.
@@ -35,7 +37,7 @@ class Host:
         own.mkdir()
         folder.mkdir(exist_ok=True)
         alone = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        alone += ["sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"', str(own), str(folder)]
+        alone += ["sh", "-c", f'mount --bind "$0" "$1" && shift && {AGAIN}', str(own), str(folder)]
         with log.open("ab") as output:
             process = subprocess.Popen(
                 ["ip", "netns", "exec", self.name, *alone, *command],

@@ -82,6 +82,10 @@ class Cluster:
         listed = deployments.get(deployment, {}).get("replicas", [])
         return {replica["replica_id"] for replica in listed if replica["state"] == RUNNING}
 
+    def nodes(self) -> int:
+        """How many have joined and are alive."""
+        return sum(node["state"] == "ALIVE" for node in self._list("nodes"))
+
     def actors(self, name: str) -> list[tuple[str, int]]:
         """(address of the node, pid) of the living actors whose class is ``name``."""
         nodes = self._list("nodes")
@@ -136,7 +140,7 @@ def cluster() -> Iterator[Cluster]:
             if host is head:
                 wait_for(lambda: dashboard.get("/api/gcs_healthz").status_code == 200, "the head is up")
         made = Cluster(head, workers, dashboard, environment)
-        wait_for(lambda: len(made._list("nodes")) == 3, "all nodes have joined")
+        wait_for(lambda: made.nodes() == 3, "all nodes have joined")
         made.deploy(config())
         wait_for(lambda: made.application().get("status") == RUNNING, "the application runs")
         yield made
