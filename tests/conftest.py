@@ -21,17 +21,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several workers share the cores
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = "tests/cluster/"
-LONGEST_FIRST = (
-    CLUSTER,
-    "tests/test_serve.py",
-    "tests/ops/test_multi_node.py",
-    "tests/benchmarks/test_serving.py",
-    "tests/benchmarks/test_gpu.py",
-    "tests/benchmarks/test_chaos.py",
-    "tests/test_fuzz.py",
-    "tests/models/test_recipe.py",
-)
-"""Few tests that take minutes each: if one of these began last, the other workers would wait for it."""
 SERVICE = re.compile(r"\b(?:service: str|http: httpx\.Client|client: openai\.OpenAI)\b")
 """How a test or fixture asks for the running service of tests/cluster/conftest.py."""
 PACKAGE = re.compile(r"(\S+) is not installed \(Debian's package (\S+)\)")
@@ -44,29 +33,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByService(LoadScopeScheduling):  # "loadgroup" of xdist 3.8 does not group with pytest 9.2
         def _split_scope(self, nodeid: str) -> str:
-            return _scope(nodeid)
+            file = nodeid.partition("::")[0]
+            return CLUSTER if file.startswith(CLUSTER) and _asks_for_the_service(file) else file
 
-    config.option.loadscopereorder = False  # by the number of tests alone
     return ByService(config, log)
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Workers get the longest scopes first, then those of the most tests."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        tests = Counter(_scope(item.nodeid) for item in items)
-        first = {scope: place for place, scope in enumerate(LONGEST_FIRST)}
-
-        def place(item: pytest.Item) -> tuple[int, int]:
-            scope = _scope(item.nodeid)
-            return first.get(scope, len(first)), -tests[scope]
-
-        items.sort(key=place)
-
-
-def _scope(nodeid: str) -> str:
-    file = nodeid.partition("::")[0]
-    return CLUSTER if file.startswith(CLUSTER) and _asks_for_the_service(file) else file
 
 
 @cache
