@@ -27,10 +27,10 @@ from tests.ops.load import PROMPT, Load
 from tests.ops.needs import missing
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = [pytest.mark.nodes, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.nodes, pytest.mark.timeout(3600)]
 
 RAY = str(Path(sys.executable).parent / "ray")
-PATIENCE_S = 600.0
+PATIENCE_S = 900.0
 RUNNING = "RUNNING"
 
 
