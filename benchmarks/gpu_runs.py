@@ -21,6 +21,7 @@ from benchmarks.checkpoints import weights
 from benchmarks.checkpoints.geometry import Part
 from benchmarks.roofline import synchronize
 from magcache_core import MagCacheConfig, Plan, decisions, load_profile
+from magcache_core.plan_data import computed_steps
 
 SEED = 7
 GUIDANCE = 3.5
@@ -73,7 +74,7 @@ class Ours:
             ``seconds`` in all, ``step_seconds`` (with ``each_step``), and on rank 0 the first one's ``latents``, on the
             CPU.
         """
-        computing = tuple(step for step, mark in enumerate(plan.schedule) if mark == "C")
+        computing = tuple(computed_steps(plan.schedule))
         jobs = tuple(request.job(f"benchmark/{row}", computing) for row in range(rows))
         kept = int("." in plan.schedule)
         branches = [

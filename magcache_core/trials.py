@@ -21,7 +21,7 @@ from torch import nn
 
 from magcache_core.correct import LEAST_SQUARES, VELOCITY_MODES, evenly_corrected
 from magcache_core.hooks import apply_mag_cache, remove_mag_cache
-from magcache_core.plan_data import COMPUTE, REUSE, Plan, Trial
+from magcache_core.plan_data import COMPUTE, REUSE, Plan, Trial, computed_steps
 from magcache_core.planner import corrected_plans, evenly_spaced, fewest_steps, fill, plan, whole_plan
 from magcache_core.profile_data import Profile
 
@@ -209,7 +209,7 @@ def mean_error(distances: torch.Tensor) -> float:
 
 def _moved(schedule: str, protected: tuple[int, ...], rng: random.Random) -> str:
     """``schedule`` with one computed step a step earlier or later, where that is free; unchanged where it is not."""
-    step = rng.choice([i for i, mark in enumerate(schedule) if mark == COMPUTE])
+    step = rng.choice(computed_steps(schedule))
     to = step + rng.choice((-1, 1))
     if step == 0 or step in protected or not 0 < to < len(schedule):
         return schedule
