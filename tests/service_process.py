@@ -6,8 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,11 @@ import psutil
 import yaml
 
 from scripts.serve_process import free_port
+from tests.patience import ANSWER_S, wait_for
 
 ROOT = Path(__file__).parent.parent
+START_S = 600.0
+"""All processes of a service start within this time, beside other tests on a slow machine."""
 
 
 @dataclass(frozen=True)
@@ -60,25 +62,17 @@ def service_process(folder: Path, **settings: object) -> Iterator[ServiceProcess
     config["applications"][0]["args"] |= settings
     path, log = folder / "config.yaml", folder / "log"
     path.write_text(yaml.safe_dump(config))
-    with log.open("wb") as output, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=400) as client:
+    with log.open("wb") as output, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=ANSWER_S) as client:
         process = subprocess.Popen(
             [sys.executable, "-m", "app.serve", str(path), "--address", "local"],
             cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
         service = ServiceProcess(process, client, log)
         try:
-            wait_until(lambda: service.health() == 200)
+            wait_for(lambda: service.health() == 200, "it is ready", START_S)
             yield service
         finally:
             for left in service.processes():
                 with contextlib.suppress(psutil.NoSuchProcess):
                     left.kill()
             process.wait()
-
-
-def wait_until(what: Callable[[], bool], seconds: float = 600.0) -> None:
-    """Wait until ``what`` holds; fail when it does not in time."""
-    until = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < until
-        time.sleep(0.1)

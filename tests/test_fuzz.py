@@ -12,7 +12,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.service_process import ROOT, ServiceProcess, service_process, wait_until
+from tests.patience import wait_for
+from tests.service_process import ROOT, ServiceProcess, service_process
 
 pytestmark = pytest.mark.faults
 
@@ -48,7 +49,7 @@ def test_coordinators_are_asked_without_the_gcs_that_looks_them_up(service: Serv
     assert service.metric("flux_running_pictures") == 0
     (gcs,) = [each for each in service.processes() if each.name() == "gcs_server"]
     gcs.send_signal(signal.SIGKILL)
-    wait_until(lambda: not gcs.is_running() or gcs.status() == psutil.STATUS_ZOMBIE)
+    wait_for(lambda: not gcs.is_running() or gcs.status() == psutil.STATUS_ZOMBIE, "the GCS is gone")
     with httpx.Client(base_url=service.client.base_url, timeout=ANSWER_S) as client:
         for _ in range(3):
             health = client.get("/health")

@@ -22,7 +22,8 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from app.serve import PROXY_CHECK
-from tests.service_process import ServiceProcess, service_process, wait_until
+from tests.patience import ANSWER_S, wait_for
+from tests.service_process import START_S, ServiceProcess, service_process
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]  # five groups start, one after another
 
@@ -59,7 +60,7 @@ def deploy(service: ServiceProcess, steps: int, change: dict[str, Any]) -> None:
     (dashboard,) = re.findall(r"View the dashboard at \S*?(http://[\w.:]+)", service.log.read_text())
     command = [sys.executable, "-c", "from ray.serve.scripts import cli; cli()", "deploy", str(path)]
     environment = os.environ | {"RAY_AUTH_MODE": "token"}
-    subprocess.run([*command, "--address", dashboard], env=environment, check=True, timeout=400)
+    subprocess.run([*command, "--address", dashboard], env=environment, check=True, timeout=ANSWER_S)
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,10 @@ def test_no_request_fails_while_settings_change(service: ServiceProcess) -> None
         clients = [pool.submit(steps_of_images, service, over) for _ in range(CLIENTS)]
         try:
             for steps, change in CHANGES:
-                wait_until(lambda: service.metric("flux_running_pictures") > 0)
+                wait_for(lambda: service.metric("flux_running_pictures") > 0, "an image runs")
                 before = processes(service)
                 deploy(service, steps, change)
-                wait_until(partial(is_replaced, service, before, change["num_replicas"]))
+                wait_for(partial(is_replaced, service, before, change["num_replicas"]), "all are replaced", START_S)
         finally:
             over.set()
         made = [client.result() for client in clients]
@@ -119,11 +120,11 @@ def test_sigterm_loses_no_image(service: ServiceProcess) -> None:
     """Requests under way end with their images, later ones are refused."""
     with ThreadPoolExecutor(6) as pool:
         under_way = [pool.submit(service.client.post, IMAGES, json=LONG | {"seed": seed}) for seed in range(6)]
-        wait_until(lambda: service.metric("flux_running_pictures") == 6)
+        wait_for(lambda: service.metric("flux_running_pictures") == 6, "all images run")
         (raylet,) = (each for each in service.processes() if each.name() == "raylet")
         assert raylet.environ().items() >= PROXY_CHECK.items(), "Serve's controller inherits it"
         service.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: service.health() == 503)
+        wait_for(lambda: service.health() == 503, "it stops")
         assert not any(each.done() for each in under_way)
         refused = service.client.post(IMAGES, json=LONG)
         assert refused.status_code == 503
@@ -133,4 +134,4 @@ def test_sigterm_loses_no_image(service: ServiceProcess) -> None:
             assert reply.status_code == 200
             Image.open(io.BytesIO(reply.content)).load()
         assert service.process.wait(400) == 0, service.log.read_text()
-        wait_until(lambda: not service.processes())
+        wait_for(lambda: not service.processes(), "nothing of it is left")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import replace
 
 import httpx
@@ -16,16 +14,10 @@ from app.errors import BusyError, DeadlineImpossibleError, DeadlinePassedError, 
 from app.settings import HttpSettings, Settings
 from tests.api.fake_backend import FakeBackend
 from tests.api.sse import events_of
+from tests.patience import wait_for
 
 URL = "/v1/images/generations"
 STREAM = {"prompt": "a red circle", "stream": True, "seed": 7}
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 async def test_the_async_openai_client_streams(base_url: str) -> None:
@@ -126,7 +118,7 @@ def test_a_client_that_leaves_ends_the_work(base_url: str, backend: FakeBackend)
         body = {**STREAM, "progress": True}
         with client.stream("POST", f"{base_url}/images/generations", json=body) as response:
             assert next(response.iter_lines()) == "event: flux.progress"
-        wait_for(lambda: backend.cancelled == 1)
+        wait_for(lambda: backend.cancelled == 1, "it is cancelled", 60)
         metrics = base_url.replace("/v1", "/metrics")
         cancelled = 'flux_requests_total{model="flux-tiny",outcome="cancelled",process="api",status_class="4xx"} 1.0'
-        wait_for(lambda: cancelled in client.get(metrics).text)
+        wait_for(lambda: cancelled in client.get(metrics).text, "it is counted", 60)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import base64
 import io
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import numpy as np
 import psutil
-import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -46,15 +44,6 @@ def events_of(reply: httpx.Response) -> Iterator[dict[str, Any]]:
     for line in reply.iter_lines():
         if line.startswith("data: "):
             yield json.loads(line.removeprefix("data: "))
-
-
-def wait_for(what: Callable[[], bool], then: str, seconds: float = 300.0) -> None:
-    """Wait until ``what`` holds, and fail with what should have come when it does not."""
-    until = time.monotonic() + seconds
-    while not what():
-        if time.monotonic() > until:
-            pytest.fail(f"not in {seconds:g} s: {then}")
-        time.sleep(0.02)
 
 
 def newest_process(name: str) -> psutil.Process:

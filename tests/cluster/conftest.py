@@ -20,6 +20,7 @@ from app.settings import Settings
 from scripts.serve_process import free_port
 from tests.local_group import load_pipeline
 from tests.lora_files import write_lora
+from tests.patience import ANSWER_S
 
 ADAPTER = "queries"
 DEPLOYMENTS = Path(__file__).resolve().parents[2] / "deployments"
@@ -69,13 +70,13 @@ def service(cluster: None, profile_dir: Path, lora_dir: Path) -> Iterator[str]:
 
 @pytest.fixture
 def client(service: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{service}/v1", api_key="unused", max_retries=0, timeout=400) as client:
+    with openai.OpenAI(base_url=f"{service}/v1", api_key="unused", max_retries=0, timeout=ANSWER_S) as client:
         yield client
 
 
 @pytest.fixture
 def http(service: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=service, timeout=400) as client:
+    with httpx.Client(base_url=service, timeout=ANSWER_S) as client:
         yield client
 
 

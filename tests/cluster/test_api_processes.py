@@ -9,7 +9,8 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from app.cluster.api_processes import ApiProcesses
-from tests.cluster.asking import IMAGES, PROMPT, ask, metrics, wait_for
+from tests.cluster.asking import IMAGES, PROMPT, ask, metrics
+from tests.patience import ANSWER_S, wait_for
 
 SHORT = {"num_inference_steps": 2, "size": "64x64"}
 
@@ -21,7 +22,7 @@ async def test_a_process_alone_asks_itself_only() -> None:
 
 def new_connections(service: str, path: str, times: int) -> list[httpx.Response]:
     """Replies on as many connections, which Serve spreads over the processes."""
-    return [httpx.get(f"{service}{path}", timeout=400) for _ in range(times)]
+    return [httpx.get(f"{service}{path}", timeout=ANSWER_S) for _ in range(times)]
 
 
 def ok_by_process(text: str) -> Counter[str]:
@@ -55,7 +56,7 @@ def test_a_request_is_cancelled_through_any_process(http: httpx.Client, service:
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(http.post, IMAGES, json=body, headers=headers)
             wait_for(lambda: metrics(http)["flux_running_pictures"] == 1, "the image runs")
-            ended = httpx.delete(f"{service}/v1/requests/{headers['X-Request-Id']}", timeout=400)
+            ended = httpx.delete(f"{service}/v1/requests/{headers['X-Request-Id']}", timeout=ANSWER_S)
             assert (ended.status_code, ended.json()["pictures"]) == (200, 1)
             assert waiting.result().status_code == 409
 
@@ -66,6 +67,6 @@ def test_a_calibration_is_known_to_all_processes(http: httpx.Client, service: st
     assert started.status_code == 202, started.text
     path = f"/v1/calibrations/{started.json()['id']}"
     assert [reply.status_code for reply in new_connections(service, path, 6)] == 6 * [200]
-    second = [httpx.post(f"{service}/v1/calibrations", json=asked, timeout=400) for _ in range(4)]
+    second = [httpx.post(f"{service}/v1/calibrations", json=asked, timeout=ANSWER_S) for _ in range(4)]
     assert {reply.status_code for reply in second} <= {202, 409}
     wait_for(lambda: http.get(path).json()["status"] == "done", "the calibration is over")

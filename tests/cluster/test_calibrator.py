@@ -16,7 +16,8 @@ from app.messages.calibration import CalibrationJob
 from app.settings import MagCacheSettings, Settings
 from magcache_core import stored_profiles
 from magcache_core.measure import probes
-from tests.cluster.asking import events_of, wait_for
+from tests.cluster.asking import events_of
+from tests.patience import wait_for
 
 PROMPTS = ["a red circle on a blue background", "a green square"]
 SMALL = {"size": "64x64", "num_inference_steps": 6, "prompts": PROMPTS, "trial_runs": 1, "moves": 0}

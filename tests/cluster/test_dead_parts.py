@@ -24,9 +24,10 @@ from app.main import build
 from app.settings import Settings
 from magcache_core import stored_profiles
 from magcache_core.measure import probes
-from tests.cluster.asking import IMAGES, PROMPT, ask, metrics, pixels, wait_for
+from tests.cluster.asking import IMAGES, PROMPT, ask, metrics, pixels
 from tests.cluster.conftest import settings_of
 from tests.local_group import MODEL, psnr
+from tests.patience import ANSWER_S, wait_for
 
 pytestmark = pytest.mark.faults
 
@@ -122,7 +123,7 @@ def apart(service: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ap
     (folder / "profiles").mkdir()
     others = frozenset(each.pid for each in psutil.Process().children(recursive=True))
     serve.run(build(Settings.model_validate(settings)), name="apart", route_prefix="/apart")
-    with httpx.Client(base_url=f"{service}/apart", timeout=400) as http:
+    with httpx.Client(base_url=f"{service}/apart", timeout=ANSWER_S) as http:
         yield Apart(http, folder, others)
     serve.delete("apart")
 

@@ -13,6 +13,7 @@ from ray import serve
 import app.main
 from app.settings import Settings
 from tests.local_group import MODEL
+from tests.patience import ANSWER_S, wait_for
 
 pytestmark = pytest.mark.faults
 
@@ -53,11 +54,13 @@ def _keep(model: Path) -> None:
 
 def _failure(name: str) -> str:
     """Wait for the application's failure; its message."""
-    until = time.monotonic() + 400
-    while (application := serve.status().applications.get(name)) is None or application.status != "DEPLOY_FAILED":
-        assert time.monotonic() < until, application
-        time.sleep(0.2)
-    return application.message
+
+    def failed() -> bool:
+        application = serve.status().applications.get(name)
+        return application is not None and application.status == "DEPLOY_FAILED"
+
+    wait_for(failed, "the application has failed", ANSWER_S)
+    return serve.status().applications[name].message
 
 
 def _stays_failed(name: str) -> None:

@@ -9,8 +9,9 @@ import httpx
 import pytest
 
 from tests import raw_http
-from tests.cluster.asking import IMAGES, PROMPT, events_of, metrics, wait_for
+from tests.cluster.asking import IMAGES, PROMPT, events_of, metrics
 from tests.gateways import gateway
+from tests.patience import ANSWER_S, wait_for
 
 QUICK = json.dumps({"prompt": PROMPT, "num_inference_steps": 1}).encode()
 LONG = {"prompt": PROMPT, "num_inference_steps": 100, "n": 4, "magcache": {"enabled": False}}
@@ -29,7 +30,7 @@ def address(
 
 @pytest.fixture
 def through(address: tuple[str, int]) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url="http://{}:{}".format(*address), timeout=400) as client:
+    with httpx.Client(base_url="http://{}:{}".format(*address), timeout=ANSWER_S) as client:
         yield client
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from scripts.envoy import envoy
-from tests.cluster.asking import IMAGES, PROMPT, kill_process, metrics, pixels, wait_for
+from tests.cluster.asking import IMAGES, PROMPT, kill_process, metrics, pixels
 from tests.cluster.test_api_processes import ok_by_process
+from tests.patience import ANSWER_S, wait_for
 
 pytestmark = pytest.mark.faults
 
@@ -35,12 +36,12 @@ def gateway(service: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 def made(service: str, urls: list[str], killed: str | None) -> list[httpx.Response]:
     """The replies to `BODIES`, each from one of ``urls``, a process of the service having been killed meanwhile."""
-    with httpx.Client(base_url=service, timeout=400) as http:
+    with httpx.Client(base_url=service, timeout=ANSWER_S) as http:
         wait_for(lambda: len(ok_by_process(http.get("/metrics").text)) == 2, "both API processes are there")
         before = metrics(http)["flux_pictures_finished_total"]
         with ThreadPoolExecutor(len(BODIES)) as pool:
             asked = [
-                pool.submit(httpx.post, f"{url}{IMAGES}", json=body, timeout=400)
+                pool.submit(httpx.post, f"{url}{IMAGES}", json=body, timeout=ANSWER_S)
                 for url, body in zip(urls, BODIES, strict=True)
             ]
             wait_for(lambda: metrics(http)["flux_running_pictures"] == len(BODIES), "all run")

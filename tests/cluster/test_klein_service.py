@@ -18,9 +18,10 @@ from ray import serve
 from app.main import build
 from app.settings import Settings
 from benchmarks.make_checkpoint import make_checkpoint
-from tests.cluster.asking import IMAGES, PROMPT, metrics, pixels, wait_for
+from tests.cluster.asking import IMAGES, PROMPT, metrics, pixels
 from tests.cluster.test_edits_service import OFF, encoded, source
 from tests.local_group import TEXT_TOKENS, psnr
+from tests.patience import ANSWER_S, wait_for
 
 KEYS = {"alice": "sk-alice-0123456789", "bob": "sk-bob-0123456789", "carol": "sk-carol-0123456789"}
 Clients = dict[str, httpx.Client]
@@ -52,7 +53,9 @@ def clients(service: str, checkpoint: Path, tmp_path_factory: pytest.TempPathFac
     )
     serve.run(build(settings), name="klein", route_prefix="/klein")
     headers = {name: {"Authorization": f"Bearer {key}"} for name, key in KEYS.items()} | {"eve": {}}
-    made = {name: httpx.Client(base_url=f"{service}/klein", headers=own, timeout=400) for name, own in headers.items()}
+    made = {
+        name: httpx.Client(base_url=f"{service}/klein", headers=own, timeout=ANSWER_S) for name, own in headers.items()
+    }
     yield made
     for client in made.values():
         client.close()

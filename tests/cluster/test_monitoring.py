@@ -20,6 +20,7 @@ from scripts.dashboards.panels import Panel
 from scripts.dashboards.render import draw
 from scripts.prometheus import ROOT, Prometheus, PrometheusError, ask, config_for
 from tests.ops.needs import missing
+from tests.patience import ANSWER_S
 
 INTERVAL_S = 1.0
 GROUPS = yaml.safe_load((ROOT / "k8s/base/rules.yaml").read_text(encoding="utf-8"))["groups"]
@@ -75,7 +76,7 @@ def watched(service: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 def send_the_mix(service: str) -> None:
-    with httpx.Client(base_url=service, timeout=400) as client, ThreadPoolExecutor(len(MIX)) as pool:
+    with httpx.Client(base_url=service, timeout=ANSWER_S) as client, ThreadPoolExecutor(len(MIX)) as pool:
         replies = pool.map(lambda body: client.post("/v1/images/generations", json=body).status_code, MIX)
         *made, late, wrong = replies
         assert made == [200] * 5

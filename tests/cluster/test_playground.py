@@ -12,7 +12,8 @@ from PIL import Image
 from selenium.webdriver.common.action_chains import ActionChains
 
 from tests.browser import Browser, make_browser, watch_browser  # noqa: F401  # fixtures
-from tests.cluster.asking import IMAGES, PROMPT, ask, metrics, pixels, wait_for
+from tests.cluster.asking import IMAGES, PROMPT, ask, metrics, pixels
+from tests.patience import wait_for
 
 SHOWN = """
 const context = Object.assign(document.createElement("canvas"), { width: 1, height: 1 }).getContext("2d");

@@ -9,7 +9,8 @@ from ray import serve
 from starlette.requests import Request
 
 from app.api.proxy_guard import WITHOUT_ID
-from tests.cluster.asking import IMAGES, PROMPT, ask, events_of, metrics, pixels, wait_for
+from tests.cluster.asking import IMAGES, PROMPT, ask, events_of, metrics, pixels
+from tests.patience import ANSWER_S, wait_for
 
 LONG = {"prompt": PROMPT, "num_inference_steps": 100, "magcache": {"enabled": False}}
 
@@ -54,7 +55,7 @@ def test_a_repeated_stream_gets_progress_from_then_on_and_the_image(http: httpx.
 
 def test_the_last_of_those_who_share_an_image_ends_it(http: httpx.Client, service: str) -> None:
     headers = {"X-Request-Id": "shared-and-left"}
-    impatient = httpx.Client(base_url=service, timeout=400)
+    impatient = httpx.Client(base_url=service, timeout=ANSWER_S)
     body = {**LONG, "stream": True, "progress": True}
     with impatient.stream("POST", IMAGES, json=body, headers=headers) as one:
         assert next(events_of(one))["type"] == "flux.progress"

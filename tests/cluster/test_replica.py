@@ -16,11 +16,12 @@ import pytest
 from app.cluster.replica import _with_time_left
 from app.errors import DeadlinePassedError
 from magcache_core.measure import probes
-from tests.cluster.asking import IMAGES, PROMPT, ask, events_of, kill_process, metrics, newest_process, pixels, wait_for
+from tests.cluster.asking import IMAGES, PROMPT, ask, events_of, kill_process, metrics, newest_process, pixels
 from tests.cluster.test_calibrator import PROMPTS, SMALL, ended
 from tests.cluster.test_inpainting_service import encoded, source, white
 from tests.cluster.test_lora_service import with_lora
 from tests.local_group import job, psnr
+from tests.patience import wait_for
 
 LONG = {"num_inference_steps": 100, "magcache": {"enabled": False}}
 CACHED = {"num_inference_steps": 100, "magcache": {"computed_steps": 60}}

@@ -17,9 +17,10 @@ from PIL import Image
 
 from app.main import build, check_resources, needed_resources
 from magcache_core import choose, load_profile
-from tests.cluster.asking import IMAGES, PROMPT, ask, events_of, metrics, pixels, wait_for
+from tests.cluster.asking import IMAGES, PROMPT, ask, events_of, metrics, pixels
 from tests.cluster.conftest import settings_of
 from tests.local_group import TEXT_TOKENS, psnr
+from tests.patience import wait_for
 
 
 def expected(pipeline: FluxPipeline, seed: int = 7, **options: Any) -> np.ndarray:

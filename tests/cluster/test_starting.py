@@ -22,8 +22,8 @@ from app.cluster.starting import PROGRESS_BYTES, StartReports, checkpoint_bytes,
 from app.errors import GroupFailedError
 from app.messages.results import GroupStart
 from app.settings import MagCacheSettings, Settings
-from tests.cluster.asking import wait_for
 from tests.local_group import MODEL
+from tests.patience import wait_for
 
 SETTINGS = Settings(
     tensor_parallel_size=2, cpus_per_rank=0.1, threads_per_rank=1, magcache=MagCacheSettings(profile="flux.1-dev")

@@ -12,6 +12,8 @@ from types import TracebackType
 
 import httpx
 
+from tests.patience import ANSWER_S
+
 PROMPT = "a red circle on a blue background"
 MOST_REQUESTS = 5000
 """The load ends by itself, whatever becomes of the test."""
@@ -40,7 +42,7 @@ class Load:
     ) -> None:
         self._stop.set()
         for thread in self._threads:
-            thread.join(timeout=400)
+            thread.join(timeout=ANSWER_S)
         assert not any(thread.is_alive() for thread in self._threads), "a request hangs"
 
     def _ask(self) -> None:
