@@ -21,7 +21,7 @@ from app.cluster.api_processes import ApiProcesses
 from app.cluster.backend import ServeBackend
 from app.control.demand import Measurable
 from app.engine.families import FLUX2_KLEIN, Family
-from app.errors import BusyError, UnavailableError
+from app.errors import BusyError, RequestCancelledError, UnavailableError
 from app.messages.conditioning import PromptEmbeddings, SourceImage
 from app.messages.jobs import DenoiseJob, MagCacheOptions
 from app.messages.loras import LoraUse
@@ -171,7 +171,8 @@ async def test_a_request_that_may_be_under_way_is_not_called_unknown(monkeypatch
     waits = asyncio.create_task(backend.generate(edit_job()))
     await replica.taken.wait()
     assert await backend.cancel(edit_job().request_id) == 1, "its own it ends in any case"
-    await asyncio.wait({waits})
+    with pytest.raises(RequestCancelledError):
+        await waits
 
 
 def edit_job() -> ImagesJob:
