@@ -5,9 +5,9 @@ import hashlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import ray
 import torch
@@ -19,6 +19,7 @@ from app.api.backend import GeneratedImage, HealthReport, ImagesJob, RequestIden
 from app.api.infotext import infotext
 from app.cluster.api_processes import ApiProcesses
 from app.cluster.calibrator import Calibrator
+from app.cluster.calibrator_calls import CalibratorCalls
 from app.cluster.client_errors import to_service_error, unwrap_ray_error
 from app.cluster.coordinators import call_all_coordinators
 from app.cluster.handles import ANSWER_SECONDS, repeated, result_of
@@ -86,6 +87,7 @@ class ServeBackend:
         self._health = Health(settings, encoder, replica, decoder)
         self._repeats = Repeats(replica, self._apis)
         self._calibrator = Calibrator(settings, encoder, replica, decoder, self._apis.this)
+        self.calibrations = CalibratorCalls(self._calibrator, self._apis)
         self._demand = CalibrationDemand(settings)
         self._idle: asyncio.Task[None] | None = None
         if settings.magcache.calibrate != "off" and settings.magcache.profile_folder is not None:
@@ -147,7 +149,7 @@ class ServeBackend:
 
     async def calibrate(self, job: CalibrationJob) -> CalibrationStatus:
         """Begin a calibration."""
-        return await self._of_calibrator("start", job)
+        return await self.calibrations.ask("start", job)
 
     async def stop_background(self) -> None:
         """End what runs in idle time, since the service stops; a calibration's findings are kept."""
@@ -159,34 +161,11 @@ class ServeBackend:
 
     async def calibration(self, calibration_id: str) -> CalibrationStatus:
         """How far it is."""
-        return await self._of_calibrator("status", calibration_id)
+        return await self.calibrations.ask("status", calibration_id)
 
     async def cancel_calibration(self, calibration_id: str) -> CalibrationStatus:
         """End it."""
-        return await self._of_calibrator("cancel", calibration_id)
-
-    async def _of_calibrator(
-        self, method: Literal["start", "status", "cancel"], argument: CalibrationJob | str
-    ) -> CalibrationStatus:
-        """What the calibrator of the first API process says: the others have none under way."""
-        answer = await self.ask_calibrator(method, argument)
-        if answer is None:
-            try:
-                answer = await self._apis.ask_the_one("ask_calibrator", method, argument)
-            except ray.exceptions.RayTaskError as error:  # its refusal
-                raise unwrap_ray_error(error) from error
-        if answer is None:
-            raise UnavailableError("the API process that calibrates is restarting; ask again")
-        return answer
-
-    async def ask_calibrator(
-        self, method: Literal["start", "status", "cancel"], argument: CalibrationJob | str
-    ) -> CalibrationStatus | None:
-        """What this process's calibrator says; None where another process calibrates."""
-        if not self._apis.is_first:
-            return None
-        answer: CalibrationStatus | Awaitable[CalibrationStatus] = getattr(self._calibrator, method)(argument)
-        return await answer if isinstance(answer, Awaitable) else answer
+        return await self.calibrations.ask("cancel", calibration_id)
 
     def _start(self, job: ImagesJob, emit: OnEvent | None, progress: bool) -> RequestTask:
         if job.magcache.enabled and not job.sources:

@@ -124,8 +124,8 @@ class ImagesApi:
     async def ask_calibrator(
         self, method: Literal["start", "status", "cancel"], argument: CalibrationJob | str
     ) -> CalibrationStatus | None:
-        """See `ServeBackend.ask_calibrator`."""
-        return await _parts()[0].ask_calibrator(method, argument)
+        """See `CalibratorCalls.ask_here`."""
+        return await _parts()[0].calibrations.ask_here(method, argument)
 
     async def metric_families(self) -> tuple[str, list[Metric]]:
         """This process's name and its metrics, with those of an encoder that it holds."""
