@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-NETWORK = "10.213.77"
+NETWORKS = "10.213"
 PATIENCE_S = 30.0
 AGAIN = 'trap exit TERM; until "$@"; do sleep 1; done'
 """As Kubernetes does with a pod's container: a node of Ray's gives itself thirty seconds to start."""
@@ -93,11 +93,12 @@ def why_not() -> str | None:
 def hosts(count: int) -> Iterator[list[Host]]:
     """``count`` hosts that reach each other and this process by address; gone afterwards, with what they ran."""
     tag = f"fx{os.getpid() % 100_000}"
-    made = [Host(f"{tag}n{number}", f"{NETWORK}.{number}") for number in range(1, count + 1)]
+    network = _free_network()
+    made = [Host(f"{tag}n{number}", f"{network}.{number}") for number in range(1, count + 1)]
     with contextlib.ExitStack() as cleanup:
         _ip("link", "add", tag, "type", "bridge")
         cleanup.callback(_ip, "link", "delete", tag)
-        _ip("address", "add", f"{NETWORK}.254/24", "dev", tag)
+        _ip("address", "add", f"{network}.254/24", "dev", tag)
         _ip("link", "set", tag, "up")
         for host in made:
             _ip("netns", "add", host.name)
@@ -110,6 +111,15 @@ def hosts(count: int) -> Iterator[list[Host]]:
             _ip(*inside, "address", "add", f"{host.address}/24", "dev", "eth0")
             _ip(*inside, "link", "set", "eth0", "up")
         yield made
+
+
+def _free_network() -> str:
+    """The first three numbers of addresses that this machine has no route to.
+
+    A test run that was killed leaves its bridge behind, and of two bridges with one network the older gets all packets.
+    """
+    taken = _ip("-4", "route", "show", "table", "all")
+    return next(name for name in (f"{NETWORKS}.{number}" for number in range(256)) if f"{name}." not in taken)
 
 
 def _ip(*arguments: str) -> str:

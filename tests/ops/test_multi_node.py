@@ -131,8 +131,10 @@ def cluster() -> Iterator[Cluster]:
         dashboard.headers["Authorization"] = f"Bearer {token}"
         environment["RAY_ADDRESS"] = f"{head.address}:6379"  # as KubeRay sets it
         common = [RAY, "start", "--block", "--object-store-memory=100000000"]
+        # Included, so that a head whose dashboard does not start fails as a whole, and is started again.
+        shown = ["--include-dashboard=true", "--dashboard-host=0.0.0.0"]
         for host, options in [
-            (head, ["--head", "--port=6379", f"--temp-dir={folder}/ray", "--dashboard-host=0.0.0.0", "--num-cpus=0"]),
+            (head, ["--head", "--port=6379", f"--temp-dir={folder}/ray", "--num-cpus=0", *shown]),
             *((worker, [f"--address={head.address}:6379", "--num-cpus=2"]) for worker in workers),
         ]:
             command = [*common, f"--node-ip-address={host.address}", *options]
