@@ -22,7 +22,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from app.engine.attention import positions, use_positions
-from app.engine.epilogues import put_gelu_into_products
+from app.engine.epilogues import join_products
 from app.engine.fp8 import quantize
 from app.engine.geometry import Geometry
 from app.engine.modulation import Modulation
@@ -100,7 +100,7 @@ class Step:
     def compiled(self) -> list[Launch]:
         """Blocks as inductor fuses them, what surrounds them operator by operator; the engine's as on a GPU."""
         if self._ours:
-            put_gelu_into_products(self._transformer)
+            join_products(self._transformer)
         launches = self._counted(lambda: self._outside(blocks=None))
         rotary = self._positions(complex_rotary=False)
         first = 0

@@ -13,7 +13,7 @@ from diffusers import ModelMixin
 
 from app.engine.attention import positions
 from app.engine.attention_backends import AttentionShape, check_attention, choose_attention, prefer, set_attention
-from app.engine.epilogues import put_gelu_into_products
+from app.engine.epilogues import join_products
 from app.engine.families import Edits
 from app.engine.forward import Forward
 from app.engine.geometry import Geometry
@@ -96,7 +96,7 @@ class Engine:
         # Before the modulation takes its linears out.
         self.loras = None if loras is None else Loras(loras, model, transformer, groups.tensor, self.device, dtype)
         if tuning.compile and self.device.type == "cuda":
-            put_gelu_into_products(transformer)  # of what adapters and 8 bits left plain
+            join_products(transformer)  # of what adapters and 8 bits left plain
         self._modulation = Modulation(transformer, groups.tensor, self.device)
         self._recent = Recent()
         self.strategy = get_strategy(self.transformer)

@@ -1,7 +1,8 @@
-"""GELU in the product before it: on a GPU the library's kernel applies it to what it writes, one pass less.
+"""What a product's kernel does to what it writes, which saves a pass of its own: GELU, a sum with another product.
 
 Measured on an H100, compiled, in bfloat16 (docs/performance.md): two double and two single blocks of FLUX.1-dev take
-8.64 ms instead of 8.97, although single blocks then make their attention's and MLP's input in two products.
+8.64 ms instead of 8.97 with GELU, although single blocks then make their attention's and MLP's input in two products,
+and 8.76 with the output projection as a sum of two products. Both together were not measured.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from diffusers.models.activations import GELU
 from torch import nn
 from torch.nn.functional import linear
 
+from app.engine.fp8 import FLOAT8
 from app.engine.fused import QKV_MLP, FusedSingleBlock
+from app.engine.parallel import RowParallelLinear
 
 
 def activated(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -23,6 +26,18 @@ def activated(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> 
     return output.view(*input.shape[:-1], -1)
 
 
+def added(module: nn.Linear, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """What ``module`` makes of two parts of its input, as a sum of two products; on a rank, its part of the output.
+
+    Args:
+        first, second: (rows, tokens, features of each).
+    """
+    weight, more = module.weight.tensor_split([first.shape[-1]], dim=1)
+    bias = module.bias if not isinstance(module, RowParallelLinear) or module.group.rank == 0 else None
+    output = torch.addmm(linear(first, weight, bias).flatten(0, 1), second.flatten(0, 1), more.T)
+    return output.view(*first.shape[:-1], -1)
+
+
 class ActivatedProduct(GELU):
     """The first half of a double block's MLP."""
 
@@ -32,7 +47,7 @@ class ActivatedProduct(GELU):
 
 
 class ActivatedSingleBlock(FusedSingleBlock):
-    """FLUX.1's single block whose MLP has a product of its own."""
+    """FLUX.1's single block whose MLP has products of its own, in and out."""
 
     def projected(self, normed: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """See `FusedSingleBlock.projected`."""
@@ -40,14 +55,23 @@ class ActivatedSingleBlock(FusedSingleBlock):
         (qkv, mlp), (qkv_bias, mlp_bias) = (one.tensor_split([3 * width]) for one in (fused.weight, fused.bias))
         return linear(normed, qkv, qkv_bias), activated(normed, mlp, mlp_bias)
 
+    def output(self, attended: torch.Tensor, mlp: torch.Tensor) -> torch.Tensor:
+        """See `FusedSingleBlock.output`; without a copy of both side by side, which a compiler cannot avoid here."""
+        made = added(self.proj_out, attended, mlp)
+        return self.proj_out.group.sum(made) if isinstance(self.proj_out, RowParallelLinear) else made
 
-def put_gelu_into_products(transformer: nn.Module) -> None:
-    """Have blocks of FLUX.1 apply GELU within the product before it, in place, wherever that is a plain linear.
+
+def join_products(transformer: nn.Module) -> None:
+    """Have blocks of FLUX.1 apply GELU within products and add products up, in place, wherever all are plain linears.
 
     Linears in 8 bits and those that take adapters have further steps in between.
     """
     for module in transformer.modules():
         if type(module) is GELU and module.approximate == "tanh" and type(module.proj) is nn.Linear:
             module.__class__ = ActivatedProduct
-        elif type(module) is FusedSingleBlock and type(getattr(module, QKV_MLP)) is nn.Linear:
+        elif type(module) is FusedSingleBlock and _is_plain(getattr(module, QKV_MLP)) and _is_plain(module.proj_out):
             module.__class__ = ActivatedSingleBlock
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return type(module) in (nn.Linear, RowParallelLinear) and module.weight.dtype is not FLOAT8

@@ -53,7 +53,7 @@ class FusedSingleBlock(FluxSingleTransformerBlock):
         qkv, mlp = self.projected(normed, width)
         del normed  # its memory is attention's
         attended = self.attn.processor.attend(self.attn, qkv, None, image_rotary_emb)
-        made = joint + gate[:, None] * self.proj_out(torch.cat([attended, mlp], dim=2))
+        made = joint + gate[:, None] * self.output(attended, mlp)
         if made.dtype is torch.float16:
             made = made.clip(-65504, 65504)
         return made[:, :text_tokens], made[:, text_tokens:]
@@ -62,6 +62,11 @@ class FusedSingleBlock(FluxSingleTransformerBlock):
         """(rows, tokens, dim) -> queries, keys and values, (rows, tokens, 3 width), and the activated MLP's input."""
         qkv, mlp = getattr(self, QKV_MLP)(normed).tensor_split([3 * width], dim=-1)
         return qkv, self.act_mlp(mlp)
+
+    def output(self, attended: torch.Tensor, mlp: torch.Tensor) -> torch.Tensor:
+        """This rank's parts of attention and MLP, (rows, tokens, width of each) -> (rows, tokens, dim) of all ranks."""
+        made: torch.Tensor = self.proj_out(torch.cat([attended, mlp], dim=2))
+        return made
 
 
 def fuse(model: nn.Module) -> dict[str, Slot]:

@@ -1,4 +1,4 @@
-"""GELU within the product: what the block stack makes, compiled and shared by ranks, and where it is left as it was."""
+"""GELU and sums within products: what the stack makes, compiled and shared by ranks, and where it is left as it was."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from app.engine.engine import Engine
-from app.engine.epilogues import ActivatedProduct, ActivatedSingleBlock, put_gelu_into_products
+from app.engine.epilogues import ActivatedProduct, ActivatedSingleBlock, added, join_products
+from app.engine.parallel import RowParallelLinear, TensorParallelGroup
 from app.engine.process_groups import RankGroups
 from app.engine.tuning import Tuning
 from tests.engine.lora_cases import flux_tiny, random_adapter, save_peft
@@ -28,7 +29,7 @@ def images(engine: Engine) -> dict[str, torch.Tensor]:
 
 
 def changed(engine: Engine) -> Engine:
-    put_gelu_into_products(engine.transformer)
+    join_products(engine.transformer)
     return engine
 
 
@@ -49,6 +50,19 @@ def test_images_are_the_same(compiled: bool) -> None:
     made = images(engine)
     for row_id, expected in images(Engine(MODEL)).items():
         assert 0 < relative_error(made[row_id], expected) < EXACT_GELU, row_id
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("rank", [None, 0, 1])
+def test_two_products_are_the_one_of_both_inputs(rank: int | None) -> None:
+    module = torch.nn.Linear(24, 8)
+    first, second = torch.randn(2, 5, 16), torch.randn(2, 5, 8)
+    expected = module(torch.cat([first, second], dim=2))
+    if rank is not None:
+        module.__class__ = RowParallelLinear
+        module.group = TensorParallelGroup(rank, 2)
+        expected = module.partial(torch.cat([first, second], dim=2))
+    assert relative_error(added(module, first, second), expected) < 1e-6
 
 
 def test_ranks_make_the_same(tmp_path: Path) -> None:
