@@ -27,7 +27,7 @@ from app.engine.process_groups import join
 
 MODEL = Path("models/flux-tiny")
 TEXT_TOKENS = 32
-RANKS, WARM_UP = 2, 5
+RANKS = 2
 CASES = ((1, 128), (8, 128), (1, 256), (4, 256))
 """Rows and the side of the square images, in pixels."""
 
@@ -46,7 +46,7 @@ def _modulation(engine: Engine, rows: int) -> Any:
     return engine._modulation.by_block(torch.randn(rows, engine._modulation.width))
 
 
-def _rank(rank: int, folder: str, rounds: int) -> None:
+def _rank(rank: int, folder: str, rounds: int, warm_up: int) -> None:
     torch.set_num_threads(1)
     store = FileStore(f"{folder}/store", RANKS)
     groups = join(rank, (RANKS, 1, 1), store, torch.device("cpu"), timeout_seconds=300)
@@ -60,12 +60,12 @@ def _rank(rank: int, folder: str, rounds: int) -> None:
         modulation, rotary = _modulation(engines["joined"], rows), engines["joined"]._rotary(geometry, TEXT_TOKENS, ())
         seconds: dict[str, list[float]] = {name: [] for name in engines}
         with torch.inference_mode():
-            for turn in range(rounds + WARM_UP):
+            for turn in range(rounds + warm_up):
                 for name, engine in engines.items():
                     torch.distributed.barrier()
                     started = time.perf_counter()
                     engine.strategy.blocks(engine.transformer, hidden, context, modulation, rotary)
-                    if turn >= WARM_UP:
+                    if turn >= warm_up:
                         seconds[name].append(time.perf_counter() - started)
         medians = {f"{name}_ms": round(statistics.median(times) * 1e3, 2) for name, times in seconds.items()}
         found.append({"rows": rows, "side": side, **medians})
@@ -78,11 +78,12 @@ def _rank(rank: int, folder: str, rounds: int) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.collectives", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=100, help="of each way and case (100)")
+    parser.add_argument("--warm-up", type=int, default=5, help="further rounds before them, not measured (5)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/collectives.json"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, args=(folder, args.rounds), nprocs=RANKS)  # type: ignore[no-untyped-call]
+        mp.spawn(_rank, args=(folder, args.rounds, args.warm_up), nprocs=RANKS)  # type: ignore[no-untyped-call]
         cases: list[dict[str, Any]] = json.loads(Path(folder, "found.json").read_text())
     machine = f"{platform.machine()} CPU, torch {torch.__version__}, gloo, {RANKS} ranks of one thread"
     args.out.write_text(json.dumps({"machine": machine, "rounds": args.rounds, "cases": cases}, indent=1) + "\n")
