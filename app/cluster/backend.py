@@ -21,7 +21,7 @@ from app.cluster.api_processes import ApiProcesses
 from app.cluster.calibrator import Calibrator
 from app.cluster.calibrator_calls import CalibratorCalls
 from app.cluster.client_errors import to_service_error, unwrap_ray_error
-from app.cluster.coordinators import call_all_coordinators
+from app.cluster.coordinators import Coordinators
 from app.cluster.handles import ANSWER_SECONDS, repeated, result_of
 from app.cluster.health import Health
 from app.cluster.idle import calibrate_when_idle
@@ -77,16 +77,23 @@ class ServeBackend:
         replica: DeploymentHandle,
         decoder: "ImageDecoder",
         apis: ApiProcesses | None = None,
+        coordinators: Coordinators | None = None,
     ) -> None:
-        """``apis`` are this process and the others that serve HTTP beside it; None where there are no others."""
+        """Create it for one of the API's processes.
+
+        Args:
+            apis: this process and the others that serve HTTP beside it; None where there are no others.
+            coordinators: of this application; None outside of Serve.
+        """
         self.settings = settings
         self._apis = apis or ApiProcesses()
+        self._coordinators = coordinators or Coordinators()
         self._encoder = encoder
         self._replica = replica
         self._decoder = decoder
-        self._health = Health(settings, encoder, replica, decoder)
+        self._health = Health(settings, encoder, replica, decoder, self._coordinators)
         self._repeats = Repeats(replica, self._apis)
-        self._calibrator = Calibrator(settings, encoder, replica, decoder, self._apis.this)
+        self._calibrator = Calibrator(settings, encoder, replica, decoder, self._coordinators, self._apis.this)
         self.calibrations = CalibratorCalls(self._calibrator, self._apis)
         self._demand = CalibrationDemand(settings)
         self._idle: asyncio.Task[None] | None = None
@@ -133,7 +140,7 @@ class ServeBackend:
 
     async def cancel(self, request_id: str, key_name: str = "") -> int:
         """End it at the coordinators, and in the API processes also before and after its time there."""
-        at_coordinators = await call_all_coordinators("cancel_request", request_id, key_name)
+        at_coordinators = await self._coordinators.call("cancel_request", request_id, key_name)
         at_apis = await self._apis.ask("cancel_here", request_id, key_name)
         here = at_apis or [self.cancel_here(request_id, key_name)]
         ended: int = max(sum(ended for ended, _ in at_coordinators), sum(ended for ended, _ in here))
@@ -191,7 +198,7 @@ class ServeBackend:
     async def _error_for(self, error: BaseException, context: RequestContext) -> BaseException:
         """What to raise in the ingress for ``error`` of another part."""
         if isinstance(unwrap_ray_error(error), BackPressureError):
-            return BusyError(await _least_wait_s())
+            return BusyError(await self._least_wait_s())
         return to_service_error(error, context.elapsed_s + self._decode_estimate_s(context.job))
 
     async def _encode(self, job: ImagesJob) -> Conditioning:
@@ -327,7 +334,7 @@ class ServeBackend:
     async def metric_families(self) -> list[Metric]:
         """All families but this API process's own, merged; those that do not answer in time are left out."""
         coordinators, apis, encoder = await asyncio.gather(
-            call_all_coordinators("metric_families"), self._apis.ask("metric_families"), self.encoder_families()
+            self._coordinators.call("metric_families"), self._apis.ask("metric_families"), self.encoder_families()
         )
         others = (each for name, each in apis if name != self._apis.this)
         return merge_families(*coordinators, *others, encoder, self.background_families())
@@ -346,6 +353,10 @@ class ServeBackend:
             return []
         return families
 
+    async def _least_wait_s(self) -> float:
+        """When the first of the groups will have room, by their own estimates."""
+        return min((load["eta_s"] for load in await self._coordinators.call("load")), default=1.0)
+
 
 def _digest(job: ImagesJob) -> str:
     """Equal for a request and its repetition, which has another id and, unless the client named it, another seed."""
@@ -359,8 +370,3 @@ def _source_tokens(conditioning: Conditioning) -> int:
 
 def _file_form(job: ImagesJob) -> FileForm:
     return job.width, job.height, job.output_format, job.output_compression
-
-
-async def _least_wait_s() -> float:
-    """When the first of the groups will have room, by their own estimates."""
-    return min((load["eta_s"] for load in await call_all_coordinators("load")), default=1.0)

@@ -18,7 +18,7 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from app.cluster.client_errors import to_service_error, unwrap_ray_error
-from app.cluster.coordinators import call_all_coordinators
+from app.cluster.coordinators import Coordinators
 from app.cluster.handles import result_of
 from app.components.image_file import pixels_of
 from app.control import job_file
@@ -60,6 +60,7 @@ class Calibrator:
         encoder: "PromptEncoder",
         replica: DeploymentHandle,
         decoder: "ImageDecoder",
+        coordinators: Coordinators,
         process: str = "api",
     ) -> None:
         """``process`` is the API process that it is in."""
@@ -67,6 +68,7 @@ class Calibrator:
         self._encoder = encoder
         self._replica = replica
         self._decoder = decoder
+        self._coordinators = coordinators
         self._known: dict[str, CalibrationStatus] = {}  # the last ones, by id
         self._task: asyncio.Task[None] | None = None
         self._running: str | None = None
@@ -207,7 +209,7 @@ class Calibrator:
                 )
         path = await asyncio.to_thread(save_profile, step, folder)
         logger.info("calibration %s: profile %s@%s is in %s", job.id, step.name, step.version, path)
-        await call_all_coordinators("read_profiles")
+        await self._coordinators.call("read_profiles")
         await asyncio.to_thread(file.unlink, missing_ok=True)
         return step
 

@@ -1,4 +1,4 @@
-"""All coordinators of the service, found by their actors' names: any API process reaches those of all replicas."""
+"""All coordinators of an application, found by their actors' names: any API process reaches those of all replicas."""
 
 import asyncio
 import contextlib
@@ -7,7 +7,7 @@ from typing import Any
 
 import ray
 
-from app.cluster.group import COORDINATOR_NAME, NAMESPACE
+from app.cluster.group import COORDINATOR_NAME, namespace
 from app.cluster.handles import ANSWER_SECONDS
 
 LOOKUP_SECONDS = 0.5
@@ -15,29 +15,34 @@ LOOKUP_SECONDS = 0.5
 
 # Without the GCS a look-up hangs for a minute: one at a time, and not in the event loop's own threads.
 _LOOKUP = ThreadPoolExecutor(max_workers=1, thread_name_prefix="coordinators")
-_known: list[Any] = []
 
 
-async def call_all_coordinators(method: str, *args: object) -> list[Any]:
-    """The answers of those coordinators that answer within `ANSWER_SECONDS`."""
-    loop = asyncio.get_running_loop()
-    until = loop.time() + ANSWER_SECONDS
+class Coordinators:
+    """Those of one of Serve's applications; another one in the same cluster has its own."""
 
-    async def ask(coordinator: Any) -> object:
-        async with asyncio.timeout_at(until):
-            return await getattr(coordinator, method).remote(*args)
+    def __init__(self, application: str = "") -> None:
+        self._namespace = namespace(application)
+        self._known: list[Any] = []
 
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(LOOKUP_SECONDS if _known else ANSWER_SECONDS):
-            _known[:] = await loop.run_in_executor(_LOOKUP, _find)
-    answers = await asyncio.gather(*map(ask, _known), return_exceptions=True)
-    return [answer for answer in answers if not isinstance(answer, BaseException)]
+    async def call(self, method: str, *args: object) -> list[Any]:
+        """The answers of those coordinators that answer within `ANSWER_SECONDS`."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + ANSWER_SECONDS
 
+        async def ask(coordinator: Any) -> object:
+            async with asyncio.timeout_at(until):
+                return await getattr(coordinator, method).remote(*args)
 
-def _find() -> list[Any]:
-    found: list[Any] = []
-    for actor in ray.util.list_named_actors(all_namespaces=True):
-        if actor["namespace"] == NAMESPACE and actor["name"].startswith(f"{COORDINATOR_NAME}:"):
-            with contextlib.suppress(ValueError):  # it ended in between
-                found.append(ray.get_actor(actor["name"], NAMESPACE))
-    return found
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LOOKUP_SECONDS if self._known else ANSWER_SECONDS):
+                self._known = await loop.run_in_executor(_LOOKUP, self._find)
+        answers = await asyncio.gather(*map(ask, self._known), return_exceptions=True)
+        return [answer for answer in answers if not isinstance(answer, BaseException)]
+
+    def _find(self) -> list[Any]:
+        found: list[Any] = []
+        for actor in ray.util.list_named_actors(all_namespaces=True):
+            if actor["namespace"] == self._namespace and actor["name"].startswith(f"{COORDINATOR_NAME}:"):
+                with contextlib.suppress(ValueError):  # it ended in between
+                    found.append(ray.get_actor(actor["name"], self._namespace))
+        return found

@@ -18,7 +18,11 @@ from app.control.admission import default_job
 from app.settings import Settings
 
 COORDINATOR_NAME = "flux-coordinator"
-NAMESPACE = "flux"
+
+
+def namespace(application: str) -> str:
+    """Ray's namespace of the coordinators of Serve's ``application``: a cluster may have several of this service."""
+    return f"flux:{application}"
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,13 @@ class RankGroup:
     ranks: tuple[Any, ...]
 
     @classmethod
-    def start(cls, settings: Settings, bundles: PlacementGroup, replica: str) -> "RankGroup":
+    def start(cls, settings: Settings, bundles: PlacementGroup, replica: str, application: str = "") -> "RankGroup":
         """Start the actors, without waiting for them: they import everything, and hold no model until `load`.
 
         Args:
             bundles: one bundle per rank; with ``spare_group`` two groups share them.
             replica: the replica's unique name; metrics carry it.
+            application: Serve's name of the application, whose API processes are to find the coordinator.
         """
         groups = 2 if settings.spare_group else 1
         gpus = settings.gpus_per_rank if settings.device == "cuda" else 0
@@ -50,9 +55,9 @@ class RankGroup:
             for rank in range(settings.ranks)
         )
         coordinator = coordinator_class.options(
-            # The name is how /metrics finds it; the number keeps it apart from others of this replica.
+            # The names are how `Coordinators` finds it; the number keeps it apart from others of this replica.
             name=f"{COORDINATOR_NAME}:{replica}:{uuid.uuid4().hex[:8]}",
-            namespace=NAMESPACE,
+            namespace=namespace(application),
             num_cpus=0,
             max_concurrency=10_000,
             scheduling_strategy=PlacementGroupSchedulingStrategy(bundles, placement_group_bundle_index=0),

@@ -10,7 +10,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from app.api.backend import HealthReport
-from app.cluster.coordinators import call_all_coordinators
+from app.cluster.coordinators import Coordinators
 from app.cluster.handles import ANSWER_SECONDS, answers_of_all
 from app.settings import Settings
 
@@ -26,9 +26,15 @@ class Health:
     """Asks the encoder, the decoder, the replicas and the coordinators whether they can work."""
 
     def __init__(
-        self, settings: Settings, encoder: "PromptEncoder", replica: DeploymentHandle, decoder: "ImageDecoder"
+        self,
+        settings: Settings,
+        encoder: "PromptEncoder",
+        replica: DeploymentHandle,
+        decoder: "ImageDecoder",
+        coordinators: Coordinators,
     ) -> None:
         self._settings = settings
+        self._coordinators = coordinators
         self._encoder = encoder
         self._replica = replica
         self._decoder = decoder
@@ -43,8 +49,8 @@ class Health:
 
     async def _look_around(self) -> HealthReport:
         groups, starts, troubles, encoder, decoder = await asyncio.gather(
-            call_all_coordinators("ready"),
-            call_all_coordinators("starting"),
+            self._coordinators.call("ready"),
+            self._coordinators.call("starting"),
             answers_of_all(self._replica, "trouble"),
             _is_up(self._encoder),
             _is_up(self._decoder),

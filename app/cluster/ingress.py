@@ -14,6 +14,7 @@ from app.api.app import create_app
 from app.api.routes import Service
 from app.cluster.api_processes import ApiProcesses
 from app.cluster.backend import ServeBackend
+from app.cluster.coordinators import Coordinators
 from app.cluster.handles import DeploymentProxy
 from app.logs import configure_logging
 from app.messages.calibration import CalibrationJob, CalibrationStatus
@@ -102,6 +103,7 @@ class ImagesApi:
             replica,
             _decoder(settings, decoder),
             ApiProcesses(serve.get_deployment_handle(context.deployment, context.app_name)),
+            Coordinators(context.app_name),
         )
 
     async def drain(self) -> int:

@@ -54,7 +54,8 @@ class FluxReplica:
         self._settled = asyncio.Condition()
         self._images = SharedImages(settings.idempotency_s)
         self._reservations = Reservations(settings.idempotency_s, time.monotonic)
-        self._replica = serve.get_replica_context().replica_id.unique_id
+        context = serve.get_replica_context()
+        self._application, self._replica = context.app_name, context.replica_id.unique_id
         self._bundles = ray.util.get_current_placement_group()
         self._spare: RankGroup | None = self._start()  # its processes import while the checkpoint is checked
         StartReports(self._spare.coordinator, self._replica, settings.ranks).enter(
@@ -238,7 +239,7 @@ class FluxReplica:
 
     def _start(self) -> RankGroup:
         assert self._bundles is not None, "Serve gives every replica the placement group that build() asks for"
-        return RankGroup.start(self._settings, self._bundles, self._replica)
+        return RankGroup.start(self._settings, self._bundles, self._replica, self._application)
 
 
 async def _items(coordinator: Any, job: DenoiseJob, tensors: Any, progress: bool | None) -> AsyncGenerator[Any, None]:

@@ -19,6 +19,7 @@ from app.cluster import backend as module
 from app.cluster import image_call
 from app.cluster.api_processes import ApiProcesses
 from app.cluster.backend import ServeBackend
+from app.cluster.coordinators import Coordinators
 from app.control.demand import Measurable
 from app.engine.families import FLUX2_KLEIN, Family
 from app.errors import BusyError, RequestCancelledError, UnavailableError
@@ -157,15 +158,18 @@ class ApisOfWhichOneHangs(ApiProcesses):
         return []
 
 
-async def test_a_request_that_may_be_under_way_is_not_called_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def nothing(*_: object) -> list[tuple[int, int]]:
+class CoordinatorWithoutRequests(Coordinators):
+    """One that has nothing to cancel."""
+
+    async def call(self, method: str, *args: object) -> list[Any]:
         return [(0, 0)]
 
-    monkeypatch.setattr(module, "call_all_coordinators", nothing)
-    part, replica = Sources(), Taker()
-    assert await ServeBackend(Settings(), part, replica, part).cancel("unknown") == 0
+
+async def test_a_request_that_may_be_under_way_is_not_called_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    part, replica, coordinators = Sources(), Taker(), CoordinatorWithoutRequests()
+    assert await ServeBackend(Settings(), part, replica, part, None, coordinators).cancel("unknown") == 0
     monkeypatch.setattr(image_call, "result_of", lambda response: response)
-    backend = ServeBackend(Settings(), part, replica, part, ApisOfWhichOneHangs())
+    backend = ServeBackend(Settings(), part, replica, part, ApisOfWhichOneHangs(), coordinators)
     with pytest.raises(UnavailableError, match="does not answer"):
         await backend.cancel("unknown")
     waits = asyncio.create_task(backend.generate(edit_job()))

@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from app import calibrate
 from app.cluster.backend import ServeBackend
 from app.cluster.calibrator import Calibrator
+from app.cluster.coordinators import Coordinators
 from app.messages.calibration import CalibrationJob
 from app.settings import MagCacheSettings, Settings
 from magcache_core import stored_profiles
@@ -118,7 +119,7 @@ async def test_a_service_that_stops_ends_it_and_begins_none(tmp_path: Path) -> N
     started = await backend.calibrate(CalibrationJob("calibration-1", ("a",), 8, 64, 64, 3.5, 3, (3,)))
     await asyncio.sleep(0)
     await backend.stop_background()
-    left = Calibrator(settings, Silent(), None, None)
+    left = Calibrator(settings, Silent(), None, None, Coordinators())
     interrupted = left.interrupted()
     assert interrupted is not None, "the next one of this service goes on with it"
     assert interrupted.id == started.id

@@ -1,4 +1,4 @@
-"""Coordinators are found by their actors' names, and only those that answer count."""
+"""An application's coordinators are found by their actors' names, and only those that answer count."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from app.cluster.coordinators import call_all_coordinators
-from app.cluster.group import COORDINATOR_NAME, NAMESPACE
+from app.cluster.coordinators import Coordinators
+from app.cluster.group import COORDINATOR_NAME, namespace
 from tests.cluster.actors import Named
+
+OWN = namespace("own")
 
 
 @pytest.fixture
 def named(cluster: None) -> Iterator[None]:
     actors = [
-        Named.options(name=name, namespace=namespace).remote(name.rpartition(":")[2])
-        for name, namespace in (
-            (f"{COORDINATOR_NAME}:one", NAMESPACE),
-            (f"{COORDINATOR_NAME}:hanging", NAMESPACE),
-            ("another", NAMESPACE),
-            (f"{COORDINATOR_NAME}:one", "elsewhere"),
+        Named.options(name=name, namespace=where).remote(name.rpartition(":")[2])
+        for name, where in (
+            (f"{COORDINATOR_NAME}:one", OWN),
+            (f"{COORDINATOR_NAME}:hanging", OWN),
+            ("another", OWN),
+            (f"{COORDINATOR_NAME}:of another application", namespace("another")),
         )
     ]
     ray.get([actor.__ray_ready__.remote() for actor in actors])
@@ -31,5 +33,5 @@ def named(cluster: None) -> Iterator[None]:
 
 
 async def test_those_that_answer_in_time_are_heard_and_no_others(named: None) -> None:
-    answers = await asyncio.wait_for(call_all_coordinators("greet", "hello"), 60)
+    answers = await asyncio.wait_for(Coordinators("own").call("greet", "hello"), 60)
     assert answers == ["hello from one"]

@@ -11,6 +11,7 @@ import ray
 import torch
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from app.cluster.coordinators import Coordinators
 from app.cluster.group import RankGroup
 from app.engine.engine import Engine
 from app.errors import DeadlineImpossibleError, GroupFailedError
@@ -30,7 +31,7 @@ def group(cluster: None) -> Iterator[RankGroup]:
     """The group of all tests here; the last one breaks it."""
     bundles = placement_group([{"CPU": 0.1}, {"CPU": 0.1}])
     replica = f"test-{bundles.id.hex()}"
-    group = RankGroup.start(SETTINGS, bundles, replica)
+    group = RankGroup.start(SETTINGS, bundles, replica, "own")
     asyncio.run(group.load(SETTINGS, replica, rebuilds=0))
     yield group
     group.kill()
@@ -51,6 +52,11 @@ async def test_the_very_first_deadline_is_judged_at_once(group: RankGroup, condi
     assert gauges["flux_deadline_misses_total"] == 0
     # The warm-up is no traffic.
     assert gauges["flux_pictures_admitted_total"] == gauges["flux_running_pictures"] == 0
+
+
+async def test_its_application_alone_finds_it(group: RankGroup) -> None:
+    assert await Coordinators("own").call("ready") == [True]
+    assert await Coordinators("another").call("ready") == []
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import ray
 
 from app.cluster import health as module
+from app.cluster.coordinators import Coordinators
 from app.cluster.health import Health
 from app.messages.results import GroupStart
 from app.settings import Settings
@@ -55,18 +56,30 @@ def part() -> Part:
     return Part()
 
 
+class Asked(Coordinators):
+    """Stands for the coordinators: what all of them answer, by method."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, list[Any]] = {}
+
+    async def call(self, method: str, *args: object) -> list[Any]:
+        await asyncio.sleep(0)
+        return self.answers.get(method, [])
+
+
 @pytest.fixture
-def health(part: Part, replicas: Replicas) -> Health:
-    return Health(Settings(num_replicas=2), part, replicas, part)
+def coordinators() -> Asked:
+    return Asked()
+
+
+@pytest.fixture
+def health(part: Part, replicas: Replicas, coordinators: Asked) -> Health:
+    return Health(Settings(num_replicas=2), part, replicas, part, coordinators)
 
 
 async def test_health_tells_why_groups_are_not_ready(
     health: Health, replicas: Replicas, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def call(method: str) -> list[Any]:
-        return []
-
-    monkeypatch.setattr(module, "call_all_coordinators", call)  # which would start a Ray
     monkeypatch.setattr(module, "LOOK_S", -1.0)
     monkeypatch.setattr(module, "ANSWER_SECONDS", 0.01)
     assert (await health.report()).details["troubles"] == []
@@ -82,36 +95,27 @@ async def test_health_tells_why_groups_are_not_ready(
      ([False, False], False, (0, 2)), ([], False, (0, 2))],
 )  # fmt: skip
 async def test_one_whole_group_is_enough(
-    health: Health, monkeypatch: pytest.MonkeyPatch, answers: list[bool], ready: bool, counted: tuple[int, int]
+    health: Health, coordinators: Asked, answers: list[bool], ready: bool, counted: tuple[int, int]
 ) -> None:
-    async def call(method: str) -> list[Any]:
-        return answers if method == "ready" else []
-
-    monkeypatch.setattr(module, "call_all_coordinators", call)
+    coordinators.answers["ready"] = answers
     report = await health.report()
     assert report.ready == ready
     assert (report.details["groups_ready"], report.details["groups"]) == counted
 
 
-async def test_health_tells_how_far_starting_groups_are(health: Health, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_health_tells_how_far_starting_groups_are(health: Health, coordinators: Asked) -> None:
     start = GroupStart("r0", "loading", (3, 5), checkpoint_bytes=9)
-
-    async def call(method: str) -> list[Any]:
-        return [start, None] if method == "starting" else [True]
-
-    monkeypatch.setattr(module, "call_all_coordinators", call)
+    coordinators.answers = {"starting": [start, None], "ready": [True]}
     report = await health.report()
     assert (report.ready, report.details["groups_ready"]) == (True, 1)
     (told,) = json.loads(json.dumps(report.details))["starting"]
     assert told == {"replica": "r0", "phase": "loading", "read_bytes": [3, 5], "checkpoint_bytes": 9}
 
 
-async def test_probes_share_a_look(health: Health, part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def call(method: str) -> list[Any]:
-        await asyncio.sleep(0)
-        return [True] if method == "ready" else []
-
-    monkeypatch.setattr(module, "call_all_coordinators", call)
+async def test_probes_share_a_look(
+    health: Health, part: Part, coordinators: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coordinators.answers["ready"] = [True]
     monkeypatch.setattr(module, "LOOK_S", 3600.0)
     reports = [*await asyncio.gather(*(health.report() for _ in range(9))), await health.report()]
     assert part.asked == 2, "the encoder's and the decoder's"
