@@ -20,6 +20,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 _STARTING = "starting Ray"
+LATE = "The current node timed out during startup"
+"""What Ray says when its start takes more than thirty seconds, which no setting changes."""
+TRIES = 3
+"""How often it may take that long, on a machine that is busy."""
 PATIENCE_S = 5.0  # for processes to end, by themselves and after SIGTERM
 _DASHBOARD = re.compile(r"View the dashboard at (?:\x1b\[[0-9;]*m)*(https?://)?([\w.-]+:\d+)")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -94,10 +98,16 @@ class Service:
         self._applications: dict[str, Any] = {}
         self._stopping = threading.Event()
         self._child: subprocess.Popen[bytes] | None = None
+        self._tries_left = TRIES
 
     def start(self) -> None:
         """Start it; from here on ``stop`` must be called."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._launch()
+        threading.Thread(target=self._poll_applications, daemon=True).start()
+
+    def _launch(self) -> None:
+        self._tries_left -= 1
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         with self.log.open("wb") as log:
             self._child = subprocess.Popen(
@@ -117,12 +127,17 @@ class Service:
                 # Ctrl-C must reach only the demo, which then stops the service in order.
                 start_new_session=True,
             )
-        threading.Thread(target=self._poll_applications, daemon=True).start()
 
     def check(self) -> None:
-        """Raise if the service failed; ``serve run`` itself keeps running after a failed deployment."""
+        """Raise if the service failed; ``serve run`` itself keeps running after a failed deployment.
+
+        Where Ray was too slow for its own limit, on a busy machine, it is started again.
+        """
         code = self._child.poll() if self._child else None
-        if code is not None:
+        if code is not None and self._tries_left and LATE in self.log_tail():
+            self._end_processes()
+            self._launch()
+        elif code is not None:
             raise DemoError(f"`serve run` ended with exit code {code}. The end of {self.log}:\n{self.log_tail()}")
         for name, application in self._applications.items():
             if application["status"] in ("DEPLOY_FAILED", "UNHEALTHY"):
@@ -179,6 +194,9 @@ class Service:
             self._child.send_signal(signal.SIGINT)  # `serve run` then shuts Serve and Ray down
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._child.wait(30)
+        self._end_processes()
+
+    def _end_processes(self) -> None:
         self._gone_within(PATIENCE_S, self.processes)  # Ray's workers end with their raylet
         for number, patience_s in ((signal.SIGTERM, PATIENCE_S), (signal.SIGKILL, 10)):
             for pid in self.processes():

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import httpx
 import psutil
+import pytest
 import yaml
 
-from scripts.serve_process import free_port
+from scripts.serve_process import LATE, TRIES, free_port
 from tests.patience import ANSWER_S, wait_for
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +38,10 @@ class ServiceProcess:
             return self.client.get("/health").status_code
         except httpx.TransportError:
             return 0
+
+    def is_up_or_ended(self) -> bool:
+        """Whether it is ready, or will never be."""
+        return self.health() == 200 or self.process.poll() is not None
 
     def metric(self, name: str) -> float:
         """A metric, summed over its labels."""
@@ -63,16 +68,23 @@ def service_process(folder: Path, **settings: object) -> Iterator[ServiceProcess
     path, log = folder / "config.yaml", folder / "log"
     path.write_text(yaml.safe_dump(config))
     with log.open("wb") as output, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=ANSWER_S) as client:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "app.serve", str(path), "--address", "local"],
-            cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=output, stderr=output, start_new_session=True,
-        )  # fmt: skip
-        service = ServiceProcess(process, client, log)
-        try:
-            wait_for(lambda: service.health() == 200, "it is ready", START_S)
-            yield service
-        finally:
-            for left in service.processes():
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    left.kill()
-            process.wait()
+        for tries_left in reversed(range(TRIES)):
+            process = subprocess.Popen(
+                [sys.executable, "-m", "app.serve", str(path), "--address", "local"],
+                cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=output, stderr=output,
+                start_new_session=True,
+            )  # fmt: skip
+            service = ServiceProcess(process, client, log)
+            try:
+                wait_for(service.is_up_or_ended, "it is ready", START_S)
+                said = log.read_text()
+                if process.poll() is None:
+                    yield service
+                    return
+            finally:
+                for left in service.processes():
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        left.kill()
+                process.wait()
+            if not tries_left or LATE not in said:  # else Ray, beside other tests, is started again
+                pytest.fail(f"it ended with code {process.returncode}:\n{said}")

@@ -23,6 +23,12 @@ import base64, http.server, json, os, signal, subprocess, sys, time
 mode, port = sys.argv[1], int(sys.argv[2])
 if mode == "crash":
     sys.exit("no module named app.mian")
+if mode.startswith("late"):
+    with open(sys.argv[0] + ".tries", "a+") as tries:
+        tries.write(".")
+        tries.seek(0)
+        if len(tries.read()) <= int(mode.split()[1]):
+            sys.exit("Exception: The current node timed out during startup. This could happen because")
 # One helper that ends politely and one, like a hung worker in a process group of its own, that does not.
 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
@@ -166,6 +172,21 @@ def test_a_crash_ends_with_the_log(
     monkeypatch.setenv("STAND_IN_MODE", "crash")
     assert demo.main(_options(folder)) == 1
     assert "no module named app.mian" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("times", "code"), [(2, 0), (3, 1)])
+def test_a_ray_that_is_too_slow_for_itself_is_started_again(
+    folder: Path,
+    started: list[demo.Service],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    times: int,
+    code: int,
+) -> None:
+    monkeypatch.setenv("STAND_IN_MODE", f"late {times}")
+    assert demo.main(_options(folder, "--once")) == code
+    assert ("timed out during startup" in capsys.readouterr().err) == (code == 1)
+    assert started[0].processes() == []
 
 
 def test_a_service_that_is_never_ready_times_out(

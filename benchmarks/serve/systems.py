@@ -20,6 +20,7 @@ from app.settings import Settings
 from benchmarks.serve.load import Wish
 from benchmarks.serve.peers import Batched, OneAtATime, application
 from magcache_core import load_profile
+from scripts.ray_start import start_ray
 from scripts.serve_process import free_port
 
 MODEL = Path("models/flux-tiny").resolve()
@@ -79,7 +80,7 @@ def cluster() -> Iterator[str]:
     """A Ray of its own with Serve's proxy on a free port; yields the URL."""
     port = free_port()
     # Room for two systems at once; what counts is what the machine has, and each system's own threads.
-    ray.init(num_cpus=4, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    start_ray(num_cpus=4, num_gpus=0, include_dashboard=False, log_to_driver=False)
     try:
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
         yield f"http://127.0.0.1:{port}"

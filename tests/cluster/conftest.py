@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from ray import serve
 from app.main import build
 from app.serve import PROXY_CHECK, PROXY_GUARD
 from app.settings import Settings
+from scripts.ray_start import start_ray
 from scripts.serve_process import free_port
 from tests.local_group import load_pipeline
 from tests.lora_files import write_lora
@@ -31,22 +34,26 @@ def settings_of(name: str) -> Settings:
     return Settings(**document["applications"][0]["args"])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster() -> Iterator[None]:
     os.environ |= PROXY_GUARD | PROXY_CHECK  # as app.serve does
     # Its own in each of pytest's workers, whatever else runs on this machine.
-    ray.init("local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    start_ray(num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
     yield
-    ray.shutdown()
+    with warnings.catch_warnings():
+        # Ray does not wait for its daemons, and Python warns of each once the object that stands for it goes.
+        warnings.simplefilter("ignore", ResourceWarning)
+        ray.shutdown()
+        gc.collect()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def profile_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the service keeps its own profiles in."""
     return tmp_path_factory.mktemp("profiles")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def lora_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The service's folder of adapters, with `ADAPTER` in it."""
     folder = tmp_path_factory.mktemp("loras")
@@ -54,7 +61,7 @@ def lora_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def service(cluster: None, profile_dir: Path, lora_dir: Path) -> Iterator[str]:
     """The service's URL."""
     port = free_port()
@@ -80,6 +87,6 @@ def http(service: str) -> Iterator[httpx.Client]:
         yield client
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def pipeline() -> FluxPipeline:
     return load_pipeline()
