@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import os
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,26 +32,22 @@ def settings_of(name: str) -> Settings:
     return Settings(**document["applications"][0]["args"])
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
     os.environ |= PROXY_GUARD | PROXY_CHECK  # as app.serve does
     # Its own in each of pytest's workers, whatever else runs on this machine.
     start_ray(num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
     yield
-    with warnings.catch_warnings():
-        # Ray does not wait for its daemons, and Python warns of each once the object that stands for it goes.
-        warnings.simplefilter("ignore", ResourceWarning)
-        ray.shutdown()
-        gc.collect()
+    ray.shutdown()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def profile_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the service keeps its own profiles in."""
     return tmp_path_factory.mktemp("profiles")
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def lora_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The service's folder of adapters, with `ADAPTER` in it."""
     folder = tmp_path_factory.mktemp("loras")
@@ -61,7 +55,7 @@ def lora_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def service(cluster: None, profile_dir: Path, lora_dir: Path) -> Iterator[str]:
     """The service's URL."""
     port = free_port()
@@ -87,6 +81,6 @@ def http(service: str) -> Iterator[httpx.Client]:
         yield client
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def pipeline() -> FluxPipeline:
     return load_pipeline()

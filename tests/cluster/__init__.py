@@ -1,1 +1,0 @@
-"""Tests on Ray; a package, so that the cluster and the service that they share end with its last test."""
