@@ -195,7 +195,7 @@ def test_a_node_leaves_and_its_group_moves_first(cluster: Cluster) -> None:
     (leaving,) = [host for host in cluster.workers if host.address == address]
     (staying,) = [host for host in cluster.workers if host is not leaving]
     with Load(cluster.urls, clients=1, pause_s=0.2) as load:
-        left = leaving.run(["bash", "scripts/leave_cluster.sh", "300"], cluster.environment, timeout_s=400)
+        left = leaving.run(["bash", "scripts/leave_cluster.sh", "900"], cluster.environment, timeout_s=1000)
         assert (left.returncode, "still running" in left.stderr) == (0, False), left.stderr
         assert {address for address, _ in cluster.actors("Rank")} == {staying.address}
         leaving.stop_everything()
