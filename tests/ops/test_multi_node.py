@@ -177,13 +177,14 @@ def test_nothing_is_lost_while_groups_change_come_and_go(cluster: Cluster) -> No
         cluster.deploy(config(placement_group_strategy="STRICT_PACK", autoscaling=autoscaling))
         wait_for(lambda: not before & replicas() and len(cluster.replicas()) == 2, "two new groups, one by the load")
         wait_for(lambda: cluster.application().get("status") == RUNNING, "the update is over")
-        assert len(cluster.actors("Rank")) == 4
+        wait_for(lambda: len(cluster.actors("Rank")) == 4, "of the old group nothing is left")
         served = load.answered
         wait_for(lambda: load.answered > served + 10, "both groups serve")
     assert load.failures == []
     assert load.answered > 50
     with Load(cluster.urls, clients=1, pause_s=1.0) as load:
         wait_for(lambda: len(cluster.replicas()) == 1, "the second group goes")
+        wait_for(lambda: len(cluster.actors("Rank")) == 2, "its ranks, too")
         served = load.answered
         wait_for(lambda: load.answered > served + 3, "the one that is left serves")
     assert load.failures == []
