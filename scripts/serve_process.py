@@ -23,7 +23,7 @@ _STARTING = "starting Ray"
 LATE = "The current node timed out during startup"
 """What Ray says when its start takes more than thirty seconds, which no setting changes."""
 TRIES = 3
-"""How often it may take that long, on a machine that is busy."""
+"""How often Ray is started at most, on a machine that is too busy for it."""
 PATIENCE_S = 5.0  # for processes to end, by themselves and after SIGTERM
 _DASHBOARD = re.compile(r"View the dashboard at (?:\x1b\[[0-9;]*m)*(https?://)?([\w.-]+:\d+)")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")

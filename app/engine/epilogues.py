@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 
 from app.engine.fp8 import FLOAT8
 from app.engine.fused import QKV_MLP, FusedSingleBlock
-from app.engine.parallel import RowParallelLinear
+from app.engine.parallel import RowParallelLinear, own_bias
 
 
 def activated(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -33,8 +33,7 @@ def added(module: nn.Linear, first: torch.Tensor, second: torch.Tensor) -> torch
         first, second: (rows, tokens, features of each).
     """
     weight, more = module.weight.tensor_split([first.shape[-1]], dim=1)
-    bias = module.bias if not isinstance(module, RowParallelLinear) or module.group.rank == 0 else None
-    output = torch.addmm(linear(first, weight, bias).flatten(0, 1), second.flatten(0, 1), more.T)
+    output = torch.addmm(linear(first, weight, own_bias(module)).flatten(0, 1), second.flatten(0, 1), more.T)
     return output.view(*first.shape[:-1], -1)
 
 

@@ -50,7 +50,12 @@ class RowParallelLinear(nn.Linear):
 
     def partial(self, input: torch.Tensor) -> torch.Tensor:
         """This rank's part of the output."""
-        return product(self, input, self.bias if self.group.rank == 0 else None)
+        return product(self, input, own_bias(self))
+
+
+def own_bias(module: nn.Linear) -> torch.Tensor | None:
+    """What this rank adds to the product of ``module``: of a row-parallel one's bias all of it is rank 0's."""
+    return None if isinstance(module, RowParallelLinear) and module.group.rank else module.bias
 
 
 class PartialLinear(RowParallelLinear):
