@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray would run services at nice 15: a test that computes beside them would leave them three percent of the processors.
@@ -18,6 +19,10 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # several workers share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Examples share the processors with whatever else runs; how long one takes says nothing.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = "tests/cluster/"
@@ -33,10 +38,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByService(LoadScopeScheduling):  # "loadgroup" of xdist 3.8 does not group with pytest 9.2
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return CLUSTER if file.startswith(CLUSTER) and _asks_for_the_service(file) else file
+            return CLUSTER if shares_the_service(nodeid) else nodeid.partition("::")[0]
 
     return ByService(config, log)
+
+
+def shares_the_service(nodeid: str) -> bool:
+    """Whether a test's file asks for the running service of tests/cluster/conftest.py."""
+    file = nodeid.partition("::")[0]
+    return file.startswith(CLUSTER) and _asks_for_the_service(file)
 
 
 @cache

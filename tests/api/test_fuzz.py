@@ -37,7 +37,7 @@ _LIKELY = st.fixed_dictionaries({"prompt": st.just("a circle")}, optional={
     "num_inference_steps": st.integers(), "guidance_scale": st.floats(), "true_cfg_scale": st.floats(),
     "negative_prompt": _TEXT, "magcache": _MAGCACHE, "output_compression": st.integers(),
 })  # fmt: skip
-_QUICK = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+_QUICK = settings(max_examples=150, suppress_health_check=list(HealthCheck))
 
 
 def _post(body: bytes, accept: bytes = b"*/*") -> httpx.Response:

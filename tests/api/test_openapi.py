@@ -76,7 +76,7 @@ def test_a_value_is_taken_if_the_document_permits_it(field: str) -> None:
         check(post("/v1/images/generations", json=body), GENERATIONS.is_valid(body), body)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(_BODIES, st.sampled_from(["image", "images", "markup", "nothing"]), st.sampled_from([RED_URL, None, 5, [], {}]))
 def test_an_edit_is_taken_if_the_document_permits_it(fields: dict[str, Any], name: str, value: Any) -> None:
     body: dict[str, Any] = {"prompt": "a circle", "n": 1, **fields}

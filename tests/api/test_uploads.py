@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -78,7 +78,7 @@ def test_a_photo_stands_upright() -> None:
     assert pixels[85, 32, 0] > 200
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200)
 @given(st.sampled_from(["PNG", "JPEG", "WEBP"]), st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=8))
 def test_a_damaged_file_is_an_error_or_a_image(file_format: str, changes: list[tuple[float, int]]) -> None:
     data = bytearray(encoded(plain(), file_format))
@@ -88,7 +88,7 @@ def test_a_damaged_file_is_an_error_or_a_image(file_format: str, changes: list[t
         assert read_upload(bytes(data), "image", LIMIT).pixels.dtype == np.uint8
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(64, 4096), st.integers(1, 8), st.booleans())
 def test_the_size_of_an_edit_is_within_the_limits(side: int, aspect: int, upright: bool) -> None:
     width, height = (side, side * aspect) if upright else (side * aspect, side)

@@ -14,6 +14,8 @@ import psutil
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.patience import wait_for
+
 PROMPT = "a red circle on a blue background"
 IMAGES = "/v1/images/generations"
 
@@ -30,12 +32,21 @@ def ask(http: httpx.Client, **body: Any) -> dict[str, Any]:
 
 
 def metrics(http: httpx.Client) -> dict[str, float]:
-    """Every sample of ``/metrics``, summed over its labels but ``decision``."""
+    """Every sample of ``/metrics``, summed over its labels but ``decision``.
+
+    A scrape leaves out a coordinator that does not answer in time, so this asks until one has answered.
+    """
     totals: dict[str, float] = {}
-    for family in text_string_to_metric_families(http.get("/metrics").text):
-        for sample in family.samples:
-            name = sample.name + (f":{sample.labels['decision']}" if "decision" in sample.labels else "")
-            totals[name] = totals.get(name, 0.0) + sample.value
+
+    def has_the_coordinators() -> bool:
+        totals.clear()
+        for family in text_string_to_metric_families(http.get("/metrics").text):
+            for sample in family.samples:
+                name = sample.name + (f":{sample.labels['decision']}" if "decision" in sample.labels else "")
+                totals[name] = totals.get(name, 0.0) + sample.value
+        return "flux_group_rebuilds_total" in totals
+
+    wait_for(has_the_coordinators, "a coordinator's metrics are in the scrape")
     return totals
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -19,11 +20,14 @@ from app.serve import PROXY_CHECK, PROXY_GUARD
 from app.settings import Settings
 from scripts.ray_start import start_ray
 from scripts.serve_process import free_port
+from tests.conftest import shares_the_service
 from tests.local_group import load_pipeline
 from tests.lora_files import write_lora
 from tests.patience import ANSWER_S
 
 ADAPTER = "queries"
+RUNNING = pytest.StashKey[ExitStack]()
+"""What ends the shared service."""
 DEPLOYMENTS = Path(__file__).resolve().parents[2] / "deployments"
 
 
@@ -55,8 +59,21 @@ def lora_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, object, object]:
+    """End the shared service after its last test: idle, it would take a quarter of a core from all that follow.
+
+    One of pytest's workers has all of its tests, one after another; without workers they are spread over the run.
+    """
+    result = yield
+    follows = nextitem is not None and shares_the_service(nextitem.nodeid)
+    if "PYTEST_XDIST_WORKER" in os.environ and not follows and RUNNING in item.config.stash:
+        item.config.stash[RUNNING].close()
+    return result
+
+
 @pytest.fixture(scope="session")
-def service(cluster: None, profile_dir: Path, lora_dir: Path) -> Iterator[str]:
+def service(cluster: None, profile_dir: Path, lora_dir: Path, pytestconfig: pytest.Config) -> Iterator[str]:
     """The service's URL."""
     port = free_port()
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
@@ -65,8 +82,10 @@ def service(cluster: None, profile_dir: Path, lora_dir: Path) -> Iterator[str]:
     # Two API processes, so that each test also shows that it does not matter which one answers.
     update = {"magcache": magcache, "api_replicas": 2, "loras": str(lora_dir), "hang_timeout_s": 30.0}
     serve.run(build(settings.model_copy(update=update)), name="flux", route_prefix="/")
-    yield f"http://127.0.0.1:{port}"
-    serve.shutdown()
+    with ExitStack() as stack:
+        stack.callback(serve.shutdown)
+        pytestconfig.stash[RUNNING] = stack
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture

@@ -184,7 +184,7 @@ def test_it_looks_for_the_fewest_steps_that_reach_each_floor() -> None:
     assert [trial.computed for trial in easy.trials] == [1, 3], "the fewest that can be do"
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(cuts=st.lists(st.integers(0, 40), max_size=6), asked=st.sampled_from([JOB, JUDGED]))
 def test_cut_short_it_goes_on_and_finds_the_same(cuts: list[int], asked: CalibrationJob) -> None:
     whole = InventedRuns()

@@ -31,7 +31,7 @@ def table() -> AdmissionController:
     return AdmissionController(LIMITS, PLANNER, MEASURED, lambda: 0.0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     clients=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 6)), max_size=12),
     runs=st.lists(st.text("C.", max_size=6), min_size=1, max_size=4),

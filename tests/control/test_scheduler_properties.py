@@ -138,7 +138,7 @@ def test_ten_thousand_requests() -> None:
     assert {entry.job.priority for entry in waited} >= {0, 1}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rows=st.integers(1, 12),
     tokens=st.sampled_from([576, 600, 700, 1152, 5000]),
@@ -151,7 +151,7 @@ def test_any_limits(rows: int, tokens: int, seed: int, rate: float) -> None:
     assert len(simulation.ended) == 60
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 10**6), rate=st.sampled_from([2.0, 20.0, 500.0]))
 def test_with_api_keys(seed: int, rate: float) -> None:
     limits = Settings(max_batch_rows=5, max_batch_tokens=700, http=HttpSettings(api_keys_file="keys"))

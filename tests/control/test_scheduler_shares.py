@@ -117,7 +117,7 @@ def test_without_keys_the_due_time_decides() -> None:
     assert [entry.job.row_id for entry in scheduler.waiting_entries] == ["b/0", "c/0", "a/0"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(keys=st.integers(2, 5), seed=st.integers(0, 10**6))
 def test_keys_with_work_waiting_get_equal_work(keys: int, seed: int) -> None:
     """Over any stretch in which all keys have images waiting, their work differs by less than two largest images."""

@@ -86,7 +86,7 @@ def execute_and_check(engine: Engine, formed: Formed, conditioning: dict[str, Co
     return latents
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     mix=st.lists(st.tuples(job_options, arrival, cancellation), min_size=2, max_size=6),
     rows=st.integers(1, 6),

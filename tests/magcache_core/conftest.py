@@ -8,17 +8,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from hypothesis import settings
 
 from magcache_core.calibrate import calibrate
 from magcache_core.profile_data import Profile
 from tests.magcache_core.hooked import Recorder
 from tests.magcache_core.prompt_pipe import PromptPipe, job
 from tests.magcache_core.tiny_flux import POOLED_DIM, TEXT_DIM, TEXT_TOKENS, make_flux
-
-# Examples share the processor with whatever else runs; how long one takes says nothing.
-settings.register_profile("magcache", deadline=None)
-settings.load_profile("magcache")
 
 
 @pytest.fixture
