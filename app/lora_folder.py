@@ -41,8 +41,22 @@ def lora_folder(settings: Settings) -> Path | None:
     )
 
 
-def read_listing(settings: Settings) -> LoraListing:
+def lora_targets(settings: Settings) -> dict[str, Target]:
+    """What adapters may change in the served model's transformer, from its configuration.
+
+    This reads diffusers, which a rank has read anyway.
+    """
+    from app.engine.loading import meta_transformer
+    from app.engine.lora_names import targets
+
+    return targets(meta_transformer(model_folder(settings) / "transformer"))
+
+
+def read_listing(settings: Settings, known: Mapping[str, Target]) -> LoraListing:
     """What the folder offers for the served model; the log has the files that are refused, with the reason.
+
+    Args:
+        known: the model's `lora_targets`.
 
     Raises:
         FileNotFoundError: it is not on this node.
@@ -50,10 +64,6 @@ def read_listing(settings: Settings) -> LoraListing:
     folder = lora_folder(settings)
     if folder is None:
         return LoraListing()
-    from app.engine.loading import meta_transformer  # here, so that processes without adapters are up sooner
-    from app.engine.lora_names import targets
-
-    known = targets(meta_transformer(model_folder(settings) / "transformer"))
     bytes_each = getattr(torch, settings.dtype).itemsize
     listing = scan(folder, known, bytes_each, settings.loras_bytes)
     for name, reason in listing.refused.items():
@@ -66,7 +76,7 @@ def scan(folder: Path, known: Mapping[str, Target], bytes_each: int, limit_bytes
     """What ``folder`` and those below it offer. Hidden files and folders are passed over.
 
     Args:
-        known: `app.engine.lora_names.targets` of the transformer.
+        known: the model's `lora_targets`.
         bytes_each: of one weight on a rank.
         limit_bytes: memory of a rank for adapters; one that takes more is refused.
     """

@@ -35,7 +35,7 @@ def build(settings: Settings) -> Application:
         ValueError: the checkpoint cannot be served; checked only if its folder is on this machine.
         RuntimeError: the cluster lacks the CPUs or GPUs that the deployments reserve.
     """
-    check_local_checkpoint(settings)
+    checked = check_local_checkpoint(settings)
     check_resources(settings)
     component = {"num_cpus": settings.cpus_per_helper}
     free = ray.available_resources() if ray.is_initialized() else {}
@@ -85,7 +85,7 @@ def build(settings: Settings) -> Application:
         from app.components.vae import ImageDecoder
 
         decoder = own_deployment(ImageDecoder, settings.decoder_runs_on, settings.vae.replicas)
-    return api.bind(settings, replica.bind(settings), encoder, decoder)
+    return api.bind(settings, replica.bind(settings, checked), encoder, decoder)
 
 
 def _deployment(cls: type, **options: Any) -> Deployment:

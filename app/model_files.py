@@ -4,6 +4,7 @@ The hub's token comes from the environment: ``HF_TOKEN``, or ``HF_TOKEN_PATH`` n
 huggingface_hub reads it itself, so that it passes through no setting, message or log line of this service.
 """
 
+import hashlib
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -134,8 +135,11 @@ def wanted_files(folder: Path, own_transformer: bool = True) -> list[str]:
     return [INDEX, *patterns]
 
 
-def check_local_checkpoint(settings: Settings) -> None:
+def check_local_checkpoint(settings: Settings) -> str | None:
     """Check the checkpoint if its files are on this machine; a head node need not have them.
+
+    Returns:
+        What `fetch_and_check` is told of the files that were checked; None when they are not here.
 
     Raises:
         ValueError: what is wrong, with the file or number; see `app.engine.checkpoint`.
@@ -144,13 +148,20 @@ def check_local_checkpoint(settings: Settings) -> None:
         folder = local_folder(settings.model)
         single_file = transformer_file(settings)
     except FileNotFoundError:
-        return
-    if folder is not None:
-        _check(folder, settings, single_file)
+        return None
+    if folder is None:
+        return None
+    state = _state_of_files(folder, single_file)
+    _check(folder, settings, single_file)
+    return state
 
 
-def fetch_and_check(settings: Settings) -> Family:
+def fetch_and_check(settings: Settings, checked: str | None = None) -> Family:
     """Have the checkpoint on this node, and check it; a model from the hub is downloaded once before its ranks ask.
+
+    Args:
+        checked: what `check_local_checkpoint` returned for these settings. Files that are the same still, by name, size
+            and time of change, are not checked again: reading diffusers and transformers for it takes 5 s of CPU.
 
     Returns:
         What kind of model it is.
@@ -160,8 +171,20 @@ def fetch_and_check(settings: Settings) -> Family:
     """
     single_file = transformer_file(settings)  # before anything is downloaded
     folder = model_folder(settings)
-    _check(folder, settings, single_file)
+    if checked is None or checked != _state_of_files(folder, single_file):
+        _check(folder, settings, single_file)
     return family_of(folder)
+
+
+def _state_of_files(folder: Path, single_file: Path | None) -> str:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    seen = sorted((str(path.relative_to(folder)), *_change(path)) for path in files)
+    return hashlib.sha256(repr((seen, single_file and _change(single_file))).encode()).hexdigest()
+
+
+def _change(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _check(folder: Path, settings: Settings, single_file: Path | None) -> None:

@@ -19,12 +19,12 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 from ray.serve.scripts import run as serve_run
 
-from app.cluster.ingress import ImagesApi
-
 logger = logging.getLogger("ray.serve")
 
 PROXY_CHECK = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.3"}
 """How often Serve looks whether its HTTP proxies live, in seconds; it starts another after three looks."""
+API = "ImagesApi"
+"""The deployment that is asked, by name: importing the class, and torch with it, would delay every start by 2 s."""
 LOOK_S = 0.5
 """How often the API is asked what it still works on."""
 ANSWER_S = 10.0
@@ -70,7 +70,7 @@ def _wait_for_signal() -> None:
 def drain() -> None:
     """Have every API process refuse new requests, and return when their requests are answered or out of time."""
     applications = serve.status().applications.items()
-    apis = [serve.get_app_handle(name) for name, each in applications if ImagesApi.__name__ in each.deployments]
+    apis = [serve.get_app_handle(name) for name, each in applications if API in each.deployments]
     idle_looks = 0
     while idle_looks < 2:  # what an API process has answered is on its way through the proxy
         asked = [api.broadcast("drain") for api in apis]

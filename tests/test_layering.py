@@ -254,6 +254,7 @@ def test_an_allowed_import_passes(importer: str, source: str) -> None:
             "app.control.admission, app.control.progress",
             ["diffusers", "transformers", "ray", "fastapi", "starlette", "prometheus_client"],
         ),
+        ("app.serve", ["torch", "diffusers", "transformers"]),
         # These take 2 s to load: ranks load them, and a process loads them once it holds an encoder or a VAE.
         *((f"app.{name}", ["diffusers", "transformers"]) for name in ("main", *PROCESSES)),
     ],

@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 
 from app.engine.lora_files import lora_digest
-from app.lora_folder import common_listing, lora_folder, read_listing
+from app.lora_folder import common_listing, lora_folder, lora_targets, read_listing
 from app.messages.loras import LoraFile, LoraListing
 from app.settings import Settings
 from tests.lora_files import WIDTH, weights_of, write_lora
+
+
+def listing_of(settings: Settings) -> LoraListing:
+    return read_listing(settings, lora_targets(settings))
 
 
 def test_files_are_offered_by_their_path_without_the_suffix(tmp_path: Path) -> None:
@@ -19,7 +23,7 @@ def test_files_are_offered_by_their_path_without_the_suffix(tmp_path: Path) -> N
     write_lora(tmp_path / "styles" / "v1.5 soft.safetensors", rank=4)
     write_lora(tmp_path / ".cache" / "hidden.safetensors")
     (tmp_path / "README.md").write_text("notes")
-    listing = read_listing(Settings(loras=str(tmp_path)))
+    listing = listing_of(Settings(loras=str(tmp_path)))
     assert listing.refused == {}
     assert listing.offered == {
         "star": LoraFile("star", lora_digest(tmp_path / "star.safetensors"), 2, weights_of(2) * 4),
@@ -31,7 +35,7 @@ def test_files_are_offered_by_their_path_without_the_suffix(tmp_path: Path) -> N
 
 def test_the_memory_is_that_of_the_ranks_precision(tmp_path: Path) -> None:
     write_lora(tmp_path / "star.safetensors")
-    listing = read_listing(Settings(loras=str(tmp_path), dtype="bfloat16"))
+    listing = listing_of(Settings(loras=str(tmp_path), dtype="bfloat16"))
     assert listing.offered["star"].nbytes == weights_of(2) * 2
 
 
@@ -45,7 +49,7 @@ def test_other_files_are_refused_with_a_reason_that_has_no_path_of_the_machine(
     (tmp_path / "old.ckpt").write_bytes(b"pickle")
     (tmp_path / "broken.safetensors").write_bytes(b"not safetensors")
     with caplog.at_level(logging.WARNING):
-        listing = read_listing(Settings(loras=str(tmp_path), loras_bytes=40_000))
+        listing = listing_of(Settings(loras=str(tmp_path), loras_bytes=40_000))
     assert set(listing.offered) == {"good"}
     assert set(listing.refused) == {"wide", "large", "'tab\\tname'", "old.ckpt", "broken"}
     assert "loras_bytes" in listing.refused["large"]
@@ -58,14 +62,14 @@ def test_other_files_are_refused_with_a_reason_that_has_no_path_of_the_machine(
 def test_a_replaced_file_has_another_digest(tmp_path: Path) -> None:
     settings = Settings(loras=str(tmp_path))
     write_lora(tmp_path / "star.safetensors", rank=2)
-    before = read_listing(settings).offered["star"].digest
+    before = listing_of(settings).offered["star"].digest
     write_lora(tmp_path / "star.safetensors", rank=3)
-    assert read_listing(settings).offered["star"].digest != before
+    assert listing_of(settings).offered["star"].digest != before
 
 
 def test_without_the_setting_there_is_no_folder() -> None:
     assert lora_folder(Settings()) is None
-    assert read_listing(Settings()) == LoraListing()
+    assert listing_of(Settings()) == LoraListing()
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from ray.serve.config import AutoscalingConfig
 
+from app.cluster.ingress import ImagesApi
 from app.main import build, needed_resources, replica_count, surge_percent
+from app.serve import API
 from app.settings import AutoscalingSettings, Settings, VaeSettings
 
 
@@ -17,6 +19,10 @@ def test_the_number_of_groups_is_fixed_unless_it_may_grow() -> None:
     config = AutoscalingConfig(**options["autoscaling_config"])
     assert (config.min_replicas, config.max_replicas, config.target_ongoing_requests) == (2, 5, 6)
     assert (config.upscale_delay_s, config.downscale_delay_s) == (30, 600)
+
+
+def test_the_deployment_that_is_drained_is_found_by_its_name() -> None:
+    assert build(Settings())._bound_deployment.name == ImagesApi.__name__ == API
 
 
 def test_the_start_needs_the_fewest_groups_only() -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,9 +16,21 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+import app.model_files
+from app.engine.checkpoint_files import CheckpointError
 from app.engine.families import FLUX_DEV
-from app.model_files import REPOSITORY, compile_cache, fetch_and_check, local_folder, model_folder, wanted_files
+from app.model_files import (
+    REPOSITORY,
+    check_local_checkpoint,
+    compile_cache,
+    fetch_and_check,
+    local_folder,
+    model_folder,
+    wanted_files,
+)
 from app.settings import Settings
 from benchmarks.make_checkpoint import make_checkpoint
 
@@ -40,6 +53,42 @@ def test_a_folder_without_a_model_is_named(model: str) -> None:
 
 def test_the_checked_folder_says_what_model_it_is() -> None:
     assert fetch_and_check(Settings()) is FLUX_DEV
+
+
+WITHOUT_ANOTHER_CHECK = """
+import sys
+from app.model_files import *
+print(fetch_and_check(Settings(model=sys.argv[1]), sys.argv[2]).name, "diffusers" in sys.modules)
+"""
+
+
+def test_what_the_head_has_checked_is_checked_again_only_where_it_changed(tmp_path: Path) -> None:
+    model = shutil.copytree(REPOSITORY / "models/flux-tiny", tmp_path / "model")
+    checked = check_local_checkpoint(Settings(model=str(model)))
+    assert checked is not None
+    told = [sys.executable, "-c", WITHOUT_ANOTHER_CHECK, str(model), checked]
+    made = subprocess.run(told, capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert made.stdout.split() == [FLUX_DEV.name, "False"]
+    elsewhere = shutil.copytree(model, tmp_path / "elsewhere")
+    file = elsewhere / "vae/diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=r"vae/diffusion_pytorch_model\.safetensors cannot be read"):
+        fetch_and_check(Settings(model=str(elsewhere)), checked)
+
+
+def test_another_transformer_file_is_checked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[Path | None] = []
+    monkeypatch.setattr(app.model_files, "_check", lambda folder, settings, single_file: looked.append(single_file))
+    file = tmp_path / "flux1-dev.safetensors"
+    save_file({"weight": torch.zeros(1)}, file)
+    settings = Settings(transformer=str(file))
+    checked = check_local_checkpoint(settings)
+    fetch_and_check(settings, checked)
+    assert looked == [file]
+    save_file({"weight": torch.ones(2)}, file)
+    fetch_and_check(settings, checked)
+    fetch_and_check(Settings(), checked)
+    assert looked == [file, file, None]
 
 
 def test_a_hub_id_is_no_folder() -> None:

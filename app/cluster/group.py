@@ -5,7 +5,7 @@ import contextlib
 import uuid
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.placement_group import PlacementGroup
@@ -16,6 +16,9 @@ from app.cluster.rank import Rank
 from app.cluster.starting import StartReports, checkpoint_bytes, in_time, loaded
 from app.control.admission import default_job
 from app.settings import Settings
+
+if TYPE_CHECKING:
+    from app.engine.lora_names import Target
 
 COORDINATOR_NAME = "flux-coordinator"
 
@@ -63,6 +66,11 @@ class RankGroup:
             scheduling_strategy=PlacementGroupSchedulingStrategy(bundles, placement_group_bundle_index=0),
         ).remote(settings)
         return cls(coordinator, ranks)
+
+    async def lora_targets(self) -> "dict[str, Target]":
+        """What adapters may change in the model's transformer, once a rank's process has started."""
+        known: dict[str, Target] = await self.ranks[0].lora_targets.remote()
+        return known
 
     async def load(self, settings: Settings, replica: str, rebuilds: int, mismatches: int = 0) -> None:
         """Let the ranks meet, load and warm up, then have the coordinator lead them; kills all when that fails.

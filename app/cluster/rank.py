@@ -17,7 +17,7 @@ from app.cluster.network import use_interface_of
 from app.cluster.rank_loras import RankLoras
 from app.cluster.rendezvous import Rendezvous, rendezvous_store
 from app.logs import configure_logging
-from app.lora_folder import lora_folder
+from app.lora_folder import lora_folder, lora_targets
 from app.messages.conditioning import Conditioning
 from app.messages.jobs import DenoiseJob
 from app.messages.plans import StepPlan
@@ -27,6 +27,7 @@ from app.settings import Settings
 
 if TYPE_CHECKING:
     from app.engine.engine import Engine
+    from app.engine.lora_names import Target
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,10 @@ class Rank:
         self._engine: Engine | None = None
         self._loras: RankLoras | None = None
         self._finished_s = 0.0
+
+    def lora_targets(self) -> "dict[str, Target]":
+        """What adapters may change; this needs no weights."""
+        return lora_targets(self._settings)
 
     def open_rendezvous(self) -> tuple[str, int]:
         """On rank 0: open the place where the ranks meet; returns its host and port."""

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
@@ -32,6 +32,9 @@ from app.model_files import fetch_and_check
 from app.settings import Settings
 from app.telemetry import REQUEST_ID
 
+if TYPE_CHECKING:
+    from app.engine.lora_names import Target
+
 logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 2.0
@@ -43,9 +46,17 @@ REPLACED_S = 30.0
 class FluxReplica:
     """One tensor-parallel group behind Serve's routing, queueing and health checks."""
 
-    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, settings: Settings, checked: str | None = None
+    ) -> None:
+        """Start the group.
+
+        Args:
+            checked: see `fetch_and_check`.
+        """
         configure_logging(settings)
         self._settings = settings
+        self._lora_targets: dict[str, Target] = {}
         self._rebuilds = 0
         self._mismatches = 0
         self._failure: GroupFailedError | None = None
@@ -61,8 +72,8 @@ class FluxReplica:
         StartReports(self._spare.coordinator, self._replica, settings.ranks).enter(
             "fetching or checking the checkpoint"
         )
-        self._family = await asyncio.to_thread(fetch_and_check, settings)
-        listing = asyncio.create_task(asyncio.to_thread(read_listing, settings))
+        self._family = await asyncio.to_thread(fetch_and_check, settings, checked)
+        listing = asyncio.create_task(self._list_loras(self._spare))
         self._group = await self._build()
         self._loras = await listing
         self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._look())]
@@ -82,10 +93,15 @@ class FluxReplica:
             UnavailableError: the folder is gone; the listing stays as it is.
         """
         try:
-            self._loras = await asyncio.to_thread(read_listing, self._settings)
+            self._loras = await asyncio.to_thread(read_listing, self._settings, self._lora_targets)
         except FileNotFoundError as error:
             raise UnavailableError(str(error)) from error
         return self._loras
+
+    async def _list_loras(self, group: RankGroup) -> LoraListing:
+        if self._settings.loras is not None:
+            self._lora_targets = await group.lora_targets()
+        return await asyncio.to_thread(read_listing, self._settings, self._lora_targets)
 
     async def check(self, job: DenoiseJob) -> None:
         """Raise what `denoise` would raise at once for want of room or time; while the group is rebuilt, nothing."""

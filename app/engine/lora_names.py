@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from diffusers import ModelMixin
 from torch import nn
 
 from app.engine.single_file import SWAPPED, bfl_modules
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 Kind = Literal["down", "up", "alpha"]
 

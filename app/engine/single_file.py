@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any
-
-from diffusers import ModelMixin
+from typing import TYPE_CHECKING, Any
 
 from app.engine.checkpoint_files import CheckpointError, StoredTensor
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 PREFIX = "model.diffusion_model."
 """ComfyUI's, of a transformer in a checkpoint with all parts."""
