@@ -21,7 +21,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@# A broken .venv (moved, or its Python gone) is made anew; a whole one is updated in place.
 	@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	@echo 'Installing the pinned dependencies into $(VENV); a few minutes the first time'
-	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --no-compile --disable-pip-version-check --progress-bar off --quiet -c constraints.txt -e '.[dev]'
+	@# pip would compile on one core. Some packages hold files for other releases of Python, which do not compile.
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@
 
 demo: setup ## Serve flux-tiny, ask for an image, write out/demo.png, keep serving (ONCE=1: then stop)
