@@ -22,7 +22,7 @@ class Coordinators:
 
     def __init__(self, application: str = "") -> None:
         self._namespace = namespace(application)
-        self._known: list[Any] = []
+        self._known: dict[str, Any] = {}
 
     async def call(self, method: str, *args: object) -> list[Any]:
         """The answers of those coordinators that answer within `ANSWER_SECONDS`."""
@@ -33,16 +33,30 @@ class Coordinators:
             async with asyncio.timeout_at(until):
                 return await getattr(coordinator, method).remote(*args)
 
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LOOKUP_SECONDS if self._known else ANSWER_SECONDS):
-                self._known = await loop.run_in_executor(_LOOKUP, self._find)
-        answers = await asyncio.gather(*map(ask, self._known), return_exceptions=True)
-        return [answer for answer in answers if not isinstance(answer, BaseException)]
+        async def ask_all(coordinators: dict[str, Any]) -> list[Any]:
+            answers = await asyncio.gather(*map(ask, coordinators.values()), return_exceptions=True)
+            return [answer for answer in answers if not isinstance(answer, BaseException)]
 
-    def _find(self) -> list[Any]:
-        found: list[Any] = []
+        asked, lookup = self._known, loop.run_in_executor(_LOOKUP, self._find)
+        try:
+            await asyncio.wait([lookup], timeout=LOOKUP_SECONDS if asked else ANSWER_SECONDS)
+            if lookup.done():
+                self._known = lookup.result()
+                return await ask_all(self._known)
+            answers = await ask_all(asked)
+            if len(answers) < len(asked):  # another may be in the place of one that is gone
+                await asyncio.wait([lookup], timeout=max(until - loop.time(), 0.0))
+            if lookup.done():
+                self._known = lookup.result()
+                answers += await ask_all({name: self._known[name] for name in self._known.keys() - asked.keys()})
+            return answers
+        finally:
+            lookup.cancel()  # others wait behind it
+
+    def _find(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
         for actor in ray.util.list_named_actors(all_namespaces=True):
             if actor["namespace"] == self._namespace and actor["name"].startswith(f"{COORDINATOR_NAME}:"):
                 with contextlib.suppress(ValueError):  # it ended in between
-                    found.append(ray.get_actor(actor["name"], self._namespace))
+                    found[actor["name"]] = ray.get_actor(actor["name"], self._namespace)
         return found
