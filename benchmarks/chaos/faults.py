@@ -34,8 +34,11 @@ class Served:
     folder: Path
 
     @property
-    def has_spares(self) -> bool:
-        """Whether the spare group's processes have imported everything: a kill before that is one within a recovery."""
+    def is_whole(self) -> bool:
+        """Whether all has started, spares and the successors of what was killed: else a kill is one in a recovery."""
+        return self.service.is_whole() and self._has_spares()
+
+    def _has_spares(self) -> bool:
         processes = self.service.processes()
         try:
             titles = [" ".join(each.cmdline()) for name in SPARED for each in VICTIMS[name].find(processes)]

@@ -67,7 +67,7 @@ def run(
     Args:
         watched_s: how long afterwards images must still come, of a fault whose effect is late.
     """
-    _wait(lambda: served.has_spares, PATIENCE_S)
+    _wait(lambda: served.is_whole, PATIENCE_S)
     crowd = Crowd(url, bodies, expected)
     crowd.start()
     started = time.monotonic()
