@@ -87,11 +87,6 @@ def reason(message: str) -> str:
     return "\n".join(lines[errors[-1] :] if errors else lines)
 
 
-def _is_up(deployment: dict[str, Any]) -> bool:
-    up = sum(replica["state"] == "RUNNING" for replica in deployment["replicas"])
-    return up >= max(deployment["target_num_replicas"], 1)
-
-
 class Service:
     """``serve run`` in its own session, with its own Ray."""
 
@@ -163,7 +158,9 @@ class Service:
         parts = []
         for application in self._applications.values():
             for name, details in application["deployments"].items():
-                parts.append(f"{name} {'up' if _is_up(details) else 'starting'}")
+                up = sum(replica["state"] == "RUNNING" for replica in details["replicas"])
+                goal = max(details["target_num_replicas"], 1)
+                parts.append(f"{name} {'up' if up >= goal else 'starting'}")
             if not parts:
                 parts.append("building the application")
         return ", ".join(parts) or _STARTING
@@ -177,11 +174,6 @@ class Service:
                 return bool(response.status == 200)
         except OSError:
             return False
-
-    def is_whole(self) -> bool:
-        """Whether every process that Serve is to run has started, as of a second or two ago."""
-        deployments = [each["deployments"].values() for each in self._applications.values()]
-        return bool(deployments) and all(_is_up(details) for each in deployments for details in each)
 
     def watch(self) -> None:
         """Block until the service fails, and raise then."""

@@ -220,16 +220,6 @@ ValueError: tensor_parallel_size 5 does not divide 6 heads"""
     assert started[0].processes() == []
 
 
-def test_it_is_whole_when_all_that_is_to_run_has_started(folder: Path, port: int) -> None:
-    service = _service(folder, "serve", port)
-    assert not service.is_whole(), "nothing is known yet"
-    for states, whole in ((["RUNNING"], False), (["RUNNING", "STARTING"], False), (["RUNNING", "RUNNING"], True)):
-        api = {"target_num_replicas": 2, "replicas": [{"state": state} for state in states]}
-        service._applications = {"flux": {"deployments": {"ImagesApi": api}}}
-        assert service.is_whole() is whole
-        assert service.progress() == f"ImagesApi {'up' if whole else 'starting'}"
-
-
 def test_the_dashboards_address_is_read_from_the_log(folder: Path, port: int) -> None:
     service = _service(folder, "serve", port)
     service.log.write_text("INFO worker.py:2029 -- View the dashboard at \x1b[1m\x1b[32mhttp://127.0.0.1:8266 \x1b[39m")

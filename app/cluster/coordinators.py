@@ -37,18 +37,16 @@ class Coordinators:
             answers = await asyncio.gather(*map(ask, coordinators.values()), return_exceptions=True)
             return [answer for answer in answers if not isinstance(answer, BaseException)]
 
-        asked, lookup = self._known, loop.run_in_executor(_LOOKUP, self._find)
+        lookup = loop.run_in_executor(_LOOKUP, self._find)
         try:
-            await asyncio.wait([lookup], timeout=LOOKUP_SECONDS if asked else ANSWER_SECONDS)
-            if lookup.done():
-                self._known = lookup.result()
-                return await ask_all(self._known)
+            await asyncio.wait([lookup], timeout=LOOKUP_SECONDS if self._known else ANSWER_SECONDS)
+            asked = lookup.result() if lookup.done() else self._known
             answers = await ask_all(asked)
             if len(answers) < len(asked):  # another may be in the place of one that is gone
                 await asyncio.wait([lookup], timeout=max(until - loop.time(), 0.0))
             if lookup.done():
                 self._known = lookup.result()
-                answers += await ask_all({name: self._known[name] for name in self._known.keys() - asked.keys()})
+                answers += await ask_all({name: each for name, each in self._known.items() if name not in asked})
             return answers
         finally:
             lookup.cancel()  # others wait behind it

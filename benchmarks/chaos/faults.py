@@ -36,7 +36,7 @@ class Served:
     @property
     def is_whole(self) -> bool:
         """Whether all has started, spares and the successors of what was killed: else a kill is one in a recovery."""
-        return self.service.is_whole() and self._has_spares()
+        return self.service.ready() and self._has_spares()
 
     def _has_spares(self) -> bool:
         processes = self.service.processes()
