@@ -46,6 +46,8 @@ ENV PATH=/opt/venv/bin:$PATH \
     RAY_USAGE_STATS_ENABLED=0 \
     RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=app.api.proxy_guard:middlewares \
     RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S=0.3 \
+    RAY_core_worker_rpc_server_reconnect_timeout_base_s=0 \
+    RAY_grpc_client_check_connection_status_interval_milliseconds=100 \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 1000:1000

@@ -29,7 +29,15 @@ LOOK_S = 0.5
 """How often the API is asked what it still works on."""
 ANSWER_S = 10.0
 PROXY_GUARD = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "app.api.proxy_guard:middlewares"}
-"""What Ray's processes need in their environment for the proxies to have our guard."""
+"""For Serve's HTTP proxies to have our guard."""
+CALLER_CHECK = {
+    "RAY_core_worker_rpc_server_reconnect_timeout_base_s": "0",
+    "RAY_grpc_client_check_connection_status_interval_milliseconds": "100",
+}
+"""How soon a process finds that one which called it is dead. A replica's results leave it one after another, so that
+each of a dead API process would hold up those of all others for a second, as Ray is by default."""
+RAY_ENVIRONMENT = PROXY_GUARD | PROXY_CHECK | CALLER_CHECK
+"""What Ray's processes need in their environment."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -41,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options, further = parser.parse_known_args(arguments)
     if not options.config.is_file():
         parser.error(f"there is no config {options.config}; choose one of deployments/*.yaml")
-    for name, value in (PROXY_GUARD | PROXY_CHECK).items():
-        os.environ.setdefault(name, value)  # a Ray that this command starts hands it to its proxies and controller
+    for name, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)  # a Ray that this command starts hands it to all of its processes
     serve_run.main([str(options.config), "--non-blocking", *further], standalone_mode=False)
     _wait_for_signal()
     try:

@@ -21,7 +21,7 @@ import yaml
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from app.serve import PROXY_CHECK
+from app.serve import RAY_ENVIRONMENT
 from tests.patience import ANSWER_S, wait_for
 from tests.service_process import START_S, ServiceProcess, service_process
 
@@ -122,7 +122,7 @@ def test_sigterm_loses_no_image(service: ServiceProcess) -> None:
         under_way = [pool.submit(service.client.post, IMAGES, json=LONG | {"seed": seed}) for seed in range(6)]
         wait_for(lambda: service.metric("flux_running_pictures") == 6, "all images run")
         (raylet,) = (each for each in service.processes() if each.name() == "raylet")
-        assert raylet.environ().items() >= PROXY_CHECK.items(), "Serve's controller inherits it"
+        assert raylet.environ().items() >= RAY_ENVIRONMENT.items(), "all that it starts inherits it"
         service.process.send_signal(signal.SIGTERM)
         wait_for(lambda: service.health() == 503, "it stops")
         assert not any(each.done() for each in under_way)

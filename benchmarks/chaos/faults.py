@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,9 +18,8 @@ from scripts.serve_process import Service
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 FILLING = 1 << 20
-SPARED = ("rank", "coordinator")
-GROUP = 3
-"""Processes of a group of two ranks."""
+STARTING = ("__init__", "initialize")
+"""Methods that a process's title names while it starts, of Ray's actors and of Serve's replicas."""
 
 
 @dataclass(frozen=True)
@@ -28,23 +28,26 @@ class Served:
 
     Attributes:
         folder: has ``model``, a copy of the checkpoint, and as root ``ray`` and ``profiles``, small file systems.
+        parts: how many processes it has, by name of the victim; with a spare group, two groups.
     """
 
     service: Service
     folder: Path
+    parts: Mapping[str, int]
 
     @property
     def is_whole(self) -> bool:
-        """Whether all has started, spares and the successors of what was killed: else a kill is one in a recovery."""
-        return self.service.ready() and self._has_spares()
+        """Whether all has started, spares and the successors of what was killed: else a kill is one in a recovery.
 
-    def _has_spares(self) -> bool:
+        The processes are looked at, since Serve takes a second to note that one is gone.
+        """
         processes = self.service.processes()
         try:
-            titles = [" ".join(each.cmdline()) for name in SPARED for each in VICTIMS[name].find(processes)]
+            titles = {name: [" ".join(each.cmdline()) for each in VICTIMS[name].find(processes)] for name in self.parts}
         except psutil.NoSuchProcess:
             return False
-        return len(titles) == 2 * GROUP and not any("__init__" in title for title in titles)
+        started = {name: sum(not any(at in one for at in STARTING) for one in each) for name, each in titles.items()}
+        return started == self.parts and self.service.ready()
 
     def process(self, victim: str, number: int) -> psutil.Process:
         """The process of a kind, counted from the oldest.

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,16 +85,22 @@ def test_rows_that_are_measured_again_replace_their_own() -> None:
     assert "| a, behind Envoy | 1 |" in table(kept)
 
 
+@contextmanager
+def process(title: str) -> Iterator[subprocess.Popen[bytes]]:
+    """One that sleeps."""
+    command = [title, "-c", "import time; print(flush=True); time.sleep(60)"]
+    with subprocess.Popen(command, executable=sys.executable, stdout=subprocess.PIPE) as started:
+        assert started.stdout is not None
+        started.stdout.readline()
+        yield started
+        started.kill()
+
+
 @pytest.fixture
 def sleeper() -> Iterator[subprocess.Popen[bytes]]:
     """A process with the title of a rank."""
-    code = "import time; print(flush=True); time.sleep(60)"
-    command = ["ray::Rank.execute", "-c", code]
-    with subprocess.Popen(command, executable=sys.executable, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        yield process
-        process.kill()
+    with process("ray::Rank.execute") as started:
+        yield started
 
 
 class _Processes:
@@ -104,10 +110,13 @@ class _Processes:
     def processes(self) -> list[int]:
         return self._pids
 
+    def ready(self) -> bool:
+        return True
+
 
 def served(folder: Path, *pids: int) -> Served:
     service: Any = _Processes(*pids)
-    return Served(service, folder)
+    return Served(service, folder, {"rank": 1})
 
 
 def test_a_victim_is_killed_and_one_that_is_not_there_is_named(
@@ -120,6 +129,16 @@ def test_a_victim_is_killed_and_one_that_is_not_there_is_named(
         Kill("rank", 1).commit(there)
     Kill("rank").commit(there)
     assert sleeper.wait(10) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(("title", "whole"), [("ray::Rank", True), ("ray::Rank.__init__", False)])
+def test_a_fault_waits_for_the_successors_of_what_was_killed(tmp_path: Path, title: str, whole: bool) -> None:
+    """Although Serve says that all is up: it takes a while to note that a process is gone."""
+    with process(title) as rank:
+        assert served(tmp_path, rank.pid).is_whole == whole
+        rank.kill()
+        rank.wait(10)
+        assert not served(tmp_path, rank.pid).is_whole
 
 
 def test_a_paused_victim_goes_on(

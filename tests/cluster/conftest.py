@@ -16,7 +16,7 @@ from diffusers import FluxPipeline
 from ray import serve
 
 from app.main import build
-from app.serve import PROXY_CHECK, PROXY_GUARD
+from app.serve import RAY_ENVIRONMENT
 from app.settings import Settings
 from scripts.ray_start import start_ray
 from scripts.serve_process import free_port
@@ -38,7 +38,7 @@ def settings_of(name: str) -> Settings:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
-    os.environ |= PROXY_GUARD | PROXY_CHECK  # as app.serve does
+    os.environ |= RAY_ENVIRONMENT  # as app.serve does
     # Its own in each of pytest's workers, whatever else runs on this machine.
     start_ray(num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
     yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable
@@ -118,22 +119,30 @@ async def test_a_rank_that_stops_while_it_loads_is_given_up(cluster: None) -> No
     remove_placement_group(place)
 
 
+STOPPED = {"rank 0": "rank 0 starts", "rank 1": "rank [01] loads", "coordinator": "the coordinator starts"}
+"""What is stopped, and what is then said to make no progress."""
+
+
 @pytest.mark.faults
-@pytest.mark.parametrize(
-    ("victim", "doing"),
-    [("rank 0", "rank 0 starts"), ("rank 1", "rank [01] loads"), ("coordinator", "the coordinator starts")],
-)
-async def test_whatever_stops_before_the_start_is_over_ends_it(cluster: None, victim: str, doing: str) -> None:
-    bundles = placement_group([{"CPU": 0.1}, {"CPU": 0.1}])
+async def test_whatever_stops_before_the_start_is_over_ends_it(cluster: None) -> None:
+    """Three groups at once, since each takes its whole time limit."""
     impatient = SETTINGS.model_copy(update={"start_timeout_s": 30.0})
-    group = RankGroup.start(impatient, bundles, "stopped")
-    actors = {"rank 0": group.ranks[0], "rank 1": group.ranks[1], "coordinator": group.coordinator}
-    pids = {name: await actor.__ray_call__.remote(lambda _: os.getpid()) for name, actor in actors.items()}
-    os.kill(pids[victim], signal.SIGSTOP)
-    with pytest.raises(GroupFailedError, match=f"{doing}: no progress for start_timeout_s, 30 s"):
-        await group.load(impatient, "stopped", rebuilds=0)
-    wait_for(lambda: not any(map(psutil.pid_exists, pids.values())), "all its processes are gone")
-    remove_placement_group(bundles)
+    places = [placement_group([{"CPU": 0.1}, {"CPU": 0.1}]) for _ in STOPPED]
+    groups = [RankGroup.start(impatient, place, f"stopped {at}") for at, place in zip(STOPPED, places, strict=True)]
+    actors = [{"rank 0": one.ranks[0], "rank 1": one.ranks[1], "coordinator": one.coordinator} for one in groups]
+    pids = [
+        {name: await actor.__ray_call__.remote(lambda _: os.getpid()) for name, actor in of.items()} for of in actors
+    ]
+    for victim, of in zip(STOPPED, pids, strict=True):
+        os.kill(of[victim], signal.SIGSTOP)
+    starts = [one.load(impatient, f"stopped {at}", rebuilds=0) for at, one in zip(STOPPED, groups, strict=True)]
+    for doing, error in zip(STOPPED.values(), await asyncio.gather(*starts, return_exceptions=True), strict=True):
+        assert isinstance(error, GroupFailedError), error
+        assert re.search(f"{doing}: no progress for start_timeout_s, 30 s", str(error))
+    left = [pid for of in pids for pid in of.values()]
+    wait_for(lambda: not any(map(psutil.pid_exists, left)), "all its processes are gone")
+    for place in places:
+        remove_placement_group(place)
 
 
 @pytest.mark.faults

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from app.serve import PROXY_CHECK, PROXY_GUARD
+from app.serve import RAY_ENVIRONMENT
 from tests.ops.manifests import ROOT, build, named
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
@@ -82,9 +82,9 @@ def test_it_runs_without_privileges_and_says_whether_it_is_well() -> None:
     assert variables["HF_HOME"].startswith("/tmp/")
 
 
-def test_rays_proxies_have_the_guard_and_the_check_that_the_command_gives_them() -> None:
+def test_rays_processes_have_the_environment_that_the_command_gives_them() -> None:
     variables = dict(pair.split("=", 1) for line in instructions("ENV") for pair in shlex.split(line))
-    assert (PROXY_GUARD | PROXY_CHECK).items() <= variables.items()
+    assert RAY_ENVIRONMENT.items() <= variables.items()
 
 
 def test_requirements_are_the_projects() -> None:
