@@ -46,7 +46,7 @@ def build(settings: Settings) -> Application:
     }
     common: dict[str, Any] = {**every, "graceful_shutdown_timeout_s": settings.drain_seconds}
 
-    def own_deployment(part: type, runs_on: str, replicas: int = 1) -> Application:
+    def own_deployment(part: type, runs_on: str, replicas: int) -> Application:
         return _deployment(
             part,
             num_replicas=replicas,
@@ -80,7 +80,7 @@ def build(settings: Settings) -> Application:
     if not settings.encoder_is_in_api:
         from app.components.prompt_encoder import PromptEncoder
 
-        encoder = own_deployment(PromptEncoder, settings.encoder_runs_on)
+        encoder = own_deployment(PromptEncoder, settings.encoder_runs_on, settings.text_encoder.replicas)
     if not settings.decoder_is_in_api:
         from app.components.vae import ImageDecoder
 
@@ -127,7 +127,7 @@ def rank_bundle(settings: Settings) -> dict[str, float]:
 def needed_resources(settings: Settings) -> dict[str, float]:
     """Logical CPUs and GPUs that all deployments together reserve at the start."""
     ranks = settings.num_replicas * settings.ranks
-    encoders = 0 if settings.encoder_is_in_api else 1
+    encoders = 0 if settings.encoder_is_in_api else settings.text_encoder.replicas
     decoders = 0 if settings.decoder_is_in_api else settings.vae.replicas
     on_gpu = encoders * (settings.encoder_runs_on == "cuda") + decoders * (settings.decoder_runs_on == "cuda")
     gpus = ranks * settings.gpus_per_rank if settings.device == "cuda" else 0.0

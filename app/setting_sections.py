@@ -245,6 +245,11 @@ class TextEncoderSettings(Section):
         "API's own process, which saves the way to another where the model is small. null is `gpu` where `device` is "
         "`cuda`, else `cpu`.",
     )
+    replicas: PositiveInt = Field(
+        default=1,
+        description="Processes of the encoders, each with a whole copy and a cache of its own: with 2 one may die "
+        "unnoticed; with placement `api` there are `api_replicas`.",
+    )
 
 
 class VaeSettings(Section):
@@ -262,7 +267,8 @@ class VaeSettings(Section):
     replicas: PositiveInt = Field(
         default=1,
         description="Processes of the VAE, each with a whole copy that decodes one image at a time, for groups that "
-        "finish images faster than one decodes them; with placement `api` there are `api_replicas`.",
+        "finish images faster than one decodes them; with 2 one may die unnoticed; with placement `api` there are "
+        "`api_replicas`.",
     )
 
 

@@ -8,7 +8,7 @@ from ray.serve.config import AutoscalingConfig
 from app.cluster.ingress import ImagesApi
 from app.main import build, needed_resources, replica_count, surge_percent
 from app.serve import API
-from app.settings import AutoscalingSettings, Settings, VaeSettings
+from app.settings import AutoscalingSettings, Settings, TextEncoderSettings, VaeSettings
 
 
 def test_the_number_of_groups_is_fixed_unless_it_may_grow() -> None:
@@ -32,6 +32,13 @@ def test_the_start_needs_the_fewest_groups_only() -> None:
     assert growing.max_replicas == 8
 
 
+def test_each_process_of_the_encoders_reserves_its_share() -> None:
+    one = Settings(device="cuda", gpus_per_helper=0.25, cpus_per_helper=0.5)
+    two = one.model_copy(update={"text_encoder": TextEncoderSettings(replicas=2)})
+    more = {name: amount - needed_resources(one)[name] for name, amount in needed_resources(two).items()}
+    assert more == {"CPU": 0.5, "GPU": 0.25}
+
+
 def test_each_process_of_the_vae_reserves_its_share() -> None:
     one = Settings(device="cuda", gpus_per_helper=0.25, cpus_per_helper=0.5)
     three = one.model_copy(update={"vae": VaeSettings(replicas=3)})
@@ -39,8 +46,9 @@ def test_each_process_of_the_vae_reserves_its_share() -> None:
     assert more == {"CPU": 1.0, "GPU": 0.5}
     in_api = one.model_copy(update={"vae": VaeSettings(replicas=3, placement="api")})
     assert needed_resources(in_api)["GPU"] == needed_resources(one)["GPU"] - 0.25
-    *_, encoder, decoder = build(Settings(cpus_per_helper=0.1, vae=VaeSettings(replicas=3)))._bound_deployment.init_args
-    assert [part._bound_deployment.num_replicas for part in (encoder, decoder)] == [1, 3]
+    several = Settings(cpus_per_helper=0.1, text_encoder=TextEncoderSettings(replicas=2), vae=VaeSettings(replicas=3))
+    *_, encoder, decoder = build(several)._bound_deployment.init_args
+    assert [part._bound_deployment.num_replicas for part in (encoder, decoder)] == [2, 3]
 
 
 @pytest.mark.parametrize(

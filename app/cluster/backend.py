@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import ray
 import torch
 from prometheus_client.metrics_core import Metric
-from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from app.api.backend import GeneratedImage, HealthReport, ImagesJob, RequestIdentity, StreamItem
@@ -22,7 +22,7 @@ from app.cluster.calibrator import Calibrator
 from app.cluster.calibrator_calls import CalibratorCalls
 from app.cluster.client_errors import to_service_error, unwrap_ray_error
 from app.cluster.coordinators import Coordinators
-from app.cluster.handles import ANSWER_SECONDS, repeated, result_of
+from app.cluster.handles import DeploymentProxy, repeated, result_of
 from app.cluster.health import Health
 from app.cluster.idle import calibrate_when_idle
 from app.cluster.image_call import FileForm, ImageCall, OnEvent
@@ -345,13 +345,10 @@ class ServeBackend:
         return merge_families(self._calibrator.metric_families(), guard)
 
     async def encoder_families(self) -> list[Metric]:
-        """Of the prompt encoder; none when it does not answer in time."""
-        try:
-            async with asyncio.timeout(ANSWER_SECONDS):
-                families = await self._encoder.metric_families()
-        except (TimeoutError, ray.exceptions.RayError, RayServeException):
-            return []
-        return families
+        """Of the prompt encoder, of all its processes; none when they do not answer in time."""
+        if isinstance(self._encoder, DeploymentProxy):
+            return merge_families(*await self._encoder.answers_of_all("metric_families"))
+        return await self._encoder.metric_families()
 
     async def _least_wait_s(self) -> float:
         """When the first of the groups will have room, by their own estimates."""

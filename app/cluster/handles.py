@@ -102,6 +102,10 @@ class DeploymentProxy:
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
 
+    async def answers_of_all(self, method: str) -> list[Any]:
+        """What each process of the deployment answers; see the function."""
+        return await answers_of_all(self._handle, method)
+
     def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
         method = getattr(self._handle, name)
 

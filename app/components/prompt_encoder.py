@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from diffusers import DiffusionPipeline, Flux2KleinPipeline
@@ -93,8 +94,8 @@ class PromptEncoder:
     Prompts that wait together share one copy of the encoders to their device, where that is needed.
     """
 
-    def __init__(self, settings: Settings, process: str = "encoder") -> None:
-        """``process`` is what its metrics call the process that it is in."""
+    def __init__(self, settings: Settings, process: str | None = None) -> None:
+        """``process`` is what its metrics call the process that it is in, None for a name of its own."""
         configure_logging(settings)
         self._encoders = TextEncoders(
             model_folder(settings),
@@ -105,7 +106,7 @@ class PromptEncoder:
         )
         self._entries = settings.prompt_cache_entries
         self._registry = CollectorRegistry()
-        self._metrics = EncoderMetrics(self._registry, settings.model_name, process)
+        self._metrics = EncoderMetrics(self._registry, settings.model_name, process or f"encoder-{uuid4().hex[:8]}")
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
         self._cache: OrderedDict[str, PromptEmbeddings] = OrderedDict()
         self._under_way: dict[str, asyncio.Future[PromptEmbeddings]] = {}

@@ -25,8 +25,8 @@ fell into them, which is the `X-Request-Id` of its reply. Ray's and Ray Serve's 
 A counter begins at 0 when its owner starts: a coordinator when its group is built, the others with their Serve replica.
 All labels are bounded: `rank` by `tensor_parallel_size` times `sequence_parallel_size`, `replica` and `process` by the
 replicas that Serve starts, `profile` by what was calibrated, `steps` and `computed` by
-`sampling.max_inference_steps`, the rest by the lists below. `process` is an API process (`api_replicas`), or `encoder`
-where the encoder has one of its own: whichever API process is asked answers for all, and queries sum over them.
+`sampling.max_inference_steps`, the rest by the lists below. `process` is an API process (`api_replicas`), or
+`encoder-…` where the encoder has its own: whichever API process is asked answers for all, and queries sum over them.
 
 `make monitoring` watches a running service with Prometheus, the rules and the alerts of `k8s/base/rules.yaml`. The
 dashboards in `k8s/base/dashboards` are made by `scripts/dashboards`; this is what they show of flux-tiny under a mix of

@@ -30,7 +30,7 @@ DISK_MB = 128
 Placement = Literal["api", "cpu"]
 IN_API = {"rank": 4, "coordinator": 2, "replica": 1, "api": 2, "proxy": 1, "controller": 1}
 """Processes of a service that has encoders and VAE in the API's, by name of the victim; those of a spare group, too."""
-APART = IN_API | {"encoder": 1, "decoder": 1}
+APART = IN_API | {"encoder": 2, "decoder": 2}
 
 
 @contextmanager
@@ -73,7 +73,8 @@ def serving(folder: Path, placement: Placement, port: int) -> Iterator[Served]:
     config["http_options"]["port"] = port
     settings: dict[str, Any] = config["applications"][0]["args"]
     settings |= {"model": str(folder / "model"), "spare_group": True, "api_replicas": 2}
-    settings["text_encoder"]["placement"] = settings["vae"]["placement"] = placement
+    for part in ("text_encoder", "vae"):
+        settings[part] |= {"placement": placement, "replicas": 2}  # where they are in the API's, it has two itself
     settings["magcache"]["profile"] = "flux-tiny"  # the copy's folder has another name
     settings["magcache"]["profile_dir"] = str(folder / "profiles")
     check_port("127.0.0.1", port)

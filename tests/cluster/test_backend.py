@@ -7,12 +7,13 @@ import gc
 import weakref
 from dataclasses import replace
 from threading import Event
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import ray
 import torch
+from ray.serve.handle import DeploymentHandle
 
 from app.api.backend import ImagesJob, SourcePixels
 from app.cluster import backend as module
@@ -20,6 +21,7 @@ from app.cluster import image_call
 from app.cluster.api_processes import ApiProcesses
 from app.cluster.backend import ServeBackend
 from app.cluster.coordinators import Coordinators
+from app.cluster.handles import DeploymentProxy
 from app.control.demand import Measurable
 from app.engine.families import FLUX2_KLEIN, Family
 from app.errors import BusyError, RequestCancelledError, UnavailableError
@@ -30,7 +32,28 @@ from app.settings import Settings
 
 
 class Part:
-    """Stands for the encoder or the decoder."""
+    """Stands for the decoder."""
+
+    async def ping(self) -> None:
+        await asyncio.Event().wait()
+
+
+class Silent:
+    """Stands for a handle whose deployment does not answer."""
+
+    def broadcast(self, method: str) -> Silent:
+        return self
+
+    async def results_async(self, return_exceptions: bool) -> list[object]:
+        await asyncio.Event().wait()
+        return []
+
+
+class Encoder(DeploymentProxy):
+    """Stands for an encoder in processes of its own, which do not answer."""
+
+    def __init__(self) -> None:
+        super().__init__(cast("DeploymentHandle", Silent()))
 
     async def ping(self) -> None:
         await asyncio.Event().wait()
@@ -48,15 +71,13 @@ class Replicas:
 
 
 async def test_health_and_metrics_do_not_wait_for_a_dead_control_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    part = Part()
-    backend = ServeBackend(Settings(), part, Replicas(), part)
+    backend = ServeBackend(Settings(), Encoder(), Replicas(), Part())
     answered = Event()
     monkeypatch.setattr(ray.util, "list_named_actors", lambda all_namespaces: answered.wait() and [])
-    for place in ("backend", "health", "coordinators"):
+    for place in ("handles", "health", "coordinators"):
         monkeypatch.setattr(f"app.cluster.{place}.ANSWER_SECONDS", 0.01)
     try:
         assert not (await asyncio.wait_for(backend.health(), 60)).ready
-        part.metric_families = part.ping
         families = await asyncio.wait_for(backend.metric_families(), 60)
         assert all(family.name.startswith("flux_calibration") for family in families), "this process's own"
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterator
 
@@ -72,6 +73,20 @@ async def test_a_call_ends_with_what_awaits_it(handle: DeploymentHandle) -> None
         assert await anext(endless) == 0
         await endless.aclose()
         await part.until("cut short")
+
+
+class Named:
+    """Says which process it is."""
+
+    async def name(self) -> int:
+        return os.getpid()
+
+
+async def test_all_processes_of_a_part_are_asked(service: str) -> None:
+    deployment = serve.deployment(ray_actor_options={"num_cpus": 0}, num_replicas=2)(Named)
+    part = DeploymentProxy(serve.run(deployment.bind(), name="twins", route_prefix=None))
+    assert len(set(await part.answers_of_all("name"))) == 2
+    serve.delete("twins")
 
 
 async def test_a_call_whose_process_dies_is_made_again_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
