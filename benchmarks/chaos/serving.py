@@ -73,6 +73,7 @@ def serving(folder: Path, placement: Placement, port: int) -> Iterator[Served]:
     config["http_options"]["port"] = port
     settings: dict[str, Any] = config["applications"][0]["args"]
     settings |= {"model": str(folder / "model"), "spare_group": True, "api_replicas": 2}
+    settings["cpus_per_helper"] = 0.1  # room for all of them, and their successors
     for part in ("text_encoder", "vae"):
         settings[part] |= {"placement": placement, "replicas": 2}  # where they are in the API's, it has two itself
     settings["magcache"]["profile"] = "flux-tiny"  # the copy's folder has another name
