@@ -92,8 +92,10 @@ def process(title: str) -> Iterator[subprocess.Popen[bytes]]:
     with subprocess.Popen(command, executable=sys.executable, stdout=subprocess.PIPE) as started:
         assert started.stdout is not None
         started.stdout.readline()
-        yield started
-        started.kill()
+        try:
+            yield started
+        finally:
+            started.kill()
 
 
 @pytest.fixture
