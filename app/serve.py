@@ -21,22 +21,21 @@ from ray.serve.scripts import run as serve_run
 
 logger = logging.getLogger("ray.serve")
 
-PROXY_CHECK = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.3"}
-"""How often Serve looks whether its HTTP proxies live, in seconds; it starts another after three looks."""
 API = "ImagesApi"
 """The deployment that is asked, by name: importing the class, and torch with it, would delay every start by 2 s."""
 LOOK_S = 0.5
 """How often the API is asked what it still works on."""
 ANSWER_S = 10.0
-PROXY_GUARD = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "app.api.proxy_guard:middlewares"}
-"""For Serve's HTTP proxies to have our guard."""
-CALLER_CHECK = {
+RAY_ENVIRONMENT = {
+    # For Serve's HTTP proxies to have our guard.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "app.api.proxy_guard:middlewares",
+    # How often Serve looks whether its HTTP proxies live, in seconds; it starts another after three looks.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.3",
+    # How soon a process finds that one which called it is dead. A replica's results leave it one after another, so that
+    # each of a dead API process would hold up those of all others for a second, as Ray is by default.
     "RAY_core_worker_rpc_server_reconnect_timeout_base_s": "0",
     "RAY_grpc_client_check_connection_status_interval_milliseconds": "100",
 }
-"""How soon a process finds that one which called it is dead. A replica's results leave it one after another, so that
-each of a dead API process would hold up those of all others for a second, as Ray is by default."""
-RAY_ENVIRONMENT = PROXY_GUARD | PROXY_CHECK | CALLER_CHECK
 """What Ray's processes need in their environment."""
 
 

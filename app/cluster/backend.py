@@ -22,7 +22,7 @@ from app.cluster.calibrator import Calibrator
 from app.cluster.calibrator_calls import CalibratorCalls
 from app.cluster.client_errors import to_service_error, unwrap_ray_error
 from app.cluster.coordinators import Coordinators
-from app.cluster.handles import DeploymentProxy, repeated, result_of
+from app.cluster.handles import DeploymentProxy, answers_of_all, repeated, result_of
 from app.cluster.health import Health
 from app.cluster.idle import calibrate_when_idle
 from app.cluster.image_call import FileForm, ImageCall, OnEvent
@@ -347,7 +347,7 @@ class ServeBackend:
     async def encoder_families(self) -> list[Metric]:
         """Of the prompt encoder, of all its processes; none when they do not answer in time."""
         if isinstance(self._encoder, DeploymentProxy):
-            return merge_families(*await self._encoder.answers_of_all("metric_families"))
+            return merge_families(*await answers_of_all(self._encoder.handle, "metric_families"))
         return await self._encoder.metric_families()
 
     async def _least_wait_s(self) -> float:

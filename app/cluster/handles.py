@@ -97,17 +97,16 @@ class DeploymentProxy:
 
     Its methods have no effects, so that a call is made again when the deployment's process dies. Each method's handle
     is made once.
+
+    Attributes:
+        handle: of the deployment, for what all of its processes are asked.
     """
 
     def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = handle
-
-    async def answers_of_all(self, method: str) -> list[Any]:
-        """What each process of the deployment answers; see the function."""
-        return await answers_of_all(self._handle, method)
+        self.handle = handle
 
     def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
-        method = getattr(self._handle, name)
+        method = getattr(self.handle, name)
 
         async def call(*args: Any) -> Any:
             return await repeated(lambda: result_of(method.remote(*args)))

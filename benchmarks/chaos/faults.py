@@ -43,10 +43,9 @@ class Served:
         """
         processes = self.service.processes()
         try:
-            titles = {name: [" ".join(each.cmdline()) for each in VICTIMS[name].find(processes)] for name in self.parts}
+            started = {name: sum(map(_has_started, VICTIMS[name].find(processes))) for name in self.parts}
         except psutil.NoSuchProcess:
             return False
-        started = {name: sum(not any(at in one for at in STARTING) for one in each) for name, each in titles.items()}
         return started == self.parts and self.service.ready()
 
     def process(self, victim: str, number: int) -> psutil.Process:
@@ -59,6 +58,11 @@ class Served:
         if len(found) <= number:
             raise LookupError(f"the service has {len(found)} processes {VICTIMS[victim].title!r}, asked for {number}")
         return found[number]
+
+
+def _has_started(process: psutil.Process) -> bool:
+    title = " ".join(process.cmdline())
+    return not any(method in title for method in STARTING)
 
 
 class Fault(Protocol):

@@ -28,9 +28,10 @@ START_S = 300.0
 DISK_MB = 128
 
 Placement = Literal["api", "cpu"]
-IN_API = {"rank": 4, "coordinator": 2, "replica": 1, "api": 2, "proxy": 1, "controller": 1}
-"""Processes of a service that has encoders and VAE in the API's, by name of the victim; those of a spare group, too."""
-APART = IN_API | {"encoder": 2, "decoder": 2}
+PARTS = {"rank": 4, "coordinator": 2, "replica": 1, "api": 2, "proxy": 1, "controller": 1}
+"""Processes of the service by name of the victim, those of the spare group among them."""
+PLACED: dict[Placement, dict[str, int]] = {"api": {}, "cpu": {"encoder": 2, "decoder": 2}}
+"""Those of the text encoders and the VAE."""
 
 
 @contextmanager
@@ -91,7 +92,7 @@ def serving(folder: Path, placement: Placement, port: int) -> Iterator[Served]:
             if time.monotonic() > until:
                 raise DemoError(f"the service is not ready after {START_S:g} s; {LOG} has its log")
             time.sleep(0.5)
-        yield Served(service, folder, IN_API if placement == "api" else APART)
+        yield Served(service, folder, PARTS | PLACED[placement])
     finally:
         service.stop()
 

@@ -32,7 +32,7 @@ from app.settings import Settings
 
 
 class Part:
-    """Stands for the decoder."""
+    """Stands for the encoder or the decoder."""
 
     async def ping(self) -> None:
         await asyncio.Event().wait()
@@ -49,14 +49,8 @@ class Silent:
         return []
 
 
-class Encoder(DeploymentProxy):
+class Encoder(Part, DeploymentProxy):
     """Stands for an encoder in processes of its own, which do not answer."""
-
-    def __init__(self) -> None:
-        super().__init__(cast("DeploymentHandle", Silent()))
-
-    async def ping(self) -> None:
-        await asyncio.Event().wait()
 
 
 class Replicas:
@@ -71,7 +65,7 @@ class Replicas:
 
 
 async def test_health_and_metrics_do_not_wait_for_a_dead_control_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = ServeBackend(Settings(), Encoder(), Replicas(), Part())
+    backend = ServeBackend(Settings(), Encoder(cast("DeploymentHandle", Silent())), Replicas(), Part())
     answered = Event()
     monkeypatch.setattr(ray.util, "list_named_actors", lambda all_namespaces: answered.wait() and [])
     for place in ("handles", "health", "coordinators"):

@@ -13,7 +13,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from app.cluster import handles
-from app.cluster.handles import TRIES, DeploymentProxy, items_of, repeated, result_of
+from app.cluster.handles import TRIES, DeploymentProxy, answers_of_all, items_of, repeated, result_of
 from app.errors import UnavailableError
 
 
@@ -84,8 +84,8 @@ class Named:
 
 async def test_all_processes_of_a_part_are_asked(service: str) -> None:
     deployment = serve.deployment(ray_actor_options={"num_cpus": 0}, num_replicas=2)(Named)
-    part = DeploymentProxy(serve.run(deployment.bind(), name="twins", route_prefix=None))
-    assert len(set(await part.answers_of_all("name"))) == 2
+    twins = serve.run(deployment.bind(), name="twins", route_prefix=None)
+    assert len(set(await answers_of_all(twins, "name"))) == 2
     serve.delete("twins")
 
 
